@@ -1,0 +1,210 @@
+"""The displacement map `D_b`, whose fixed point is the error vector as a nudge of amplitude `b` sees it.
+
+With `z_b = f(z_b) + b g` the nudged equilibrium, the displacement `d = (z_b - z*) / b` is the fixed point of
+
+    D_b(d) = (f(z* + b d) - f(z*)) / b + g,        D_0(d) = J d + g.
+
+It has the scale of `g` at every amplitude, and the residual that the free phase left in `z*` cancels. Solving for `d`
+instead of `z_b` turns finite, complex and infinitesimal nudges into one equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep.equilibrium import Equilibrium, norm
+from torchdeq_ep.errors import InvalidOptionError, MapContractError, NotHolomorphicError
+from torchdeq_ep.evaluation import Batching, Map, StackedMap
+from torchdeq_ep.jacobian import Product, jvp, vjp
+from torchdeq_ep.stencils import Node
+
+Metric = Callable[[Tensor], Tensor]
+Force = Callable[[Tensor], Tensor]
+
+_HOLOMORPHIC_ADVICE = (
+    "Use a stencil with real nodes ('ep', or 'ep-richardson' for high order), or write f with operations that are "
+    "defined at complex arguments."
+)
+
+
+class DisplacementMap:
+    """`d -> D_b(d)` for a stack of nodes, all real or all complex.
+
+    Args:
+        equilibrium: The free equilibrium.
+        nudges: The amplitudes `b_k`, absolute: already multiplied by `|z*| / |g|` if they are to be relative.
+        force: `M g`, of the shape of the state, added to each displacement.
+        correction: A linear term added to `D_b`, e.g. [`asymmetric_correction`][torchdeq_ep.displacement].
+        state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
+        batching: How the stack is evaluated, see [`StackedMap`][torchdeq_ep.evaluation.StackedMap].
+    """
+
+    def __init__(
+        self,
+        equilibrium: Equilibrium,
+        nudges: tuple[Node, ...],
+        force: Tensor,
+        *,
+        correction: Product | None = None,
+        state_force: Force | None = None,
+        batching: Batching = "auto",
+    ) -> None:
+        self._equilibrium = equilibrium
+        self._force = force
+        self._correction = correction
+        self._state_force = state_force
+        self.is_complex = any(isinstance(nudge, complex) for nudge in nudges)
+        self.evaluate = StackedMap(equilibrium.f, batching)
+        dtype = force.dtype.to_complex() if self.is_complex else force.dtype
+        self.amplitudes = torch.tensor(nudges, dtype=dtype, device=force.device).reshape(
+            -1, *(1 for _ in equilibrium.z.shape)
+        )
+
+    def __call__(self, d: Tensor) -> Tensor:
+        """`D_b(d)` for a stack `d` of shape `(K, *shape)`, `K` the number of nodes."""
+        equilibrium = self._equilibrium
+        states = equilibrium.z + self.amplitudes * d
+        value = self._holomorphic_value(states) if self.is_complex else self.evaluate(states.to(equilibrium.z.dtype))
+        response = (value - equilibrium.value) / self.amplitudes
+        if self._correction is not None:
+            response = response + torch.stack([self._correction(node) for node in d])
+        if self._state_force is None:
+            return response + self._force
+        return response + torch.stack([self._state_force(state) for state in states])
+
+    def _holomorphic_value(self, states: Tensor) -> Tensor:
+        try:
+            value = self.evaluate(states)
+        except MapContractError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise NotHolomorphicError(
+                f"f cannot be evaluated at a complex state: {error}. {_HOLOMORPHIC_ADVICE}"
+            ) from error
+        if not value.is_complex():
+            raise NotHolomorphicError(
+                "f returned real values at a complex state, so some operation in it (abs, norm, real, a cast) drops the "
+                f"imaginary part and f is not analytic. {_HOLOMORPHIC_ADVICE}"
+            )
+        return value
+
+
+def infinitesimal_map(equilibrium: Equilibrium, force: Tensor, correction: Product | None = None) -> Map:
+    """`D_0`: the displacement map in the limit of a vanishing nudge, by forward-mode differentiation.
+
+    Args:
+        equilibrium: The free equilibrium.
+        force: `M g`.
+        correction: As in [`DisplacementMap`][torchdeq_ep.displacement.DisplacementMap]. The asymmetric one cancels
+            the forward product, and only `d -> J^T d + g` is left.
+
+    Returns:
+        The map of one displacement.
+    """
+    forward = jvp(equilibrium.f, equilibrium.z)
+
+    def displacement_map(d: Tensor) -> Tensor:
+        response = forward(d) + force
+        return response if correction is None else response + correction(d)
+
+    return displacement_map
+
+
+def asymmetric_correction(equilibrium: Equilibrium, metric: Tensor | None) -> Product:
+    """`d -> M J^T M^-1 d - J d`: makes the limit of every nudge the exact adjoint, whatever `J`.
+
+    Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670). A complex displacement is corrected in
+    its real and imaginary parts, the term being linear.
+
+    Args:
+        equilibrium: The free equilibrium.
+        metric: Diagonal of `M`, or `None` for the identity.
+
+    Returns:
+        The linear map of one displacement.
+    """
+    backward = vjp(equilibrium.f, equilibrium.z)
+    forward = jvp(equilibrium.f, equilibrium.z)
+    dtype = equilibrium.z.dtype
+
+    def real(d: Tensor) -> Tensor:
+        scaled = (d if metric is None else d / metric).to(dtype)
+        adjoint = backward(scaled)
+        return (adjoint if metric is None else metric * adjoint) - forward(d.to(dtype))
+
+    def correction(d: Tensor) -> Tensor:
+        return torch.complex(real(d.real), real(d.imag)) if d.is_complex() else real(d)
+
+    return correction
+
+
+def diagonal_metric(metric: Metric | None, z: Tensor) -> Tensor | None:
+    """The diagonal of `M` at `z*`, checked.
+
+    Args:
+        metric: A function from the state to a positive tensor of the same shape, or `None`.
+        z: The packed free state.
+
+    Returns:
+        The diagonal, or `None` for the identity.
+
+    Raises:
+        InvalidOptionError: If the metric is not positive and finite, or has another shape.
+    """
+    if metric is None:
+        return None
+    diagonal = metric(z)
+    if not isinstance(diagonal, Tensor) or diagonal.shape != z.shape:
+        got = tuple(diagonal.shape) if isinstance(diagonal, Tensor) else type(diagonal).__name__
+        raise InvalidOptionError(f"metric(z*) must be a tensor of the state's shape {tuple(z.shape)}, not {got}.")
+    if not bool(torch.isfinite(diagonal).all()) or not bool((diagonal > 0).all()):
+        raise InvalidOptionError(
+            "metric(z*) must be positive and finite everywhere: it is the diagonal of M in v = M^-1 (I - J)^-1 M g. "
+            "Clamp it away from zero, e.g. metric=lambda z: phi_prime(z).clamp_min(1e-3)."
+        )
+    return diagonal.detach()
+
+
+def loss_force(equilibrium: Equilibrium, metric: Tensor | None) -> tuple[Force, float]:
+    """The force of loss nudging, `z -> M dL/dz`, in the scale of the cotangent.
+
+    The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
+    mean instead of a sum); the factor is found from the two gradients at the free state. At a complex state
+    PyTorch returns the conjugate of the holomorphic derivative.
+
+    Args:
+        equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
+        metric: Diagonal of `M`, or `None` for the identity.
+
+    Returns:
+        The force, and how far the two gradients are from parallel: `|g - factor dL/dz| / |g|`.
+    """
+    loss = equilibrium.loss_of_state
+    if loss is None:
+        raise InvalidOptionError("loss nudging needs a loss_of_state: use tep.nudge_loss(module, loss_of_state).")
+
+    def gradient(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = z.detach().requires_grad_()
+            value = loss(point)
+            if value.dim() != 0:
+                raise MapContractError(
+                    f"loss_of_state must return a scalar, but returned shape {tuple(value.shape)}: reduce it as the "
+                    "training loss is reduced, with .sum() or .mean()."
+                )
+            (result,) = torch.autograd.grad(value, point, torch.ones_like(value), materialize_grads=True)
+        return result.conj() if result.is_complex() else result
+
+    cotangent = equilibrium.cotangent
+    at_rest = gradient(equilibrium.z)
+    square = norm(at_rest) ** 2
+    factor = float((at_rest * cotangent).sum()) / square if square > 0 else 0.0
+    mismatch = norm(cotangent - factor * at_rest) / norm(cotangent)
+
+    def force(z: Tensor) -> Tensor:
+        return factor * (gradient(z) if metric is None else metric * gradient(z))
+
+    return force, mismatch

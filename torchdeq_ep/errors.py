@@ -1,0 +1,100 @@
+"""Every exception and warning that torchdeq_ep raises on purpose.
+
+All errors derive from [`EPError`][torchdeq_ep.errors.EPError] and all warnings from
+[`EPWarning`][torchdeq_ep.errors.EPWarning], so one `except` or one warning filter catches the lot. Each message
+says what happened, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EPError(Exception):
+    """Base class of all errors raised by torchdeq_ep."""
+
+
+class UnknownBackwardError(EPError, ValueError):
+    """A backward mode was asked for by a name that nobody registered."""
+
+
+class InvalidOptionError(EPError, ValueError):
+    """An option has a name or a value that its function does not accept."""
+
+
+class NoDEQError(EPError, ValueError):
+    """A module was to be switched that holds no torchdeq DEQ whose backward can be switched."""
+
+
+class MapContractError(EPError, ValueError):
+    """The map `f` returned something else than a state of the shape and dtype it was given."""
+
+
+class MapChangedError(EPError, RuntimeError):
+    """The map `f` is another function in the backward pass than it was in the forward pass."""
+
+
+class StochasticMapError(EPError, RuntimeError):
+    """The map `f` gives different answers for the same state."""
+
+
+class NonFiniteError(EPError, RuntimeError):
+    """NaN or infinity in a state or a cotangent."""
+
+
+class NudgeDivergedError(EPError, RuntimeError):
+    """A nudged phase left every neighbourhood of the free state, at every amplitude that was tried."""
+
+
+class NotHolomorphicError(EPError, RuntimeError):
+    """A complex nudge was asked of a map that cannot be evaluated at complex states."""
+
+
+class DoubleBackwardError(EPError, RuntimeError):
+    """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
+
+
+class MissingDependencyError(EPError, ImportError):
+    """A feature needs an optional dependency that is not installed."""
+
+
+class EPWarning(UserWarning):
+    """Base class of all warnings issued by torchdeq_ep."""
+
+
+class ConvergenceWarning(EPWarning):
+    """A free or nudged phase stopped before it reached its tolerance; the gradient is approximate."""
+
+
+class FallbackWarning(EPWarning):
+    """A nudged phase failed and implicit differentiation took its place, as `on_divergence="ift"` asks."""
+
+
+class PrecisionWarning(EPWarning):
+    """The dtype of the state is too coarse for the requested stencil."""
+
+
+class LossMismatchWarning(EPWarning):
+    """The loss given to `nudge_loss` is not the loss whose gradient reached the layer."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """Message for a name that does not exist: what does, and which of them is nearest.
+
+    Args:
+        kind: What is being named, e.g. `"backward mode"`.
+        name: The name as received.
+        known: The names that exist.
+
+    Returns:
+        One sentence, with a second one if a known name is close to the received one.
+
+    Example:
+        >>> unknown_name("colour", "gren", ["red", "green"])
+        "unknown colour 'gren'; there are: green, red. Did you mean 'green'?"
+    """
+    names = sorted(known)
+    message = f"unknown {kind} {name!r}; there are: {', '.join(names) or 'none'}."
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"{message} Did you mean {near[0]!r}?" if near else message

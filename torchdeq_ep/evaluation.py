@@ -1,0 +1,132 @@
+"""Calling `f` again, in the backward pass, without leaving a trace.
+
+A nudged phase calls the user's map many times. None of these calls may move batch-norm statistics or build an
+autograd graph; and several states should cost less than as many calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Map = Callable[[Tensor], Tensor]
+Batching = Literal["auto", "vmap", "loop"]
+
+_STATISTICS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
+_STATISTICS_DEFAULT = {functional.batch_norm: False, functional.instance_norm: True}
+_COUNTING = (torch.Tensor.add_, torch.Tensor.__iadd__)
+
+
+class FrozenStatistics(TorchFunctionMode):
+    """Inside this context, normalisation layers in training mode use batch statistics but do not record them.
+
+    The running mean and variance are withheld from the call, which leaves its result unchanged; the counter of batches
+    seen is put back on exit. Any other code runs as it is.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2).train()
+        >>> with FrozenStatistics():
+        ...     _ = norm(torch.randn(8, 2))
+        >>> norm.running_mean, norm.num_batches_tracked
+        (tensor([0., 0.]), tensor(0))
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counters: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _STATISTICS:
+            names = ("input", "running_mean", "running_var", "weight", "bias", _STATISTICS[func])
+            named = dict(zip(names, args, strict=False))
+            if {**named, **kwargs}.get(_STATISTICS[func], _STATISTICS_DEFAULT[func]):
+                withheld = {"running_mean": None, "running_var": None}
+                rest = args[len(names) :]
+                call = {**named, **kwargs, **withheld}
+                return func(*(call.pop(name) for name in list(named)), *rest, **call)
+        elif func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
+            self._counters.setdefault(id(args[0]), (args[0], args[0].clone()))
+        return func(*args, **kwargs)
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for counter, before in self._counters.values():
+            counter.copy_(before)
+        self._counters.clear()
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of one device type, to evaluate `f` later as it was evaluated now."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device_type: str) -> Autocast:
+        """The state in force here, for `device_type`."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    @contextmanager
+    def restored(self, enabled: bool) -> Iterator[None]:
+        """A context with this state, or with autocast off if `enabled` is false."""
+        with torch.autocast(self.device_type, dtype=self.dtype, enabled=enabled and self.enabled):
+            yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A context in which calls of `f` change no running statistics and build no graph.
+
+    The random state needs no guard: a map that draws from it has no fixed point, and is refused where it is noticed.
+    """
+    with torch.no_grad(), FrozenStatistics():
+        yield
+
+
+class StackedMap:
+    """`f` at several states at once: `(K, *shape) -> (K, *shape)`.
+
+    The stack is a new dimension, not a longer batch: dimension 0 of a state need not hold independent samples, so
+    nothing may be joined to it. `torch.vmap` evaluates the stack in one call. Where it cannot (sparse products, some
+    in-place code, control flow that looks at data), a loop does, from then on.
+
+    Args:
+        f: The map, on one state.
+        batching: `"vmap"`, `"loop"`, or `"auto"`: vmap until it fails.
+    """
+
+    def __init__(self, f: Map, batching: Batching = "auto") -> None:
+        self._f = f
+        self._batching = batching
+        self.used = "loop" if batching == "loop" else "vmap"
+        """What evaluates the stacks now: `"vmap"` or `"loop"`."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if len(states) == 1:
+            return self._f(states[0]).unsqueeze(0)
+        if self.used == "vmap":
+            try:
+                stacked: Tensor = torch.vmap(self._f)(states)
+                return stacked
+            except Exception:
+                # Whatever vmap cannot do, and an error of f itself, which the loop raises again in its plain form.
+                if self._batching == "vmap":
+                    raise
+                self.used = "loop"
+        return torch.stack([self._f(state) for state in states])
