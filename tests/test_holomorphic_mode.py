@@ -1,0 +1,590 @@
+"""Unmodified modules at complex states, and what is refused."""
+
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import torchdeq_ep as tep
+from torchdeq_ep import holomorphic
+from torchdeq_ep.errors import InvalidOptionError, NotHolomorphicError
+
+torch.set_num_threads(1)
+
+
+class ConvNet(nn.Module):
+    """Convolution, group norm, SiLU, attention and a linear layer, with nothing but torch.nn."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.act = nn.SiLU()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z):
+        y = self.act(self.norm(self.conv(z)))
+        tokens = y.flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return 0.3 * torch.tanh(self.linear(tokens)).transpose(1, 2).reshape(z.shape)
+
+
+def make(build):
+    torch.manual_seed(0)
+    return build().double()
+
+
+def encoder(norm_first, activation="gelu", **kwargs):
+    return nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first, **kwargs
+    )
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **kwargs)
+        self.mask = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+
+    def forward(self, z):
+        value, weights = self.attention(z, z, z, attn_mask=self.mask)
+        return value + weights.sum()
+
+
+MODULES = {
+    "ConvNet": (ConvNet, (2, 4, 3, 3)),
+    "encoder norm last": (lambda: encoder(False), (2, 3, 8)),
+    "encoder norm first": (lambda: encoder(True), (2, 3, 8)),
+    "encoder eval": (lambda: encoder(False).eval(), (2, 3, 8)),
+    "encoder eval norm first": (lambda: encoder(True).eval(), (2, 3, 8)),
+    "encoder with SiLU": (lambda: encoder(True, activation=F.silu, bias=False).eval(), (2, 3, 8)),
+    "stacked encoder": (lambda: nn.TransformerEncoder(encoder(False), 2).eval(), (2, 3, 8)),
+    "decoder": (lambda: CrossAttention(), (2, 3, 8)),
+    "attention with weights": (SelfAttention, (3, 2, 8)),
+    "attention with biases": (lambda: SelfAttention(add_bias_kv=True, add_zero_attn=True), (3, 2, 8)),
+    "attention eval": (lambda: SelfAttention(batch_first=True).eval(), (2, 3, 8)),
+    "LSTMCell": (lambda: Cell(nn.LSTMCell(8, 8)), (3, 8)),
+    "GRUCell": (lambda: Cell(nn.GRUCell(8, 8)), (3, 8)),
+    "RNNCell": (lambda: Cell(nn.RNNCell(8, 8)), (3, 8)),
+    "mixer": (
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.RMSNorm(8), nn.Mish()),
+        (2, 3, 8),
+    ),
+    "images": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+            nn.BatchNorm2d(4),
+            nn.Softplus(),
+            nn.AvgPool2d(2),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.ConvTranspose2d(4, 4, 3, padding=1),
+            nn.InstanceNorm2d(4),
+            nn.PixelShuffle(2),
+            nn.ReflectionPad2d(1),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Unflatten(1, (1, 4)),
+            nn.GLU(-1),
+            nn.Dropout(0.0),
+            nn.Softmax(-1),
+            nn.LogSigmoid(),
+        ),
+        (2, 2, 4, 4),
+    ),
+    "bilinear": (lambda: Twice(nn.Bilinear(4, 4, 3)), (2, 4)),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), (2, 4)),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval(), (2, 4)),
+    "local response norm": (lambda: nn.LocalResponseNorm(2), (2, 4, 3, 3)),
+}
+
+
+class CrossAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+        self.register_buffer("memory", torch.randn(2, 5, 8))
+
+    def forward(self, z):
+        return self.layer(z, self.memory)
+
+
+class Cell(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+        self.register_buffer("x", torch.randn(3, 8))
+
+    def forward(self, z):
+        if isinstance(self.cell, nn.LSTMCell):
+            return torch.cat(self.cell(self.x, (z, z / 2)))
+        return self.cell(self.x, z)
+
+
+class Twice(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z):
+        return self.layer(z, z + 1)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_unmodified_module_is_continued(name, no_grad):
+    build, shape = MODULES[name]
+    net = make(build)
+    z, u = torch.randn(2, *shape, dtype=torch.float64)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.set_grad_enabled(not no_grad):
+        with holomorphic.mode():
+            stepped = net(z + 1e-20j * u)
+            at_axis = net(z + 0j)
+        after = {key: value.clone() for key, value in net.state_dict().items()}
+        value = net(z)
+        # Central differences: the fused kernels have no forward-mode formulas.
+        slope = (net(z + 1e-5 * u) - net(z - 1e-5 * u)) / 2e-5
+    torch.testing.assert_close(at_axis.real, value, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(stepped.imag / 1e-20, slope, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    report = holomorphic.check(net, z)
+    assert report, report
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "encoder eval", "encoder norm first", "images"])
+def test_module_under_vmap(name):
+    build, shape = MODULES[name]
+    net = make(build)
+    z = torch.randn(3, *shape, dtype=torch.complex128)
+    with torch.no_grad(), holomorphic.mode():
+        stacked = torch.vmap(net)(z)
+        looped = torch.stack([net(state) for state in z])
+    torch.testing.assert_close(stacked, looped)
+
+
+def in_mode(f):
+    return holomorphic.holomorphic_map(f)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(ConvNet, (2, 4, 3, 3)), (lambda: Small(), (2, 6))])
+def test_contour_matches_the_infinitesimal_nudge(build, shape):
+    net = make(build)
+    z = torch.zeros(shape, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(400):
+            z = net(z)
+        assert (net(z) - z).norm() < 1e-12
+    g = torch.randn(shape, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
+        exact = tep.InfinitesimalEP(tol=1e-13, max_iter=300)(net, z, g)
+    errors = []
+    for beta in (0.08, 0.04):
+        mode = tep.EquilibriumPropagation(tep.Stencil.contour(beta, 4), tol=1e-13, max_iter=300)
+        errors.append(float((mode(in_mode(net), z, g) - exact).norm() / exact.norm()))
+    assert 10 < errors[0] / errors[1] < 24, errors  # beta^4
+    mode = tep.EquilibriumPropagation(tep.Stencil.contour(0.02, 8), tol=1e-13, max_iter=300)
+    value = mode(in_mode(net), z, g)
+    assert float((value - exact).norm() / exact.norm()) < 1e-9
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, z):
+        return 0.5 * torch.sigmoid(self.norm(z + 1) + self.layer(z)) + torch.linspace(0, 1, 6, dtype=z.dtype.to_real())
+
+
+class Hidden(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), act])
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = block(z)
+        return z
+
+
+class RealPart(nn.Module):
+    def forward(self, z):
+        return z.real + z
+
+
+class Buffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2, 4))
+
+    def forward(self, z):
+        self.last.copy_(z)
+        return z
+
+
+class Absolute(nn.Module):
+    def forward(self, z):
+        return z * abs(z)
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool1d(2)
+
+    def forward(self, z):
+        return self.pool(z)
+
+
+@pytest.mark.parametrize(
+    ("act", "operation", "where", "line"),
+    [
+        (nn.ReLU(), "torch.nn.functional.relu", "Hidden.blocks.1 (ReLU)", "z = block(z)"),
+        (Pooled(), "torch.nn.functional.max_pool1d", "Hidden.blocks.1.pool (MaxPool1d)", "return self.pool(z)"),
+        (Absolute(), "Tensor.abs", "Hidden.blocks.1 (Absolute)", "return z * abs(z)"),
+        (RealPart(), "Tensor.real", "Hidden.blocks.1 (RealPart)", "return z.real + z"),
+        (Buffer(), "Tensor.copy_", "Hidden.blocks.1 (Buffer)", "self.last.copy_(z)"),
+    ],
+)
+def test_refusal_names_operation_module_and_line(act, operation, where, line):
+    net = Hidden(act)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(NotHolomorphicError) as caught, holomorphic.mode():
+        net(torch.randn(2, 4, dtype=torch.complex64))
+    message = str(caught.value)
+    assert message.startswith(operation + " ")
+    assert f"in module {where}" in message
+    assert f"({line})" in message
+    assert __file__ + ":" in message
+    assert "'ep-richardson'" in message
+    assert "torchdeq_ep.nn" in message
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+REFUSED = {
+    "abs": lambda z: z.abs(),
+    "torch.abs": torch.abs,
+    "norm": lambda z: z.norm(),
+    "linalg.norm": torch.linalg.norm,
+    "linalg.vector_norm": torch.linalg.vector_norm,
+    "normalize": F.normalize,
+    "cosine_similarity": lambda z: F.cosine_similarity(z, z),
+    "cdist": lambda z: torch.cdist(z, z),
+    "real": lambda z: z.real,
+    "torch.real": torch.real,
+    "imag": lambda z: z.imag,
+    "conj": lambda z: z.conj(),
+    "mH": lambda z: z.mH,
+    "angle": torch.angle,
+    "view_as_real": torch.view_as_real,
+    "vdot": lambda z: torch.vdot(z[0], z[0]),
+    "gt": lambda z: z > 0,
+    "le": lambda z: torch.le(z, 0),
+    "eq": lambda z: z == z,
+    "bool": lambda z: 1 if z.sum() else 0,
+    "item": lambda z: z.sum().item(),
+    "float()": lambda z: float(z.sum()),
+    "numpy": lambda z: z.numpy(),
+    "max": lambda z: z.max(),
+    "min": lambda z: torch.min(z, 1),
+    "amax": lambda z: z.amax(1),
+    "argmax": lambda z: z.argmax(),
+    "maximum": lambda z: torch.maximum(z, torch.zeros(2, 4)),
+    "sort": lambda z: z.sort(),
+    "topk": lambda z: z.topk(1),
+    "median": lambda z: z.median(),
+    "clamp": lambda z: z.clamp(min=0),
+    "clamp_": lambda z: z.clone().clamp_(0, 1),
+    "relu": torch.relu,
+    "relu_": lambda z: z.clone().relu_(),
+    "F.relu_": lambda z: F.relu_(z.clone()),
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "prelu": lambda z: F.prelu(z, torch.ones(1)),
+    "elu": F.elu,
+    "celu": F.celu,
+    "selu": F.selu,
+    "hardtanh": F.hardtanh,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "threshold": lambda z: F.threshold(z, 0, 0),
+    "softshrink": F.softshrink,
+    "softsign": F.softsign,
+    "max_pool2d": lambda z: F.max_pool2d(z[None], 2),
+    "max_pool2d with indices": lambda z: F.max_pool2d(z[None], 2, return_indices=True),
+    "adaptive_max_pool1d": lambda z: F.adaptive_max_pool1d(z, 2),
+    "round": torch.round,
+    "sign": torch.sign,
+    "sgn": torch.sgn,
+    "floor": lambda z: z // 1,
+    "float": lambda z: z.float(),
+    "double": lambda z: z.double(),
+    "to": lambda z: z.to(torch.float32),
+    "to other": lambda z: z.to(torch.zeros(1)),
+    "type": lambda z: z.type(torch.float32),
+    "type_as": lambda z: z.type_as(torch.zeros(1)),
+    "sum to real": lambda z: z.sum(dtype=torch.float32),
+    "view as real dtype": lambda z: z.view(torch.float32),
+    "write into real": lambda z: torch.zeros(2, 4).copy_(z),
+    "assign into real": lambda z: torch.zeros(2, 4).__setitem__(0, z[0]),
+    "add into real": lambda z: torch.zeros(2, 4).add_(z),
+    "iadd into real": lambda z: torch.zeros(2, 4).__iadd__(z),
+    "out into real": lambda z: torch.add(z, 1, out=torch.zeros(2, 4)),
+    "data into real": lambda z: setattr(torch.zeros(2, 4), "data", z),
+    "irfft": lambda z: torch.fft.irfft(z),
+    "random": torch.randn_like,
+    "unknown": torch.lgamma,
+    "unknown aten": lambda z: torch.ops.aten.lgamma(z),
+    "aten abs": torch.ops.aten.abs.default,
+    "aten relu": torch.ops.aten.relu,
+    "l1_loss": lambda z: F.l1_loss(z, torch.zeros(2, 4)),
+    "smooth_l1_loss": lambda z: F.smooth_l1_loss(z, torch.zeros(2, 4)),
+    "svd": lambda z: torch.linalg.svd(z),
+    "grad of a real leaf": lambda z: torch.autograd.grad((z * torch.ones(4, requires_grad=True)).sum(), torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_refused(name, vmapped):
+    z = torch.randn(2, 4, dtype=torch.complex64)
+    with pytest.raises(NotHolomorphicError, match="It was called at"), holomorphic.mode():
+        torch.vmap(REFUSED[name])(z[None]) if vmapped else REFUSED[name](z)
+
+
+def test_unknown_operation_says_how_to_teach_it():
+    with pytest.raises(NotHolomorphicError, match=r"lgamma has no rule .*register_rule"), holomorphic.mode():
+        torch.lgamma(torch.ones(2, dtype=torch.complex64))
+
+
+def test_piecewise_operation_says_how_to_allow_it():
+    with pytest.raises(NotHolomorphicError, match="real-part"), holomorphic.mode():
+        torch.relu(torch.ones(2, dtype=torch.complex64))
+
+
+PIECEWISE = {
+    "relu": torch.relu,
+    "F.relu inplace": lambda z: F.relu(z.clone(), inplace=True),
+    "relu_": lambda z: z.clone().relu_(),
+    "relu6": lambda z: F.relu6(6 * z),
+    "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
+    "prelu": lambda z: F.prelu(z, torch.linspace(0.1, 0.5, z.shape[1], dtype=torch.float64)),
+    "elu": lambda z: F.elu(z, 0.7),
+    "celu": lambda z: F.celu(z, 0.7),
+    "selu": F.selu,
+    "hardtanh": lambda z: F.hardtanh(2 * z),
+    "hardsigmoid": lambda z: F.hardsigmoid(4 * z),
+    "hardswish": lambda z: F.hardswish(4 * z),
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
+    "softsign": F.softsign,
+    "threshold": lambda z: F.threshold(z, 0.3, 0.1),
+    "abs": lambda z: abs(z) + z.abs() + torch.abs(z),
+    "sign": lambda z: torch.sign(z) * z,
+    "clamp": lambda z: z.clamp(-0.5, 0.5) + torch.clamp(z, min=0.1) + z.clip(max=0.2),
+    "clamp_min": lambda z: z.clamp_min(0.1) + torch.clamp_max(z, torch.tensor(0.2)),
+    "clamp tensor": lambda z: z.clamp(min=torch.full_like(z, 0.1)),
+    "maximum": lambda z: torch.maximum(z, 2 * z) + torch.fmin(z, z * z) + torch.max(z, torch.zeros_like(z)),
+    "max": lambda z: z.max() + z.max(1).values.sum() + torch.max(z, 1, keepdim=True)[0] + torch.min(z),
+    "amax": lambda z: z.amax(1) + torch.amin(z, (0, 1, 2)).sum() + z.amax(),
+    "argmax": lambda z: z.gather(1, z.argmax(1, keepdim=True)),
+    "sort": lambda z: z.sort(1, descending=True)[0] + torch.sort(z, 2).values + z.gather(2, z.argsort(2)),
+    "topk": lambda z: z.topk(2, 1).values + z.topk(2, 1, largest=False)[0],
+    "comparison": lambda z: torch.where(z > 0.2, z, 0.3 * z) + (z <= 0) * z,
+    "max_pool1d": lambda z: F.max_pool1d(z, 2),
+    "max_pool2d": lambda z: F.max_pool2d(z, 3, 2, 1),
+    "max_pool2d indices": lambda z: F.max_pool2d(z, 2, return_indices=True)[0],
+    "adaptive_max_pool2d": lambda z: F.adaptive_max_pool2d(z, 2),
+    "l1_loss": lambda z: F.l1_loss(z, torch.zeros_like(z)),
+    "transformer": lambda z: nn.functional.relu(z) * F.hardtanh(z),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_piecewise_operation_is_gated_by_the_real_part(name):
+    f = PIECEWISE[name]
+    generator = torch.Generator().manual_seed(2)
+    z, u = torch.randn(2, 2, 4, 5, generator=generator, dtype=torch.float64)
+    step = 1e-7
+    slope = (f(z + step * u) - f(z - step * u)) / (2 * step)
+    with holomorphic.mode(piecewise="real-part") as context:
+        near = f(z + 1j * step * u)
+        at_axis = f(z + 0j)
+    torch.testing.assert_close(at_axis.real, f(z))
+    torch.testing.assert_close(near.imag / step, slope, atol=1e-6, rtol=1e-6)
+    assert context.crossings
+    assert all(crossing.crossed == 0 for crossing in context.crossings)
+    with holomorphic.mode(piecewise="real-part") as context:
+        f(z + 5j * u)
+    assert all(0 < crossing.crossed <= crossing.units for crossing in context.crossings)
+    report = holomorphic.check(f, z, amplitude=1e-5, piecewise="real-part")
+    assert report.analytic
+
+
+def test_crossings_are_counted_under_vmap():
+    z = torch.tensor([[1 + 2j, 3 + 1j], [-1 + 0.5j, 0.1 + 0.2j], [1 + 0j, 1 + 0j]])
+    with holomorphic.mode(piecewise="real-part") as context:
+        torch.vmap(torch.relu)(z)
+    assert context.crossings == (holomorphic.Crossing("relu", 6, 2),)
+
+
+def test_crossing_criterion_is_exact_at_the_top_of_the_contour():
+    radius = 0.3
+    units = torch.linspace(-1, 1, 101)
+    with holomorphic.mode(piecewise="real-part") as context:
+        torch.relu(units + 1j * radius)
+    (crossing,) = context.crossings
+    assert crossing.crossed == int((units.abs() < radius).sum())
+
+
+def test_unknown_piecewise_option():
+    with pytest.raises(InvalidOptionError, match="real-part"):
+        holomorphic.mode(piecewise="nearest")
+
+
+def test_mode_is_local_to_its_thread():
+    seen = []
+    with holomorphic.mode():
+        thread = threading.Thread(target=lambda: seen.append(torch.tensor([3 + 4j]).abs()))
+        thread.start()
+        thread.join()
+    assert float(seen[0]) == 5
+
+
+def test_real_code_is_left_alone():
+    z = torch.randn(3, 4)
+    with holomorphic.mode():
+        assert float(torch.relu(z).abs().max()) >= 0
+        assert torch.equal(F.max_pool1d(z, 2), F.max_pool1d(z, 2))
+
+
+def test_modes_nest():
+    with holomorphic.mode(), holomorphic.mode():
+        value = F.gelu(torch.ones(1, dtype=torch.complex64))
+    assert value.dtype == torch.complex64
+    with tep.evaluation.FrozenStatistics(), holomorphic.mode():
+        value = nn.BatchNorm1d(2)(torch.randn(4, 2, dtype=torch.complex64))
+    assert value.dtype == torch.complex64
+
+
+def test_half_precision_weights_meet_a_single_precision_state():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.SiLU()).bfloat16()
+    with holomorphic.mode():
+        assert net(torch.randn(2, 4, dtype=torch.complex64)).dtype == torch.complex64
+
+
+def test_autocast():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    z = torch.randn(2, 4, dtype=torch.complex64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), holomorphic.mode():
+        coarse = net(z)
+    with holomorphic.mode():
+        fine = net(z)
+    torch.testing.assert_close(coarse, fine, rtol=0.05, atol=0.05)
+
+
+def test_holomorphic_map_pickles_and_leaves_real_states_alone():
+    wrapped = pickle.loads(pickle.dumps(holomorphic.holomorphic_map(torch.nn.functional.silu)))
+    assert wrapped == holomorphic.holomorphic_map(torch.nn.functional.silu)
+    z = torch.randn(4)
+    assert torch.equal(wrapped(z), F.silu(z))
+    assert wrapped(z + 0j).is_complex()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        return torch.from_numpy(x.detach().numpy() * factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None
+
+
+def test_register_rule_of_an_autograd_function():
+    z = torch.tensor([1 + 1j])
+    with pytest.raises(NotHolomorphicError, match="numpy"), holomorphic.mode():
+        Doubled.apply(z, 2)
+    holomorphic.register_rule(Doubled, lambda x, factor: x * factor)
+    with holomorphic.mode():
+        value = Doubled.apply(z, 2)
+    assert value == 2 + 2j
+    with tep.evaluation.FrozenStatistics():
+        assert Doubled.apply(torch.ones(1), 2) == 2
+    with pytest.raises(InvalidOptionError, match="overwrite"):
+        holomorphic.register_rule(Doubled, lambda x, factor: x)
+    holomorphic.register_rule(Doubled, lambda x, factor: x * factor * 2, overwrite=True)
+    with holomorphic.mode():
+        value = Doubled.apply(z, 2)
+    assert value == 4 + 4j
+    assert "`Doubled`" in holomorphic.rules_table()
+
+
+@torch.library.custom_op("tep_test::cube", mutates_args=())
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return x * x * x
+
+
+def test_register_rule_of_a_library_operator():
+    z = torch.tensor([1 + 1j])
+    with pytest.raises(NotHolomorphicError, match="cube"), holomorphic.mode():
+        torch.ops.tep_test.cube(z)
+    holomorphic.register_rule(torch.ops.tep_test.cube, lambda x: x**3)
+    with holomorphic.mode():
+        values = torch.ops.tep_test.cube(z), torch.ops.tep_test.cube.default(z)
+    assert values[0] == values[1] == -2 + 2j
+
+
+def test_register_rule_refuses_to_replace_silently():
+    for op in (torch.abs, torch.softmax):
+        with pytest.raises(InvalidOptionError, match="overwrite"):
+            holomorphic.register_rule(op, lambda x: x)
+    with pytest.raises(InvalidOptionError, match="callable"):
+        holomorphic.register_rule("abs", lambda x: x)
+
+
+def test_analytic_autograd_function_needs_no_rule():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.matmul(x, torch.eye(2)) * x
+
+    z = torch.tensor([[1 + 1j, 2j]])
+    with holomorphic.mode():
+        value = Square.apply(z)
+    assert torch.equal(value, z * z)
+
+
+def test_error_comes_within_one_call_of_the_backward_mode():
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += z.is_complex()
+        return 0.5 * torch.relu(z) + 0.5
+
+    mode = tep.EquilibriumPropagation(tep.Stencil.contour(0.1, 4), batching="loop")
+    with pytest.raises(NotHolomorphicError, match="relu"):
+        mode(in_mode(f), torch.ones(3), torch.ones(3))
+    assert calls == 1
+
+
+def test_torchdeq_norms_and_dropout():
+    from torchdeq.dropout import VariationalDropout1d
+    from torchdeq.norm import apply_norm, reset_norm
+
+    for norm in ("weight_norm", "spectral_norm"):
+        net = nn.Sequential(nn.Linear(4, 4), VariationalDropout1d(0.4, token_first=True), nn.Tanh())
+        apply_norm(net, norm, args={"norm_type": norm})
+        reset_norm(net)
+        z = torch.randn(2, 3, 4)
+        value = net(z)
+        with holomorphic.mode():
+            continued = net(z + 0j)
+        torch.testing.assert_close(continued.real, value)

@@ -1,0 +1,120 @@
+"""The analytic layers."""
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchdeq_ep import holomorphic
+from torchdeq_ep import nn as epnn
+from torchdeq_ep.errors import InvalidOptionError
+
+
+def test_shifted_sigmoid_is_the_papers():
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64)
+    torch.testing.assert_close(epnn.shifted_sigmoid(x), 1 / (1 + torch.exp(-4 * x + 2)))
+    assert epnn.ShiftedSigmoid()(torch.tensor(0.5)) == 0.5
+
+
+def test_dsilu_is_the_derivative_of_silu():
+    x = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    _, slope = torch.func.jvp(F.silu, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(epnn.dsilu(x), slope)
+    torch.testing.assert_close(epnn.DSiLU()(x), slope)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_activations_at_complex_arguments(dtype, inside):
+    z = torch.complex(torch.linspace(-5, 5, 21), torch.linspace(-0.6, 0.6, 21)).to(dtype)
+    references = {
+        epnn.shifted_sigmoid: lambda v: 1 / (1 + mpmath.exp(2 - 4 * v)),
+        epnn.dsilu: lambda v: (1 + mpmath.exp(-v) * (1 + v)) / (1 + mpmath.exp(-v)) ** 2,
+    }
+    for f, reference in references.items():
+        with holomorphic.mode() if inside else torch.no_grad():
+            value = f(z)
+        assert value.dtype == dtype
+        expected = torch.tensor(
+            [complex(reference(mpmath.mpc(complex(v)))) for v in z.tolist()], dtype=torch.complex128
+        )
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(value.to(torch.complex128), expected, rtol=40 * eps, atol=4 * eps)
+
+
+def looped_pool(x, kernel, stride, padding, temperature):
+    """Softmax pooling of one image, window by window."""
+    height, width = x.shape
+    rows = range(-padding, height + padding - kernel + 1, stride)
+    columns = range(-padding, width + padding - kernel + 1, stride)
+    out = torch.zeros(len(rows), len(columns), dtype=x.dtype)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            window = x[max(row, 0) : row + kernel, max(column, 0) : column + kernel].flatten()
+            out[i, j] = (torch.softmax(window / temperature, 0) * window).sum()
+    return out
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, None, 0), (3, 2, 1), (3, 1, 1), (2, 3, 0), (4, 2, 2)])
+def test_softmax_pool_against_a_loop(kernel, stride, padding, temperature):
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value = epnn.SoftmaxPool2d(kernel, stride, padding, temperature)(x)
+    assert value.shape == F.max_pool2d(x, kernel, stride, padding).shape
+    expected = [looped_pool(image, kernel, stride or kernel, padding, temperature) for image in x.flatten(0, 1)]
+    torch.testing.assert_close(value.flatten(0, 1), torch.stack(expected))
+
+
+@pytest.mark.parametrize("n_dims", [1, 2, 3])
+def test_softmax_pool_limits_and_shapes(n_dims):
+    x = torch.randn(2, 3, *(6,) * n_dims, dtype=torch.float64)
+    layer = getattr(epnn, f"SoftmaxPool{n_dims}d")
+    max_pool, avg_pool = (getattr(F, f"{kind}_pool{n_dims}d") for kind in ("max", "avg"))
+    torch.testing.assert_close(layer(2, temperature=1e-3)(x), max_pool(x, 2), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer(2, temperature=1e6)(x), avg_pool(x, 2), rtol=1e-4, atol=1e-4)
+    assert layer(3, 2, 1)(x).shape == max_pool(x, 3, 2, 1).shape
+    assert "kernel_size=3" in repr(layer(3))
+
+
+def test_softmax_pool_does_not_overflow():
+    x = torch.tensor([[1000.0, -1000.0, 999.0, 3.0]])
+    value = epnn.softmax_pool(x, 2, padding=1, n_dims=1)
+    torch.testing.assert_close(value, torch.tensor([[1000.0, 999.0, 3.0]]))
+    z = x + 1j
+    torch.testing.assert_close(epnn.softmax_pool(z, 2, padding=1, n_dims=1), value + 1j)
+
+
+def test_softmax_pool_of_rectangular_windows():
+    x = torch.randn(1, 1, 4, 6)
+    assert epnn.softmax_pool(x, (2, 3), (1, 3), (0, 1)).shape == F.max_pool2d(x, (2, 3), (1, 3), (0, 1)).shape
+
+
+@pytest.mark.parametrize("layer", [epnn.SoftmaxPool2d(2), epnn.SoftmaxPool2d(3, 2, 1, 0.5), epnn.DSiLU()])
+def test_layers_are_analytic_and_differentiable(layer):
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert holomorphic.check(layer, x.detach())
+    z = x.detach() + 0.1j
+    with torch.no_grad():
+        plain, stacked = layer(z), torch.vmap(layer)(torch.stack([z, z.conj()]))
+        with holomorphic.mode():
+            inside = layer(z)
+    torch.testing.assert_close(inside, plain)
+    torch.testing.assert_close(stacked[0], plain)
+    torch.testing.assert_close(stacked[1], plain.conj().resolve_conj())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"padding": 2},
+        {"kernel_size": 0},
+        {"stride": 0},
+        {"kernel_size": (2, 2, 2)},
+        {"padding": -1},
+    ],
+)
+def test_softmax_pool_options(options):
+    with pytest.raises(InvalidOptionError):
+        epnn.softmax_pool(torch.randn(1, 4, 4), **{"kernel_size": 2, **options})

@@ -1,0 +1,237 @@
+"""Rules of normalisation layers and softmax: means of squares take the place of squared absolute values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep.holomorphic.registry import expanded, rule
+
+_GROUP = "normalisation"
+_NOTE = r"$(z - \bar z) / \sqrt{\overline{(z - \bar z)^2} + \epsilon}$, without absolute values"
+_SOFTMAX = "softmax"
+
+Dims = int | Sequence[int] | None
+
+
+def _standardise(z: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    centred = z - z.mean(dims, keepdim=True)
+    return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+
+
+def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = z if weight is None else z * weight
+    return z if bias is None else z + bias
+
+
+def _per_channel(tensor: Tensor | None, z: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1, *(1,) * (z.dim() - 2))
+
+
+@rule("layer_norm", _GROUP, _NOTE)
+def _layer_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    del cudnn_enable
+    return _affine(_standardise(input, tuple(range(-len(normalized_shape), 0)), eps), weight, bias)
+
+
+@rule("rms_norm", _GROUP, r"$z / \sqrt{\overline{z^2} + \epsilon}$")
+def _rms_norm(
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    square = (input * input).mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    return _affine(input * torch.rsqrt(square + eps), weight, None)
+
+
+@rule("group_norm", _GROUP, _NOTE)
+def _group_norm(
+    input: Tensor,  # noqa: A002
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    del cudnn_enabled
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    normal = _standardise(grouped, (-1,), eps).reshape(input.shape)
+    return _affine(normal, _per_channel(weight, input), _per_channel(bias, input))
+
+
+def _statistics_norm(
+    z: Tensor, dims: Sequence[int], mean: Tensor | None, var: Tensor | None, use_input: bool, eps: float
+) -> Tensor:
+    if use_input or mean is None or var is None:
+        return _standardise(z, dims, eps)
+    running_mean, running_var = mean.reshape(-1, *(1,) * (z.dim() - 2)), var.reshape(-1, *(1,) * (z.dim() - 2))
+    return (z - running_mean) * torch.rsqrt(running_var + eps)
+
+
+@rule("nn.functional.batch_norm", _GROUP, _NOTE + "; running statistics are read, never written")
+def _batch_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    del momentum
+    normal = _statistics_norm(input, (0, *range(2, input.dim())), running_mean, running_var, training, eps)
+    return _affine(normal, _per_channel(weight, input), _per_channel(bias, input))
+
+
+@rule("nn.functional.instance_norm", _GROUP, _NOTE + "; running statistics are read, never written")
+def _instance_norm(
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    del momentum
+    normal = _statistics_norm(input, tuple(range(2, input.dim())), running_mean, running_var, use_input_stats, eps)
+    return _affine(normal, _per_channel(weight, input), _per_channel(bias, input))
+
+
+def _reordered(apply: Any) -> Any:
+    """The rule for the function of the same name in `torch`, whose arguments come in another order."""
+
+    def adapted(
+        input: Tensor,  # noqa: A002
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        use_input: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Tensor:
+        del cudnn_enabled
+        value: Tensor = apply(input, running_mean, running_var, weight, bias, use_input, momentum, eps)
+        return value
+
+    return adapted
+
+
+for _name, _apply in (("_VF.batch_norm", _batch_norm), ("_VF.instance_norm", _instance_norm)):
+    rule(_name, _GROUP, _NOTE + "; running statistics are read, never written")(_reordered(_apply))
+expanded("local_response_norm", _GROUP, r"$z\,(k + \alpha\,\overline{z^2})^{-\beta}$")
+
+
+def _var_options(
+    dim: Dims | bool = None,
+    unbiased: bool | None = None,
+    keepdim: bool = False,
+    correction: float | None = None,
+) -> tuple[Dims, float, bool]:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    if correction is None:
+        correction = 1 if unbiased is None else int(unbiased)
+    return dim, correction, keepdim
+
+
+def _moments(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    dim, correction, keepdim = _var_options(*args, **kwargs)
+    dims = tuple(range(z.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    mean = z.mean(dims, keepdim=True)
+    count = math.prod(z.shape[d] for d in dims)
+    centred = z - mean
+    var = (centred * centred).sum(dims, keepdim=keepdim) / (count - correction)
+    return var, mean if keepdim else mean.reshape(var.shape)
+
+
+@rule("var", _GROUP, r"$\sum (z - \bar z)^2 / (n - 1)$")
+def _var(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    return _moments(input, *args, **kwargs)[0]
+
+
+@rule("std", _GROUP, "principal root of `var`")
+def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    return torch.sqrt(_moments(input, *args, **kwargs)[0])
+
+
+@rule("var_mean", _GROUP, "`var` and `mean`")
+def _var_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+    return _moments(input, *args, **kwargs)
+
+
+@rule("std_mean", _GROUP, "`std` and `mean`")
+def _std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+    var, mean = _moments(input, *args, **kwargs)
+    return torch.sqrt(var), mean
+
+
+def _implicit_dim(n_dims: int) -> int:
+    return 0 if n_dims in (0, 1, 3) else 1
+
+
+@rule("softmax", _SOFTMAX, r"$e^{z_i} / \sum_j e^{z_j}$, shifted by the largest real part")
+def softmax(
+    input: Tensor,  # noqa: A002
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Softmax. The shift is a real number, which the quotient does not depend on."""
+    z = _cast(input, dtype)
+    dim = _implicit_dim(z.dim()) if dim is None else dim
+    weights = torch.exp(z - z.real.detach().amax(dim, keepdim=True))
+    return weights / weights.sum(dim, keepdim=True)
+
+
+@rule("softmin", _SOFTMAX, "softmax of $-z$")
+def _softmin(
+    input: Tensor,  # noqa: A002
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return softmax(-input, dim, dtype=dtype)
+
+
+@rule("log_softmax", _SOFTMAX, r"$z_i - \log \sum_j e^{z_j}$")
+def log_softmax(
+    input: Tensor,  # noqa: A002
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Logarithm of the softmax."""
+    z = _cast(input, dtype)
+    dim = _implicit_dim(z.dim()) if dim is None else dim
+    return z - logsumexp(z, dim, keepdim=True)
+
+
+@rule("logsumexp", _SOFTMAX, r"$\log \sum_j e^{z_j}$, shifted by the largest real part")
+def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:  # noqa: A002
+    """Logarithm of a sum of exponentials, on the branch of the real axis."""
+    shift = input.real.detach().amax(dim, keepdim=True)
+    total = torch.log(torch.exp(input - shift).sum(dim, keepdim=keepdim))
+    return total + (shift if keepdim else shift.amax(dim))
+
+
+def _cast(z: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`z` in the precision asked for by `dtype=`, which names a real dtype in a real model."""
+    return z if dtype is None else z.to(torch.promote_types(dtype, torch.float32).to_complex())

@@ -1,0 +1,82 @@
+"""Activations that are analytic, so that a complex nudge can be used with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchdeq_ep.holomorphic.elementwise import sigmoid
+from torchdeq_ep.holomorphic.registry import continued
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return sigmoid(x) if x.is_complex() else torch.sigmoid(x)
+
+
+@continued("torchdeq_ep.nn", r"$\sigma(4 z - 2)$")
+def shifted_sigmoid(x: Tensor) -> Tensor:
+    """The papers' sigmoid, `1 / (1 + exp(-4 x + 2))`: slope 1 at 1/2, values between 0 and 1.
+
+    Laborieux & Zenke, arXiv 2209.00530 and 2309.02214. It is analytic in the strip `|Im x| < pi / 4`.
+
+    Args:
+        x: Real or complex tensor.
+
+    Returns:
+        A tensor of the same shape and dtype.
+
+    Example:
+        >>> shifted_sigmoid(torch.tensor([0.5, 0.5 + 0.1j]))
+        tensor([0.5000+0.0000j, 0.5000+0.1014j])
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(shifted_sigmoid, (x,), x)  # type: ignore[no-any-return]
+    return _sigmoid(4 * x - 2)
+
+
+@continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")
+def dsilu(x: Tensor) -> Tensor:
+    """The derivative of SiLU, `s(x) (1 + x (1 - s(x)))` with the logistic function `s`.
+
+    Elfwing et al., Neural Networks 107:3 (2018). It is a sigmoid with overshoots: 1/2 at 0, with slope 1/2, tending to
+    0 and 1, between -0.1 and 1.1. It is analytic in the strip `|Im x| < pi`.
+
+    Args:
+        x: Real or complex tensor.
+
+    Returns:
+        A tensor of the same shape and dtype.
+
+    Example:
+        >>> dsilu(torch.tensor([-2.4, 0.0, 2.4]))
+        tensor([-0.0998,  0.5000,  1.0998])
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(dsilu, (x,), x)  # type: ignore[no-any-return]
+    # 1 - s(x) = s(-x), without cancellation.
+    return _sigmoid(x) * (1 + x * _sigmoid(-x))
+
+
+class ShiftedSigmoid(nn.Module):
+    """Module of [`shifted_sigmoid`][torchdeq_ep.nn.shifted_sigmoid].
+
+    Example:
+        >>> ShiftedSigmoid()(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0.1192, 0.5000, 0.8808])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shifted_sigmoid(x)
+
+
+class DSiLU(nn.Module):
+    """Module of [`dsilu`][torchdeq_ep.nn.dsilu].
+
+    Example:
+        >>> DSiLU()(torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dsilu(x)

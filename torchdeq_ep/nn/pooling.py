@@ -1,0 +1,142 @@
+"""Softmax pooling: an analytic stand-in for max pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.holomorphic.registry import continued
+
+Size = int | Sequence[int]
+
+
+@continued("torchdeq_ep.nn", r"$\sum_i z_i e^{z_i / T} / \sum_i e^{z_i / T}$ over each window")
+def softmax_pool(
+    x: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    temperature: float = 1.0,
+    n_dims: int = 2,
+) -> Tensor:
+    """Mean of each window, weighted by the softmax of its entries: `sum_i x_i exp(x_i / T) / sum_i exp(x_i / T)`.
+
+    The pooling of Laborieux & Zenke, arXiv 2209.00530. It tends to max pooling as the temperature `T` falls to 0, and to
+    average pooling as it grows. The padding has no weight.
+
+    Args:
+        x: Real or complex tensor of shape `(..., *spatial)`, with `n_dims` spatial dimensions.
+        kernel_size: Size of the window, one number or one for each spatial dimension.
+        stride: Step between windows; `None` for the size of the window.
+        padding: Entries added on both sides, at most half of the window.
+        temperature: `T`, positive.
+        n_dims: Number of spatial dimensions.
+
+    Returns:
+        A tensor of shape `(..., *pooled)`, of the shape that max pooling of these options gives.
+
+    Raises:
+        InvalidOptionError: If an option is out of range.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> softmax_pool(x, 2), softmax_pool(x, 2, temperature=0.01)
+        (tensor([[2.4926]]), tensor([[3.]]))
+    """
+    if has_torch_function_unary(x):
+        options = {"stride": stride, "padding": padding, "temperature": temperature, "n_dims": n_dims}
+        return handle_torch_function(softmax_pool, (x,), x, kernel_size, **options)  # type: ignore[no-any-return]
+    kernel = _per_dim("kernel_size", kernel_size, n_dims, 1)
+    steps = _per_dim("stride", kernel_size if stride is None else stride, n_dims, 1)
+    pads = _per_dim("padding", padding, n_dims, 0)
+    if not temperature > 0:
+        raise InvalidOptionError(f"temperature must be positive, not {temperature!r}.")
+    if any(2 * pad > size for pad, size in zip(pads, kernel, strict=True)):
+        raise InvalidOptionError(f"padding {pads} must be at most half of kernel_size {kernel}.")
+    windows = _windows(x, kernel, steps, pads)
+    real = windows.real if windows.is_complex() else windows
+    exponent = real.detach() / temperature
+    if any(pads):
+        inside = _windows(torch.ones(x.shape[-n_dims:], dtype=torch.bool, device=x.device), kernel, steps, pads)
+        exponent = exponent.masked_fill(~inside, -torch.inf)
+    weights = torch.exp(windows / temperature - exponent.amax(-1, keepdim=True))
+    if any(pads):
+        weights = weights * inside
+    return (weights * windows).sum(-1) / weights.sum(-1)
+
+
+def _windows(x: Tensor, kernel: Sequence[int], steps: Sequence[int], pads: Sequence[int]) -> Tensor:
+    """All windows of `x`, each flattened to the last dimension."""
+    if any(pads):
+        x = functional.pad(x, [pad for pad in reversed(pads) for _ in range(2)])
+    first = x.dim() - len(kernel)
+    for dim, (size, step) in enumerate(zip(kernel, steps, strict=True)):
+        x = x.unfold(first + dim, size, step)
+    return x.flatten(-len(kernel))
+
+
+def _per_dim(name: str, value: Size, n_dims: int, least: int) -> tuple[int, ...]:
+    values = (value,) * n_dims if isinstance(value, int) else tuple(value)
+    if len(values) != n_dims or any(v < least for v in values):
+        raise InvalidOptionError(f"{name} must be one or {n_dims} whole numbers of at least {least}, not {value!r}.")
+    return values
+
+
+class _SoftmaxPool(nn.Module):
+    _n_dims: int
+
+    def __init__(
+        self, kernel_size: Size, stride: Size | None = None, padding: Size = 0, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return softmax_pool(x, self.kernel_size, self.stride, self.padding, self.temperature, self._n_dims)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"temperature={self.temperature}"
+        )
+
+
+class SoftmaxPool1d(_SoftmaxPool):
+    """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last dimension.
+
+    Example:
+        >>> SoftmaxPool1d(2)(torch.zeros(1, 3, 8)).shape
+        torch.Size([1, 3, 4])
+    """
+
+    _n_dims = 1
+
+
+class SoftmaxPool2d(_SoftmaxPool):
+    """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last two dimensions.
+
+    Example:
+        >>> SoftmaxPool2d(3, stride=2, padding=1, temperature=0.5)(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 3, 4, 4])
+    """
+
+    _n_dims = 2
+
+
+class SoftmaxPool3d(_SoftmaxPool):
+    """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last three dimensions.
+
+    Example:
+        >>> SoftmaxPool3d(2)(torch.zeros(1, 3, 4, 4, 4)).shape
+        torch.Size([1, 3, 2, 2, 2])
+    """
+
+    _n_dims = 3
