@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from torchdeq_ep.backward import Backward, NudgeReport, change_tolerance
+from torchdeq_ep.backward import STATEFUL, Backward, NudgeReport, change_tolerance
 from torchdeq_ep.equilibrium import Equilibrium, Packing, norm, relative_difference
 from torchdeq_ep.errors import DoubleBackwardError, MapChangedError, MapContractError, StochasticMapError
 from torchdeq_ep.evaluation import Autocast, Map, undisturbed
@@ -31,8 +31,8 @@ def attach(
     the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`.
 
     Args:
-        f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. A state of several tensors
-            is passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
+        f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors
+            are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
         z_star: The fixed point: a tensor of any shape, or a tuple or list of tensors. Gradients do not flow into it.
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
         writer: Called with the [`NudgeReport`][torchdeq_ep.backward.NudgeReport] of each backward pass.
@@ -107,7 +107,7 @@ def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -
     """
     if not value.requires_grad:
         return returned.detach()
-    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())
+    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())  # type: ignore[no-untyped-call]
     return connected
 
 
@@ -124,7 +124,7 @@ class _EquilibriumGradient(torch.autograd.Function):
         free_state, value = ctx.saved_tensors
         error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach()).to(value.dtype)
         if torch.is_grad_enabled() and cotangent.requires_grad:
-            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)
+            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
         return None, None, error_vector, None
 
 
@@ -138,8 +138,8 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         raise DoubleBackwardError(
-            "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) defines "
-            "the first one only. Drop create_graph=True, or differentiate an unrolled solver for higher derivatives."
+            "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) "
+            "defines the first one only. Drop create_graph=True, or differentiate an unrolled solver for higher derivatives."
         )
 
 
@@ -162,7 +162,7 @@ def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Te
             if not isinstance(error_vector, Tensor) or error_vector.shape != z.shape:
                 got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
                 raise MapContractError(
-                    f"the backward {layer.mode!r} must return a tensor of the state's shape {tuple(z.shape)}, not {got}."
+                    f"the backward {layer.mode!r} must return a tensor of shape {tuple(z.shape)}, not {got}."
                 )
     if layer.writer is not None:
         layer.writer(report)
@@ -190,12 +190,10 @@ def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, toleran
         again = f(z)
     if norm(again - now) > tolerance * norm(now):
         raise StochasticMapError(
-            f"f gives different answers for the same state (they differ by {difference:.1e}), so it has no fixed point. "
-            "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
-            "layer that updates its state on every call."
+            f"f gives different answers for the same state (by {difference:.1e}), so it has no fixed point. {STATEFUL}"
         )
     raise MapChangedError(
         f"f(z*) differs by {difference:.1e} from its value in the forward pass, so f was changed in between and the "
-        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or train()/eval(), "
-        "and do not write into tensors that f uses."
+        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or "
+        "train()/eval(), and do not write into tensors that f uses."
     )

@@ -50,6 +50,11 @@ DEFAULT_MAX_ITER = 100
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
 
+STATEFUL = (
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a layer "
+    "that updates its state on every call."
+)
+
 _STENCILS: dict[str, Callable[[], Stencil]] = {
     "one-sided": Stencil.one_sided,
     "symmetric": Stencil.symmetric,
@@ -187,9 +192,7 @@ class _RelaxedBackward(Backward):
         again = equilibrium.f(equilibrium.z)
         if relative_difference(again, equilibrium.value) > change_tolerance(equilibrium.eps):
             raise StochasticMapError(
-                "f gives different answers for the same state, so it has no fixed point to nudge. Look for dropout in "
-                "train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a layer that "
-                "updates its state on every call."
+                f"f gives different answers for the same state, so it has no fixed point to nudge. {STATEFUL}"
             )
         if relaxation.diverged or relaxation.residual >= 1.0:
             raise NudgeDivergedError(
@@ -199,8 +202,8 @@ class _RelaxedBackward(Backward):
             )
         warnings.warn(
             f"{what} stopped at a relative residual of {relaxation.residual:.1e} after {len(relaxation.trace)} steps "
-            f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or try "
-            "another solver ('anderson', 'broyden').",
+            f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or "
+            "try another solver ('anderson', 'broyden').",
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -479,9 +482,9 @@ class _NudgedProblem:
             state_force, mismatch = loss_force(equilibrium, metric)
             if mismatch > _LOSS_MISMATCH:
                 warnings.warn(
-                    "the loss given to nudge_loss has another gradient at the free state than the one that reached the "
-                    f"layer (they differ by {mismatch:.0%} beyond a factor), so the layer is nudged by another loss than "
-                    "the one being minimised. Include every term of the training loss, read-out included.",
+                    "the loss given to nudge_loss has another gradient at the free state than the one that reached "
+                    f"the layer (they differ by {mismatch:.0%} beyond a factor), so the layer is nudged by another "
+                    "loss than the one being minimised. Include every term of the training loss, read-out included.",
                     LossMismatchWarning,
                     stacklevel=2,
                 )

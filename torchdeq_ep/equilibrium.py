@@ -15,6 +15,7 @@ from torchdeq_ep.errors import MapContractError, NonFiniteError
 from torchdeq_ep.evaluation import Map
 
 State = Tensor | Sequence[Tensor]
+Container = type[list[Any]] | type[tuple[Any, ...]] | None
 
 _MIN_NORM = 1e-30
 
@@ -34,7 +35,7 @@ class Packing:
         lenient: Accept values of `f` in another floating dtype and cast them (autocast makes such values).
     """
 
-    container: type[list[Tensor]] | type[tuple[Tensor, ...]] | None
+    container: Container
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     lenient: bool = False
@@ -61,7 +62,7 @@ class Packing:
         for tensor in tensors:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise MapContractError(f"a state must be floating or complex, not {tensor.dtype}: call .float() on it.")
-        container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
+        container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
         return cls(container, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), lenient)
 
     def pack(self, state: State, source: str = "f") -> Tensor:
@@ -118,7 +119,10 @@ class Packing:
         """
         if self._is_plain:
             return self._wrap([packed])
-        shapes = [(*s, 2) if d.is_complex else s for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        shapes: list[tuple[int, ...] | list[int]] = [
+            (*shape, 2) if dtype.is_complex else tuple(shape)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
         tensors = einops.unpack(packed, shapes, "*")
         whole = [
             torch.view_as_complex(t.contiguous()) if d.is_complex else t

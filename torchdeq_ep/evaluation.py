@@ -63,7 +63,7 @@ class FrozenStatistics(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for counter, before in self._counters.values():
             counter.copy_(before)
         self._counters.clear()

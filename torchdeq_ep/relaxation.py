@@ -140,7 +140,7 @@ def iterate(
         elif residual > 10 * smallest:
             history, point = _Anderson(memory), best
         else:
-            point = history.next(point, value, difference)
+            point = history.next(value, difference)
     return Relaxation(best, smallest, tuple(trace), False)
 
 
@@ -161,7 +161,7 @@ class _Anderson:
         self._residuals: list[Tensor] = []
         self._updates: list[Tensor] = []
 
-    def next(self, point: Tensor, value: Tensor, difference: Tensor) -> Tensor:
+    def next(self, value: Tensor, difference: Tensor) -> Tensor:
         if self._last is not None:
             last_value, last_difference = self._last
             self._residuals.append((difference - last_difference).flatten())
@@ -176,7 +176,8 @@ class _Anderson:
         ridge = 10 * torch.finfo(columns.dtype).eps * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
         right = (columns @ difference.flatten()).double() / scales
         coefficients = (torch.linalg.solve(gram + ridge, right) / scales).to(columns.dtype)
-        return value - (coefficients @ torch.stack(self._updates)).reshape(value.shape)
+        mixed: Tensor = value - (coefficients @ torch.stack(self._updates)).reshape(value.shape)
+        return mixed
 
 
 def find_solver(solver: str | Solver) -> Solver:
@@ -205,7 +206,7 @@ def find_solver(solver: str | Solver) -> Solver:
     return found
 
 
-class _Stop(Exception):
+class _SolvedError(Exception):
     """Raised through a solver once there is nothing left for it to do."""
 
 
@@ -225,7 +226,7 @@ class _Observer:
             self.best, self.smallest = value, residual
         self.diverged = not residual <= DIVERGED * max(self.trace[0], self._tol)
         if self.diverged or residual <= self._tol or len(self.trace) >= self._max_iter:
-            raise _Stop
+            raise _SolvedError
         return value
 
 
@@ -247,9 +248,9 @@ def _drive(solver: Solver, step: Step, start: Tensor, *, scale: float, tol: floa
             solver(corrected, torch.zeros_like(start), max_iter=budget, tol=tol / before, stop_mode="abs")
             if not observer.smallest < 0.5 * before:
                 break
-    except _Stop:
+    except _SolvedError:
         diverged = observer.diverged
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diverged = True
     residual = observer.trace[-1] if diverged else observer.smallest
     return Relaxation(observer.best, residual, tuple(observer.trace), diverged)
