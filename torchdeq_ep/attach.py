@@ -139,7 +139,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         raise DoubleBackwardError(
             "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) "
-            "defines the first one only. Drop create_graph=True, or differentiate an unrolled solver for higher derivatives."
+            "defines the first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
         )
 
 

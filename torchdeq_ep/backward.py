@@ -49,10 +49,12 @@ OnDivergence = Literal["shrink", "raise", "ift"]
 DEFAULT_MAX_ITER = 100
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
+MEANINGLESS = 0.5
+"""A relaxation that stops with a larger relative residual than this has found no estimate at all."""
 
 STATEFUL = (
-    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a layer "
-    "that updates its state on every call."
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
+    "layer that updates its state on every call."
 )
 
 _STENCILS: dict[str, Callable[[], Stencil]] = {
@@ -194,7 +196,7 @@ class _RelaxedBackward(Backward):
             raise StochasticMapError(
                 f"f gives different answers for the same state, so it has no fixed point to nudge. {STATEFUL}"
             )
-        if relaxation.diverged or relaxation.residual >= 1.0:
+        if relaxation.diverged or relaxation.residual > MEANINGLESS:
             raise NudgeDivergedError(
                 f"{what} diverged: relative residual {relaxation.residual:.1e} after {len(relaxation.trace)} steps. "
                 "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
@@ -413,11 +415,11 @@ class EquilibriumPropagation(_RelaxedBackward):
                     warnings.warn(f"implicit differentiation took over, because {error}", FallbackWarning, stacklevel=2)
                     return ImplicitDifferentiation(max_iter=self.max_iter, tol=self.tol)._solve(equilibrium)
                 if retry == retries:
-                    tried = f" Amplitudes down to beta = {stencil.beta} were tried." if retries else ""
+                    tried = f" Amplitudes down to beta = {stencil.beta:.1e} were tried." if retries else ""
                     raise NudgeDivergedError(f"{error}{tried}") from error
                 stencil = stencil.at(float(stencil.beta) / 2)
         v = displacement if problem.metric is None else displacement / problem.metric
-        return v, replace(report, retries=retry)
+        return v.to(equilibrium.z.dtype), replace(report, retries=retry)
 
     def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
         chosen = cast(Stencil, self.stencil)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,9 @@ def relax(
         result = iterate(rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
     else:
         result = _drive(find_solver(solver), rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
-    return Relaxation(from_rows(result.displacement), result.residual, result.trace, result.diverged)
+    # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
+    lost = float(result.displacement.norm()) > scale * nodes / torch.finfo(rows.dtype).eps ** 0.5
+    return Relaxation(from_rows(result.displacement), result.residual, result.trace, result.diverged or lost)
 
 
 def iterate(
@@ -132,13 +134,13 @@ def iterate(
         if residual <= tol:
             break
         if history is None and _is_slow(trace, tol):
-            history, smallest_at = _Anderson(memory), k
+            history, smallest_at = _Anderson(memory, point), k
         elif k - smallest_at >= _STALL:
             break
         if history is None:
             point = value
         elif residual > 10 * smallest:
-            history, point = _Anderson(memory), best
+            history, point = _Anderson(memory, point), best
         else:
             point = history.next(value, difference)
     return Relaxation(best, smallest, tuple(trace), False)
@@ -155,29 +157,42 @@ def _is_slow(trace: list[float], tol: float) -> bool:
 class _Anderson:
     """Type-II Anderson mixing; one set of coefficients for the whole stack (Walker & Ni 2011, SINUM 49:1715)."""
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, memory: int, like: Tensor) -> None:
+        self._residuals = like.new_empty(memory, like.numel())
+        self._values = like.new_empty(memory, like.numel())
+        self._gram = torch.zeros(memory, memory, dtype=torch.float64, device=like.device)
+        self._count = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        self._residuals: list[Tensor] = []
-        self._updates: list[Tensor] = []
 
     def next(self, value: Tensor, difference: Tensor) -> Tensor:
+        """The next point, from the value of the map at this one and how much it differs from the point."""
+        eps = torch.finfo(value.dtype).eps
         if self._last is not None:
-            last_value, last_difference = self._last
-            self._residuals.append((difference - last_difference).flatten())
-            self._updates.append((value - last_value).flatten())
-            del self._residuals[: -self._memory], self._updates[: -self._memory]
+            self._remember(value, difference, eps)
         self._last = value, difference
-        if not self._residuals:
+        used = min(self._count, len(self._gram))
+        if used == 0:
             return value
-        columns = torch.stack(self._residuals)
-        scales = torch.linalg.vector_norm(columns, dim=1).double().clamp_min(1e-300)
-        gram = (columns @ columns.T).double() / (scales[:, None] * scales)
-        ridge = 10 * torch.finfo(columns.dtype).eps * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
-        right = (columns @ difference.flatten()).double() / scales
-        coefficients = (torch.linalg.solve(gram + ridge, right) / scales).to(columns.dtype)
-        mixed: Tensor = value - (coefficients @ torch.stack(self._updates)).reshape(value.shape)
+        residuals, gram = self._residuals[:used], self._gram[:used, :used]
+        scales = gram.diagonal().sqrt()
+        ridge = 10 * eps * torch.eye(used, dtype=gram.dtype, device=gram.device)
+        right = (residuals @ difference.flatten()).double() / scales
+        coefficients = torch.linalg.solve(gram / (scales[:, None] * scales) + ridge, right) / scales
+        mixed: Tensor = value - (coefficients.to(value.dtype) @ self._values[:used]).reshape(value.shape)
         return mixed
+
+    def _remember(self, value: Tensor, difference: Tensor, eps: float) -> None:
+        last_value, last_difference = cast(tuple[Tensor, Tensor], self._last)
+        slot = self._count % len(self._gram)
+        column = torch.sub(difference.flatten(), last_difference.flatten(), out=self._residuals[slot])
+        # A residual that does not change (I - J is singular) would make the step arbitrarily long.
+        if float(column.norm()) <= 100 * eps * float(difference.norm()):
+            self._count = 0
+            return
+        torch.sub(value.flatten(), last_value.flatten(), out=self._values[slot])
+        self._count += 1
+        used = min(self._count, len(self._gram))
+        self._gram[slot, :used] = self._gram[:used, slot] = (self._residuals[:used] @ column).double()
 
 
 def find_solver(solver: str | Solver) -> Solver:
