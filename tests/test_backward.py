@@ -31,7 +31,9 @@ SOLVERS = [None, "fixed_point_iter", "simple_fixed_point_iter", "anderson", "bro
 
 def report_of(mode, problem: Problem, loss_of_state=None):
     eps = torch.finfo(problem.z.dtype).eps
-    return mode.solve(Equilibrium(problem.f, problem.z, problem.f(problem.z), problem.g, eps, loss_of_state))
+    return mode.solve(
+        Equilibrium(problem.f, problem.z, problem.f(problem.z), problem.g, eps, loss_of_state=loss_of_state)
+    )
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -298,10 +300,13 @@ def test_complex_states_are_pairs_of_reals():
 
     z = solve(f, torch.zeros(4, dtype=torch.complex128))
     g = torch.randn(4, dtype=torch.complex128)
-    assert relative_error(
-        torch.view_as_real(tep.get_backward("aep")(f, z, g)),
-        torch.view_as_real(tep.ImplicitDifferentiation(tol=1e-14)(f, z, g)),
-    ) < 1e-8
+    assert (
+        relative_error(
+            torch.view_as_real(tep.get_backward("aep")(f, z, g)),
+            torch.view_as_real(tep.ImplicitDifferentiation(tol=1e-14)(f, z, g)),
+        )
+        < 1e-8
+    )
     with pytest.raises(NotHolomorphicError):
         tep.get_backward("hep")(f, z, g)
 

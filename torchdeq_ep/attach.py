@@ -67,8 +67,8 @@ def attach(
     free_state = packing.pack(z_star, "z_star").detach()
     value = map_of_states(free_state)
     layer = Layer(map_of_states, mode, autocast, packing, writer)
-    packed = connect(layer, free_state, value, free_state)
-    return cast(AnyState, packing.unpack(packed))
+    connected = connect(layer, free_state, value, free_state)
+    return cast(AnyState, packing.restore(connected, like=z_star))
 
 
 @dataclass
@@ -122,7 +122,7 @@ class _EquilibriumGradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, None]:
         (cotangent,) = cotangents
         free_state, value = ctx.saved_tensors
-        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach()).to(value.dtype)
+        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
         if torch.is_grad_enabled() and cotangent.requires_grad:
             error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
         return None, None, error_vector, None
@@ -145,41 +145,44 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
 def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
     # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
-    coarse = layer.autocast.enabled
-    z = free_state.float() if coarse and free_state.dtype in (torch.float16, torch.bfloat16) else free_state
-    autocast_in_force, value_now = _evaluate(layer, z)
-    eps_then = torch.finfo(layer.autocast.dtype if coarse else z.dtype).eps
-    eps_now = torch.finfo(layer.autocast.dtype if autocast_in_force else z.dtype).eps
-    with layer.autocast.restored(autocast_in_force):
-        _require_same_function(layer.f, z, value.to(z.dtype), value_now, change_tolerance(eps_then))
-        equilibrium = Equilibrium(layer.f, z, value_now, cotangent.to(z.dtype), eps_now, layer.loss_of_state())
+    autocast, z = layer.autocast, free_state
+    in_force, value_now, records = _evaluate(layer, z)
+    eps_then = torch.finfo(autocast.dtype if autocast.enabled else z.dtype).eps
+    eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
+    with autocast.restored(in_force):
+        _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
+        equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
         if isinstance(layer.mode, Backward):
             error_vector, report = layer.mode.solve(equilibrium)
         else:
-            with undisturbed():
-                error_vector = layer.mode(layer.f, z, equilibrium.cotangent)
-            report = NudgeReport(repr(layer.mode))
-            if not isinstance(error_vector, Tensor) or error_vector.shape != z.shape:
-                got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
-                raise MapContractError(
-                    f"the backward {layer.mode!r} must return a tensor of shape {tuple(z.shape)}, not {got}."
-                )
+            error_vector, report = _solve_by_callable(layer.mode, equilibrium)
     if layer.writer is not None:
         layer.writer(report)
     return error_vector.detach()
 
 
-def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor]:
-    """`f(z*)` with autocast off if `f` can do without it, and whether it had to be on."""
-    with undisturbed():
+def _solve_by_callable(mode: BackwardRule, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+    equilibrium.require_finite()
+    with undisturbed(equilibrium.records):
+        error_vector = mode(equilibrium.f, equilibrium.z, equilibrium.cotangent)
+    shape = tuple(equilibrium.z.shape)
+    if not isinstance(error_vector, Tensor) or error_vector.shape != equilibrium.z.shape:
+        got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
+        raise MapContractError(f"the backward {mode!r} must return a tensor of shape {shape}, not {got}.")
+    return error_vector, NudgeReport(repr(mode))
+
+
+def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
+    """Whether `f` needs the autocast of the forward pass, `f(z*)`, and whether `f` records running statistics."""
+    with undisturbed() as guard:
         if layer.autocast.enabled:
             try:
                 with layer.autocast.restored(False):
-                    return False, layer.f(z)
+                    return False, layer.f(z), guard.withheld
             except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
                 pass
         with layer.autocast.restored(True):
-            return layer.autocast.enabled, layer.f(z)
+            return layer.autocast.enabled, layer.f(z), guard.withheld
 
 
 def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, tolerance: float) -> None:

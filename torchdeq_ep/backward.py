@@ -128,9 +128,10 @@ class Backward(ABC):
         z = packing.pack(z_star, "z_star").detach()
         g = packing.pack(cotangent, "the cotangent").detach()
         packed = packing.map(f)
-        with undisturbed():
+        with undisturbed() as guard:
             value = packed(z)
-        return packing.unpack(self.solve(Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps))[0])
+        equilibrium = Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps, guard.withheld)
+        return packing.unpack(self.solve(equilibrium)[0])
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         """The error vector of a packed equilibrium, and a report of how it was found.
@@ -157,7 +158,7 @@ class Backward(ABC):
             )
         if norm(equilibrium.cotangent) == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
-        with undisturbed():
+        with undisturbed(equilibrium.records):
             return self._solve(equilibrium)
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import einops
 import torch
@@ -18,6 +18,7 @@ State = Tensor | Sequence[Tensor]
 Container = type[list[Any]] | type[tuple[Any, ...]] | None
 
 _MIN_NORM = 1e-30
+_COARSE = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Packing:
         container: `list`, `tuple`, or `None` for a bare tensor.
         shapes: Shape of each tensor.
         dtypes: Dtype of each tensor.
-        lenient: Accept values of `f` in another floating dtype and cast them (autocast makes such values).
+        lenient: The forward pass runs under autocast: keep states in float32 at least, and cast values of `f` in
+            another floating dtype.
     """
 
     container: Container
@@ -63,7 +65,8 @@ class Packing:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise MapContractError(f"a state must be floating or complex, not {tensor.dtype}: call .float() on it.")
         container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
-        return cls(container, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), lenient)
+        dtypes = tuple(torch.float32 if lenient and t.dtype in _COARSE else t.dtype for t in tensors)
+        return cls(container, tuple(t.shape for t in tensors), dtypes, lenient)
 
     def pack(self, state: State, source: str = "f") -> Tensor:
         """One real tensor from a state (or from a value of `f`, or a cotangent).
@@ -132,6 +135,13 @@ class Packing:
             whole = [t.to(d) for t, d in zip(whole, self.dtypes, strict=True)]
         return self._wrap(whole)
 
+    def restore(self, packed: Tensor, like: State) -> State:
+        """The state that a packed tensor stands for, in the dtypes of `like`, which autocast may have made coarser."""
+        state = self.unpack(packed)
+        if isinstance(state, Tensor) or isinstance(like, Tensor):
+            return cast(Tensor, state).to(cast(Tensor, like).dtype)
+        return self._wrap([tensor.to(other.dtype) for tensor, other in zip(state, like, strict=True)])
+
     @property
     def _is_plain(self) -> bool:
         return len(self.shapes) == 1 and not self.dtypes[0].is_complex
@@ -179,6 +189,7 @@ class Equilibrium:
         value: `f(z*)`. Kept apart from `z` because a solver stops early: the displacement map cancels the difference.
         cotangent: `g = dL/dz*`, of the shape of `z`.
         eps: Relative rounding error of one call of `f`.
+        records: Whether `f` has layers that would record running statistics.
         loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
     """
 
@@ -187,6 +198,7 @@ class Equilibrium:
     value: Tensor
     cotangent: Tensor
     eps: float
+    records: bool = True
     loss_of_state: Map | None = None
 
     @property

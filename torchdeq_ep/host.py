@@ -103,7 +103,7 @@ class EquilibriumRule:
         )
         value = packing.pack(returned)
         state = packing.pack(source, "the solver").detach()
-        return packing.unpack(connect(layer, state, value, value))
+        return packing.restore(connect(layer, state, value, value), like=returned)
 
 
 @dataclass(frozen=True)
