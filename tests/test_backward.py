@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from problems import Problem, contraction, relative_error, solve, tanh_problem
 
 import torchdeq_ep as tep
-from torchdeq_ep.backward import Equilibrium
+from torchdeq_ep.equilibrium import Equilibrium
 from torchdeq_ep.errors import (
     ConvergenceWarning,
     EPError,

@@ -9,10 +9,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from torchdeq_ep.backward import STATEFUL, Backward, NudgeReport, change_tolerance
+from torchdeq_ep.backward import Backward, NudgeReport
 from torchdeq_ep.equilibrium import Equilibrium, Packing, norm, relative_difference
 from torchdeq_ep.errors import DoubleBackwardError, MapChangedError, MapContractError, StochasticMapError
-from torchdeq_ep.evaluation import Autocast, Map, undisturbed
+from torchdeq_ep.evaluation import STATEFUL, Autocast, Map, change_tolerance, undisturbed
 from torchdeq_ep.registry import BackwardRule, get_backward
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])

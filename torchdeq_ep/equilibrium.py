@@ -128,7 +128,7 @@ class Packing:
         ]
         tensors = einops.unpack(packed, shapes, "*")
         whole = [
-            torch.view_as_complex(t.contiguous()) if d.is_complex else t
+            torch.complex(t[..., 0], t[..., 1]) if d.is_complex else t
             for t, d in zip(tensors, self.dtypes, strict=True)
         ]
         if not packed.is_complex():

@@ -6,6 +6,7 @@ autograd graph; and several states should cost less than as many calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +20,16 @@ from torch.overrides import TorchFunctionMode
 Map = Callable[[Tensor], Tensor]
 Batching = Literal["auto", "vmap", "loop"]
 
-_STATISTICS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
-_STATISTICS_DEFAULT = {functional.batch_norm: False, functional.instance_norm: True}
+STATEFUL = (
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
+    "layer that updates its state on every call."
+)
+
+_STATISTICS: dict[Callable[..., Tensor], str] = {
+    functional.batch_norm: "training",
+    functional.instance_norm: "use_input_stats",
+}
+_SIGNATURES = {norm: inspect.signature(norm) for norm in _STATISTICS}
 _COUNTING = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 
@@ -51,17 +60,15 @@ class FrozenStatistics(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in _STATISTICS:
-            names = ("input", "running_mean", "running_var", "weight", "bias", _STATISTICS[func])
-            named = dict(zip(names, args, strict=False))
-            if {**named, **kwargs}.get(_STATISTICS[func], _STATISTICS_DEFAULT[func]):
-                withheld = {"running_mean": None, "running_var": None}
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            call = bound.arguments
+            if call["running_mean"] is not None and call[_STATISTICS[func]]:
                 self.withheld = True
-                rest = args[len(names) :]
-                call = {**named, **kwargs, **withheld}
-                return func(*(call.pop(name) for name in list(named)), *rest, **call)
-        elif func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
+                return func(**{**call, "running_mean": None, "running_var": None})
+        if func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
             self._counters.setdefault(id(args[0]), (args[0], args[0].clone()))
         return func(*args, **kwargs)
 
@@ -108,6 +115,18 @@ def undisturbed(guarded: bool = True) -> Iterator[FrozenStatistics]:
     frozen = FrozenStatistics()
     with torch.no_grad(), frozen if guarded else nullcontext():
         yield frozen
+
+
+def change_tolerance(eps: float) -> float:
+    """Relative difference between two values of `f` at one state that rounding alone does not explain.
+
+    Args:
+        eps: Relative rounding error of one call of `f`.
+
+    Returns:
+        A thousand times that, but no less than 1e-9 and no more than 5 %.
+    """
+    return min(max(1e3 * eps, 1e-9), 0.05)
 
 
 class StackedMap:

@@ -10,8 +10,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from torchdeq_ep.backward import Backward, EquilibriumPropagation, ImplicitDifferentiation, InfinitesimalEP
+from torchdeq_ep.backward import Backward, ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown_name
+from torchdeq_ep.propagation import EquilibriumPropagation
 from torchdeq_ep.stencils import Amplitude, Stencil
 
 BackwardRule = Callable[[Callable[..., Any], Any, Any], Any]

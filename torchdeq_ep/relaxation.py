@@ -120,6 +120,8 @@ def iterate(
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
     history: _Anderson | None = None
+    # Above this, a residual that does not fall is slow, not at the rounding floor of a finite nudge.
+    rounding = torch.finfo(start.dtype).eps ** 0.5
     for k in range(max_iter):
         value = step(point)
         difference = value - point
@@ -135,7 +137,7 @@ def iterate(
             break
         if history is None and _is_slow(trace, tol):
             history, smallest_at = _Anderson(memory, point), k
-        elif k - smallest_at >= _STALL:
+        elif k - smallest_at >= _STALL and smallest < rounding:
             break
         if history is None:
             point = value
