@@ -99,7 +99,9 @@ def test_the_number_of_steps_is_bounded(solver):
 
 def test_stalling_at_the_rounding_floor_ends_the_loop():
     step = Affine(0.3)
-    result = iterate(step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-40, max_iter=10_000)
+    result = iterate(
+        step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-40, floor=1e-12, max_iter=10_000
+    )
     assert len(result.trace) < 100
     assert result.residual < 1e-14
 

@@ -158,8 +158,10 @@ class RelaxedBackward(Backward):
         if self.solver is not None:
             find_solver(self.solver)
 
-    def run(self, step: Step, start: Tensor, scale: float, tol: float) -> Relaxation:
-        return relax(step, start, scale=scale, tol=tol, max_iter=self.max_iter or DEFAULT_MAX_ITER, solver=self.solver)
+    def run(self, step: Step, start: Tensor, scale: float, tol: float, floor: float) -> Relaxation:
+        """Relax a stack of nodes with the options of this mode."""
+        max_iter = self.max_iter or DEFAULT_MAX_ITER
+        return relax(step, start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, solver=self.solver)
 
     def judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
         """Whether a relaxation converged; speaks up if not, and raises if it is no estimate at all."""
@@ -195,8 +197,8 @@ class _LinearBackward(RelaxedBackward):
         self, equilibrium: Equilibrium, linear_map: Product, force: Tensor, what: str
     ) -> tuple[Tensor, NudgeReport]:
         tol = self.tol or 10 * equilibrium.eps
-        relaxation = self.run(lambda v: linear_map(v[0]).unsqueeze(0), force.unsqueeze(0), norm(force), tol)
         floor = 100 * equilibrium.eps
+        relaxation = self.run(lambda v: linear_map(v[0]).unsqueeze(0), force.unsqueeze(0), norm(force), tol, floor)
         converged = self.judge(relaxation, equilibrium, tol, floor, what)
         steps = len(relaxation.trace)
         return relaxation.displacement[0], NudgeReport(

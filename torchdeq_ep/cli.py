@@ -170,9 +170,7 @@ def _trained_digits(console: Any) -> Problem:
     with progress_module.Progress(console=console, transient=True) as progress:
         bar = progress.add_task("training a DEQ on handwritten digits by equilibrium propagation", total=None)
         trained = train_digits("ep", lambda done, total: progress.update(bar, completed=done, total=total))
-    console.print(
-        f"A DEQ trained on handwritten digits by equilibrium propagation: {trained.accuracy:.1%} right on unseen images."
-    )
+    console.print(f"A DEQ trained on digits by equilibrium propagation: {trained.accuracy:.1%} right on unseen digits.")
     return trained.model, trained.batch, trained.loss_fn
 
 

@@ -300,7 +300,7 @@ class _NudgedSolve:
     def _relax(self, nodes: tuple[Node, ...], start: Tensor, tol: float, final: bool = True) -> Tensor:
         displacement_map = self._map(nodes)
         start = start.to(displacement_map.amplitudes.dtype).expand(len(nodes), *start.shape)
-        relaxation = self._mode.run(displacement_map, start, norm(self._problem.force), tol)
+        relaxation = self._mode.run(displacement_map, start, norm(self._problem.force), tol, self._floor)
         if final or relaxation.diverged:
             self._judge(relaxation)
         self._count(displacement_map, len(nodes), len(relaxation.trace))

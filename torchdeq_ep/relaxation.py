@@ -45,7 +45,14 @@ class Relaxation:
 
 
 def relax(
-    step: Step, start: Tensor, *, scale: float, tol: float, max_iter: int, solver: str | Solver | None = None
+    step: Step,
+    start: Tensor,
+    *,
+    scale: float,
+    tol: float,
+    max_iter: int,
+    floor: float = 0.0,
+    solver: str | Solver | None = None,
 ) -> Relaxation:
     """Solve `d = step(d)` for a stack of nodes.
 
@@ -55,6 +62,7 @@ def relax(
         scale: What residuals are relative to: the norm of the force on a node.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
+        floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         solver: `None` for [`iterate`][torchdeq_ep.relaxation.iterate], the name of a solver registered with torchdeq,
             or a callable of the same signature.
 
@@ -86,7 +94,7 @@ def relax(
 
     rows = as_rows(start)
     if solver is None:
-        result = iterate(rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
+        result = iterate(rows_step, rows, scale=scale, tol=tol, floor=floor, max_iter=max_iter)
     else:
         result = _drive(find_solver(solver), rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
     # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
@@ -95,7 +103,14 @@ def relax(
 
 
 def iterate(
-    step: Step, start: Tensor, *, scale: float = 1.0, tol: float = 1e-6, max_iter: int = 100, memory: int = 5
+    step: Step,
+    start: Tensor,
+    *,
+    scale: float = 1.0,
+    tol: float = 1e-6,
+    max_iter: int = 100,
+    floor: float = 0.0,
+    memory: int = 5,
 ) -> Relaxation:
     """Plain iteration, with Anderson acceleration from the moment it proves slow.
 
@@ -105,11 +120,12 @@ def iterate(
         scale: What residuals are relative to.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
+        floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         memory: Number of differences that the acceleration keeps.
 
     Returns:
-        The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps, or if
-        the residual no longer falls (at the rounding floor, say).
+        The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
+        reached the floor.
 
     Example:
         >>> import torch
@@ -120,8 +136,6 @@ def iterate(
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
     history: _Anderson | None = None
-    # Above this, a residual that does not fall is slow, not at the rounding floor of a finite nudge.
-    rounding = torch.finfo(start.dtype).eps ** 0.5
     for k in range(max_iter):
         value = step(point)
         difference = value - point
@@ -137,7 +151,7 @@ def iterate(
             break
         if history is None and _is_slow(trace, tol):
             history, smallest_at = _Anderson(memory, point), k
-        elif k - smallest_at >= _STALL and smallest < rounding:
+        elif k - smallest_at >= _STALL and smallest <= floor:
             break
         if history is None:
             point = value
