@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import einops
@@ -205,6 +205,13 @@ class Equilibrium:
     def residual(self) -> float:
         """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
         return relative_difference(self.value, self.z)
+
+    def advanced(self) -> Equilibrium:
+        """The equilibrium one step of `f` further on, if that is closer to the fixed point."""
+        value = self.f(self.value)
+        if not norm(value - self.value) < norm(self.value - self.z):
+            return self
+        return replace(self, z=self.value, value=value)
 
     def require_finite(self) -> None:
         """Raises NonFiniteError if the cotangent or the value of `f` holds NaN or infinity."""

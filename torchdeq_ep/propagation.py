@@ -150,6 +150,9 @@ class EquilibriumPropagation(RelaxedBackward):
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         stencil = self._resolved_stencil(equilibrium)
+        advance = equilibrium.residual > stencil.expected_error(equilibrium.eps)
+        if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
+            equilibrium = equilibrium.advanced()
         problem = _NudgedProblem.pose(self, equilibrium)
         retries = _RETRIES if self.on_divergence == "shrink" else 0
         for retry in range(retries + 1):
@@ -165,7 +168,7 @@ class EquilibriumPropagation(RelaxedBackward):
                     raise NudgeDivergedError(f"{error}{tried}") from error
                 stencil = stencil.at(float(stencil.beta) / 2)
         v = displacement if problem.metric is None else displacement / problem.metric
-        return v.to(equilibrium.z.dtype), replace(report, retries=retry)
+        return v.to(equilibrium.z.dtype), replace(report, calls=report.calls + advance, retries=retry)
 
     def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
         chosen = cast(Stencil, self.stencil)
