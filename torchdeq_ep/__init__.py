@@ -7,6 +7,7 @@ from torchdeq_ep.attach import attach as attach
 from torchdeq_ep.backward import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP
 from torchdeq_ep.backward import NudgeReport as NudgeReport
+from torchdeq_ep.compare import compare as compare
 from torchdeq_ep.host import add_ep_args as add_ep_args
 from torchdeq_ep.host import nudge_loss as nudge_loss
 from torchdeq_ep.host import use_backward as use_backward

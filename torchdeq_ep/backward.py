@@ -39,7 +39,7 @@ Correction = Literal["asymmetric"]
 DEFAULT_MAX_ITER = 100
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
-MEANINGLESS = 0.5
+MEANINGLESS = 0.1
 """A relaxation that stops with a larger relative residual than this has found no estimate at all."""
 
 

@@ -149,8 +149,9 @@ def _compare(options: argparse.Namespace) -> int:
     # Standard output is for the figures alone if they go there.
     console = consoles.Console(stderr=options.json == "-")
     model, batch, loss_fn = _trained_digits(console) if options.factory is None else load_problem(options.factory)
-    with console.status("measuring"):
-        table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
+    # No spinner: its thread would compete with what is being timed.
+    console.print("measuring ...")
+    table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
     _show(console, table)
     if options.json is not None:
         text = json.dumps(table.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -167,7 +168,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _trained_digits(console: Any) -> Problem:
     progress_module = require("rich.progress", "rich", "The progress bar")
-    with progress_module.Progress(console=console, transient=True) as progress:
+    with progress_module.Progress(console=console, transient=True, refresh_per_second=2) as progress:
         bar = progress.add_task("training a DEQ on handwritten digits by equilibrium propagation", total=None)
         trained = train_digits("ep", lambda done, total: progress.update(bar, completed=done, total=total))
     console.print(f"A DEQ trained on digits by equilibrium propagation: {trained.accuracy:.1%} right on unseen digits.")
@@ -175,7 +176,7 @@ def _trained_digits(console: Any) -> Problem:
 
 
 def _show(console: Any, table: Comparison) -> None:
-    console.print(to_rich(table))
+    console.print(to_rich(table, console.width))
     # A narrow terminal, or a pipe, wraps what follows; markup in a message would be taken for formatting.
     for row in table.rows:
         for note in row.notes:
