@@ -24,6 +24,7 @@ from torchdeq_ep.errors import (
     NudgeDivergedError,
     PrecisionWarning,
     StochasticMapError,
+    TruncationWarning,
 )
 
 SOLVERS = [None, "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
@@ -546,3 +547,20 @@ def test_online_averages_to_the_same_limit():
         problem.f, problem.z, problem.g
     )
     assert relative_error(v, problem.dense()) < 1e-6
+
+
+@pytest.mark.parametrize("n_points", [3, 4, 5, 6, 8])
+@pytest.mark.parametrize("beta", [0.1, 0.3, 0.6])
+def test_contours_estimate_their_own_error(n_points, beta):
+    problem = tanh_problem(gain=0.8)
+    mode = tep.EquilibriumPropagation(tep.Stencil.contour(beta, n_points), tol=1e-13)
+    v, report = report_of(mode, problem)
+    error = relative_error(v, problem.dense())
+    assert error / 10 < report.truncation < 10 * error
+    assert report.radius > 1
+
+
+def test_contours_that_are_too_large_are_warned_about():
+    problem = tanh_problem(gain=0.9)
+    with pytest.warns(TruncationWarning, match="Use beta="):
+        tep.get_backward("hep:beta=1.2")(problem.f, problem.z, problem.g)

@@ -8,6 +8,7 @@ compared, pickled and shared between threads.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -58,6 +59,9 @@ class NudgeReport:
         converged: Whether it did, up to the rounding error of a finite nudge.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
+        truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
+            coefficients over its nodes; NaN for other stencils.
+        radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
         trace: Relative residual at every step, one relaxation after the other.
     """
 
@@ -71,6 +75,8 @@ class NudgeReport:
     converged: bool = True
     batching: str = "loop"
     retries: int = 0
+    truncation: float = math.nan
+    radius: float = math.nan
     trace: tuple[float, ...] = ()
 
 

@@ -27,6 +27,7 @@ from torchdeq_ep.errors import (
     NonFiniteError,
     NudgeDivergedError,
     PrecisionWarning,
+    TruncationWarning,
     unknown_name,
 )
 from torchdeq_ep.evaluation import Batching
@@ -46,6 +47,7 @@ _RETRIES = 4
 _COARSE = 0.02
 _LOSS_MISMATCH = 1e-2
 _ONLINE_FLOOR = 1e-2
+_LARGEST_TRUNCATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class EquilibriumPropagation(RelaxedBackward):
         run = _NudgedSolve(self, problem, unit, tol, floor, f"the {stencil.name} nudge (beta = {beta:.2g})")
         if self.schedule == "parallel":
             displacement = run.parallel(*stencil.upper_half(), coarse=max(tol, min(relative, 0.1)))
+            _warn_of_truncation(stencil, relative, run.decay)
         else:
             online = self.schedule if isinstance(self.schedule, Online) else Online()
             displacement = run.online(*stencil.upper_half(), online)
@@ -208,6 +211,8 @@ class EquilibriumPropagation(RelaxedBackward):
             tol=tol,
             converged=run.converged,
             batching=run.batching,
+            truncation=run.decay**stencil.order,
+            radius=relative / run.decay if run.decay else math.nan,
             trace=run.trace,
         )
 
@@ -257,21 +262,24 @@ class _NudgedSolve:
         self.converged = True
         self.batching = "loop"
         self.trace: tuple[float, ...] = ()
+        self.decay = math.nan
 
     def parallel(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], coarse: float) -> Tensor:
         """`Re sum_k c_k d_k`. All nodes share `d` up to `O(beta)`: the first, a real one, is solved that far alone."""
         start = self._problem.force
         if len(nodes) > 1:
             start = self._relax(nodes[:1], start, coarse, final=False)[0]
-        total = torch.zeros_like(self._problem.force)
+        solved: dict[int, Tensor] = {}
         for complex_nodes in (False, True):
             group = [k for k, node in enumerate(nodes) if isinstance(node, complex) == complex_nodes]
             if not group:
                 continue
             displacements = self._relax(tuple(nodes[k] for k in group), start, self._tol)
-            for k, displacement in zip(group, displacements, strict=True):
-                total += coefficients[k] * displacement.real
-        return total
+            solved.update(zip(group, displacements, strict=True))
+        half = [solved[k] for k in range(len(nodes))]
+        if any(isinstance(node, complex) for node in nodes):
+            self.decay = _contour_decay(half, isinstance(nodes[-1], complex))
+        return cast(Tensor, sum(c * displacement.real for c, displacement in zip(coefficients, half, strict=True)))
 
     def online(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], schedule: Online) -> Tensor:
         """The same sum with each node started from the last, a fixed number of steps each, averaged over periods."""
@@ -321,6 +329,34 @@ class _NudgedSolve:
         self.iterations += steps
         if nodes > 1:
             self.batching = displacement_map.evaluate.used
+
+
+def _contour_decay(half: list[Tensor], odd: bool) -> float:
+    """How much smaller each Fourier coefficient of the displacement over the whole circle is than the one before.
+
+    Coefficient `j` is `a_j beta^j` for a displacement `sum_j a_j b^j`, so by the root test the ratio is
+    `beta / radius`, and the first one that the trapezoidal rule takes for the mean is of relative size
+    `ratio^n_points`.
+
+    Args:
+        half: Displacements on the closed upper half circle, in order.
+        odd: Whether the number of points on the whole circle is odd, so that -beta is none of them.
+    """
+    mirrored = half[1:] if odd else half[1:-1]
+    circle = torch.stack([d.to(half[1].dtype) for d in half] + [d.conj() for d in reversed(mirrored)])
+    sizes: list[float] = torch.linalg.vector_norm(torch.fft.fft(circle, dim=0).flatten(1), dim=1).tolist()
+    return max(math.pow(size / sizes[0], 1 / j) for j, size in enumerate(sizes) if j > 0)
+
+
+def _warn_of_truncation(stencil: Stencil, beta: float, decay: float) -> None:
+    if decay**stencil.order > _LARGEST_TRUNCATION:
+        warnings.warn(
+            f"the {stencil.name} stencil of relative amplitude {beta:.2g} is too large: its estimated error is "
+            f"{decay**stencil.order:.0%}, because the displacement is analytic only up to about {beta / decay:.2g}. "
+            f"Use beta={0.3 * beta / decay:.1g} or less, or more points.",
+            TruncationWarning,
+            stacklevel=2,
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
