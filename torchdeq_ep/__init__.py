@@ -4,14 +4,15 @@ from importlib.metadata import version as _version
 
 from torchdeq_ep import errors as errors
 from torchdeq_ep.attach import attach as attach
-from torchdeq_ep.backward import EquilibriumPropagation as EquilibriumPropagation
 from torchdeq_ep.backward import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP
 from torchdeq_ep.backward import NudgeReport as NudgeReport
-from torchdeq_ep.backward import Online as Online
+from torchdeq_ep.compare import compare as compare
 from torchdeq_ep.host import add_ep_args as add_ep_args
 from torchdeq_ep.host import nudge_loss as nudge_loss
 from torchdeq_ep.host import use_backward as use_backward
+from torchdeq_ep.propagation import EquilibriumPropagation as EquilibriumPropagation
+from torchdeq_ep.propagation import Online as Online
 from torchdeq_ep.registry import available_backwards as available_backwards
 from torchdeq_ep.registry import get_backward as get_backward
 from torchdeq_ep.registry import register_backward as register_backward

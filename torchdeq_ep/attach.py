@@ -9,10 +9,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from torchdeq_ep.backward import Backward, NudgeReport, change_tolerance
+from torchdeq_ep.backward import Backward, NudgeReport
 from torchdeq_ep.equilibrium import Equilibrium, Packing, norm, relative_difference
 from torchdeq_ep.errors import DoubleBackwardError, MapChangedError, MapContractError, StochasticMapError
-from torchdeq_ep.evaluation import Autocast, Map, undisturbed
+from torchdeq_ep.evaluation import STATEFUL, Autocast, Map, change_tolerance, undisturbed
 from torchdeq_ep.registry import BackwardRule, get_backward
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
@@ -31,8 +31,8 @@ def attach(
     the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`.
 
     Args:
-        f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. A state of several tensors
-            is passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
+        f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors
+            are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
         z_star: The fixed point: a tensor of any shape, or a tuple or list of tensors. Gradients do not flow into it.
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
         writer: Called with the [`NudgeReport`][torchdeq_ep.backward.NudgeReport] of each backward pass.
@@ -67,8 +67,8 @@ def attach(
     free_state = packing.pack(z_star, "z_star").detach()
     value = map_of_states(free_state)
     layer = Layer(map_of_states, mode, autocast, packing, writer)
-    packed = connect(layer, free_state, value, free_state)
-    return cast(AnyState, packing.unpack(packed))
+    connected = connect(layer, free_state, value, free_state)
+    return cast(AnyState, packing.restore(connected, like=z_star))
 
 
 @dataclass
@@ -107,7 +107,7 @@ def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -
     """
     if not value.requires_grad:
         return returned.detach()
-    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())
+    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())  # type: ignore[no-untyped-call]
     return connected
 
 
@@ -122,9 +122,9 @@ class _EquilibriumGradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, None]:
         (cotangent,) = cotangents
         free_state, value = ctx.saved_tensors
-        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach()).to(value.dtype)
+        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
         if torch.is_grad_enabled() and cotangent.requires_grad:
-            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)
+            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
         return None, None, error_vector, None
 
 
@@ -138,48 +138,51 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         raise DoubleBackwardError(
-            "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) defines "
-            "the first one only. Drop create_graph=True, or differentiate an unrolled solver for higher derivatives."
+            "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) "
+            "defines the first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
         )
 
 
 def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
     # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
-    coarse = layer.autocast.enabled
-    z = free_state.float() if coarse and free_state.dtype in (torch.float16, torch.bfloat16) else free_state
-    autocast_in_force, value_now = _evaluate(layer, z)
-    eps_then = torch.finfo(layer.autocast.dtype if coarse else z.dtype).eps
-    eps_now = torch.finfo(layer.autocast.dtype if autocast_in_force else z.dtype).eps
-    with layer.autocast.restored(autocast_in_force):
-        _require_same_function(layer.f, z, value.to(z.dtype), value_now, change_tolerance(eps_then))
-        equilibrium = Equilibrium(layer.f, z, value_now, cotangent.to(z.dtype), eps_now, layer.loss_of_state())
+    autocast, z = layer.autocast, free_state
+    in_force, value_now, records = _evaluate(layer, z)
+    eps_then = torch.finfo(autocast.dtype if autocast.enabled else z.dtype).eps
+    eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
+    with autocast.restored(in_force):
+        _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
+        equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
         if isinstance(layer.mode, Backward):
             error_vector, report = layer.mode.solve(equilibrium)
         else:
-            with undisturbed():
-                error_vector = layer.mode(layer.f, z, equilibrium.cotangent)
-            report = NudgeReport(repr(layer.mode))
-            if not isinstance(error_vector, Tensor) or error_vector.shape != z.shape:
-                got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
-                raise MapContractError(
-                    f"the backward {layer.mode!r} must return a tensor of the state's shape {tuple(z.shape)}, not {got}."
-                )
+            error_vector, report = _solve_by_callable(layer.mode, equilibrium)
     if layer.writer is not None:
         layer.writer(report)
     return error_vector.detach()
 
 
-def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor]:
-    """`f(z*)` with autocast off if `f` can do without it, and whether it had to be on."""
-    with undisturbed():
+def _solve_by_callable(mode: BackwardRule, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+    equilibrium.require_finite()
+    with undisturbed(equilibrium.records):
+        error_vector = mode(equilibrium.f, equilibrium.z, equilibrium.cotangent)
+    shape = tuple(equilibrium.z.shape)
+    if not isinstance(error_vector, Tensor) or error_vector.shape != equilibrium.z.shape:
+        got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
+        raise MapContractError(f"the backward {mode!r} must return a tensor of shape {shape}, not {got}.")
+    return error_vector, NudgeReport(repr(mode))
+
+
+def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
+    """Whether `f` needs the autocast of the forward pass, `f(z*)`, and whether `f` records running statistics."""
+    with undisturbed() as guard:
         if layer.autocast.enabled:
             try:
                 with layer.autocast.restored(False):
-                    return False, layer.f(z)
+                    return False, layer.f(z), guard.withheld
             except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
                 pass
         with layer.autocast.restored(True):
-            return layer.autocast.enabled, layer.f(z)
+            return layer.autocast.enabled, layer.f(z), guard.withheld
 
 
 def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, tolerance: float) -> None:
@@ -190,12 +193,10 @@ def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, toleran
         again = f(z)
     if norm(again - now) > tolerance * norm(now):
         raise StochasticMapError(
-            f"f gives different answers for the same state (they differ by {difference:.1e}), so it has no fixed point. "
-            "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
-            "layer that updates its state on every call."
+            f"f gives different answers for the same state (by {difference:.1e}), so it has no fixed point. {STATEFUL}"
         )
     raise MapChangedError(
         f"f(z*) differs by {difference:.1e} from its value in the forward pass, so f was changed in between and the "
-        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or train()/eval(), "
-        "and do not write into tensors that f uses."
+        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or "
+        "train()/eval(), and do not write into tensors that f uses."
     )

@@ -1,4 +1,4 @@
-"""The backward modes: from a free equilibrium and a cotangent to an error vector.
+"""What a backward mode is: from a free equilibrium and a cotangent to an error vector; and the two linear modes.
 
 With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`; every nudged mode solves
 `d = D_b(d)` (see [`displacement`][torchdeq_ep.displacement]) and so tends to `(I - J)^-1 g`, which is the same vector
@@ -12,54 +12,36 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchdeq_ep.displacement import (
-    DisplacementMap,
     Metric,
     asymmetric_correction,
     diagonal_metric,
     infinitesimal_map,
-    loss_force,
 )
 from torchdeq_ep.equilibrium import Equilibrium, Packing, State, norm, relative_difference
 from torchdeq_ep.errors import (
     ConvergenceWarning,
-    FallbackWarning,
     InvalidOptionError,
-    LossMismatchWarning,
-    NonFiniteError,
     NudgeDivergedError,
-    PrecisionWarning,
     StochasticMapError,
-    unknown_name,
 )
-from torchdeq_ep.evaluation import Batching, undisturbed
+from torchdeq_ep.evaluation import STATEFUL, change_tolerance, undisturbed
 from torchdeq_ep.jacobian import Product, vjp
 from torchdeq_ep.relaxation import Relaxation, Solver, Step, find_solver, relax
-from torchdeq_ep.stencils import Node, Stencil
 
 Correction = Literal["asymmetric"]
-OnDivergence = Literal["shrink", "raise", "ift"]
 
 DEFAULT_MAX_ITER = 100
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
-
-_STENCILS: dict[str, Callable[[], Stencil]] = {
-    "one-sided": Stencil.one_sided,
-    "symmetric": Stencil.symmetric,
-    "richardson": Stencil.richardson,
-    "contour": Stencil.contour,
-}
-_RETRIES = 4
-_COARSE = 0.02
-_LOSS_MISMATCH = 1e-2
-_ONLINE_FLOOR = 1e-2
+MEANINGLESS = 0.1
+"""A relaxation that stops with a larger relative residual than this has found no estimate at all."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +59,9 @@ class NudgeReport:
         converged: Whether it did, up to the rounding error of a finite nudge.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
+        truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
+            coefficients over its nodes; NaN for other stencils.
+        radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
         trace: Relative residual at every step, one relaxation after the other.
     """
 
@@ -90,6 +75,8 @@ class NudgeReport:
     converged: bool = True
     batching: str = "loop"
     retries: int = 0
+    truncation: float = math.nan
+    radius: float = math.nan
     trace: tuple[float, ...] = ()
 
 
@@ -121,9 +108,10 @@ class Backward(ABC):
         z = packing.pack(z_star, "z_star").detach()
         g = packing.pack(cotangent, "the cotangent").detach()
         packed = packing.map(f)
-        with undisturbed():
+        with undisturbed() as guard:
             value = packed(z)
-        return packing.unpack(self.solve(Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps))[0])
+        equilibrium = Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps, guard.withheld)
+        return packing.unpack(self.solve(equilibrium)[0])
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         """The error vector of a packed equilibrium, and a report of how it was found.
@@ -150,7 +138,7 @@ class Backward(ABC):
             )
         if norm(equilibrium.cotangent) == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
-        with undisturbed():
+        with undisturbed(equilibrium.records):
             return self._solve(equilibrium)
 
     @abstractmethod
@@ -159,7 +147,7 @@ class Backward(ABC):
 
 
 @dataclass(frozen=True)
-class _RelaxedBackward(Backward):
+class RelaxedBackward(Backward):
     """A mode whose error vector is the fixed point of a map: its solver, and what it does if that fails."""
 
     solver: str | Solver | None = field(default=None, kw_only=True)
@@ -176,10 +164,12 @@ class _RelaxedBackward(Backward):
         if self.solver is not None:
             find_solver(self.solver)
 
-    def _relax(self, step: Step, start: Tensor, scale: float, tol: float) -> Relaxation:
-        return relax(step, start, scale=scale, tol=tol, max_iter=self.max_iter or DEFAULT_MAX_ITER, solver=self.solver)
+    def run(self, step: Step, start: Tensor, scale: float, tol: float, floor: float) -> Relaxation:
+        """Relax a stack of nodes with the options of this mode."""
+        max_iter = self.max_iter or DEFAULT_MAX_ITER
+        return relax(step, start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, solver=self.solver)
 
-    def _judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
+    def judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
         """Whether a relaxation converged; speaks up if not, and raises if it is no estimate at all."""
         converged = relaxation.residual <= max(tol, floor)
         if converged and not relaxation.diverged:
@@ -187,11 +177,9 @@ class _RelaxedBackward(Backward):
         again = equilibrium.f(equilibrium.z)
         if relative_difference(again, equilibrium.value) > change_tolerance(equilibrium.eps):
             raise StochasticMapError(
-                "f gives different answers for the same state, so it has no fixed point to nudge. Look for dropout in "
-                "train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a layer that "
-                "updates its state on every call."
+                f"f gives different answers for the same state, so it has no fixed point to nudge. {STATEFUL}"
             )
-        if relaxation.diverged or relaxation.residual >= 1.0:
+        if relaxation.diverged or relaxation.residual > MEANINGLESS:
             raise NudgeDivergedError(
                 f"{what} diverged: relative residual {relaxation.residual:.1e} after {len(relaxation.trace)} steps. "
                 "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
@@ -199,30 +187,25 @@ class _RelaxedBackward(Backward):
             )
         warnings.warn(
             f"{what} stopped at a relative residual of {relaxation.residual:.1e} after {len(relaxation.trace)} steps "
-            f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or try "
-            "another solver ('anderson', 'broyden').",
+            f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or "
+            "try another solver ('anderson', 'broyden').",
             ConvergenceWarning,
             stacklevel=2,
         )
         return False
 
 
-def change_tolerance(eps: float) -> float:
-    """Relative difference between two values of `f` at one state that rounding alone does not explain."""
-    return min(max(1e3 * eps, 1e-9), 0.05)
-
-
 @dataclass(frozen=True)
-class _LinearBackward(_RelaxedBackward):
+class _LinearBackward(RelaxedBackward):
     """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
 
     def _solve_linear(
         self, equilibrium: Equilibrium, linear_map: Product, force: Tensor, what: str
     ) -> tuple[Tensor, NudgeReport]:
         tol = self.tol or 10 * equilibrium.eps
-        relaxation = self._relax(lambda v: linear_map(v[0]).unsqueeze(0), force.unsqueeze(0), norm(force), tol)
         floor = 100 * equilibrium.eps
-        converged = self._judge(relaxation, equilibrium, tol, floor, what)
+        relaxation = self.run(lambda v: linear_map(v[0]).unsqueeze(0), force.unsqueeze(0), norm(force), tol, floor)
+        converged = self.judge(relaxation, equilibrium, tol, floor, what)
         steps = len(relaxation.trace)
         return relaxation.displacement[0], NudgeReport(
             repr(self),
@@ -286,7 +269,7 @@ class InfinitesimalEP(_LinearBackward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_metric_and_correction(self.metric, self.correction)
+        check_metric_and_correction(self.metric, self.correction)
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         metric = diagonal_metric(self.metric, equilibrium.z)
@@ -297,284 +280,8 @@ class InfinitesimalEP(_LinearBackward):
         return displacement if metric is None else displacement / metric, report
 
 
-@dataclass(frozen=True)
-class Online:
-    """The online schedule: nodes are visited in turn, each from where the one before left off.
-
-    Args:
-        steps: Steps of the map at each node.
-        periods: How often the whole circle of nodes is visited; the estimate is the mean over the periods.
-
-    Raises:
-        InvalidOptionError: If a number is not a whole one of at least 1.
-
-    Example:
-        >>> Online(steps=10, periods=4)
-        Online(steps=10, periods=4)
-    """
-
-    steps: int = 20
-    periods: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "periods"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(
-                    f"{name} of an online schedule must be a whole number of at least 1, not {value!r}."
-                )
-
-
-@dataclass(frozen=True)
-class EquilibriumPropagation(_RelaxedBackward):
-    """Equilibrium propagation: the error vector is read off nudged equilibria of the map itself.
-
-    The estimate is `Re sum_k c_k d_k`, with `d_k` the displacement per unit of nudge at node `b_k` of the stencil
-    (Scellier & Bengio 2017; Laborieux & Zenke, arXiv 2309.02214, eq. 8). It tends to `(I - J)^-1 g`, and needs no
-    reverse-mode pass through `f` in the state.
-
-    Args:
-        stencil: A [`Stencil`][torchdeq_ep.Stencil], or the name of one with `beta="auto"`: `"one-sided"`,
-            `"symmetric"`, `"richardson"` or `"contour"`.
-        metric: Positive diagonal `M` as a function of the state; the estimate is `M^-1 (I - J)^-1 M g`, which is exact
-            when `J M` is symmetric.
-        correction: `"asymmetric"` adds `J^T d - J d` to the map; the limit is then exact for every `J` (arXiv
-            2602.03670).
-        scale: `"relative"` multiplies the amplitude by `|z*| / |M g|`, one number for the whole batch; `"absolute"`
-            takes it as it is.
-        schedule: `"parallel"` solves every node to the tolerance; `"online"`, or an
-            [`Online`][torchdeq_ep.backward.Online] with its numbers, visits them in turn.
-        solver: Name of a torchdeq solver or a callable of the same signature; `None` for the package's own.
-        max_iter: Largest number of steps of one relaxation, by default 100.
-        tol: Residual of the displacement relative to the force at which to stop; by default the rounding error of the
-            stencil.
-        batching: `"auto"` evaluates the nodes in one call by `torch.vmap`, and in a loop where that is not possible;
-            `"vmap"` and `"loop"` insist.
-        on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
-            `"ift"` falls back to implicit differentiation with a warning.
-
-    Raises:
-        InvalidOptionError: If an option is not acceptable.
-
-    Example:
-        >>> import torch
-        >>> matrix = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
-        >>> mode = EquilibriumPropagation("symmetric")
-        >>> z_star, cotangent = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
-        >>> mode(lambda z: torch.tanh(matrix @ z), z_star, cotangent)
-        tensor([1.3333, 0.6667], dtype=torch.float64)
-    """
-
-    stencil: Stencil | str = "symmetric"
-    metric: Metric | None = field(default=None, kw_only=True)
-    correction: Correction | None = field(default=None, kw_only=True)
-    scale: Literal["relative", "absolute"] = field(default="relative", kw_only=True)
-    schedule: Literal["parallel", "online"] | Online = field(default="parallel", kw_only=True)
-    batching: Batching = field(default="auto", kw_only=True)
-    on_divergence: OnDivergence = field(default="shrink", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.stencil, str):
-            if self.stencil not in _STENCILS:
-                raise InvalidOptionError(unknown_name("stencil", self.stencil, _STENCILS))
-            object.__setattr__(self, "stencil", _STENCILS[self.stencil]())
-        elif not isinstance(self.stencil, Stencil):
-            raise InvalidOptionError(f"stencil must be a tep.Stencil or the name of one, not {self.stencil!r}.")
-        _check_metric_and_correction(self.metric, self.correction)
-        _check_choice("scale", self.scale, ("relative", "absolute"))
-        _check_choice("batching", self.batching, ("auto", "vmap", "loop"))
-        _check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "ift"))
-        if not isinstance(self.schedule, Online):
-            _check_choice("schedule", self.schedule, ("parallel", "online"))
-
-    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        try:
-            return super().solve(equilibrium)
-        except NonFiniteError as error:
-            if self.on_divergence != "ift":
-                raise
-            warnings.warn(f"passed on as it is: {error}", FallbackWarning, stacklevel=2)
-            return torch.full_like(equilibrium.z, torch.nan), NudgeReport(repr(self), converged=False)
-
-    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        stencil = self._resolved_stencil(equilibrium)
-        problem = _NudgedProblem.pose(self, equilibrium)
-        retries = _RETRIES if self.on_divergence == "shrink" else 0
-        for retry in range(retries + 1):
-            try:
-                displacement, report = self._solve_at(problem, stencil)
-                break
-            except NudgeDivergedError as error:
-                if self.on_divergence == "ift":
-                    warnings.warn(f"implicit differentiation took over, because {error}", FallbackWarning, stacklevel=2)
-                    return ImplicitDifferentiation(max_iter=self.max_iter, tol=self.tol)._solve(equilibrium)
-                if retry == retries:
-                    tried = f" Amplitudes down to beta = {stencil.beta} were tried." if retries else ""
-                    raise NudgeDivergedError(f"{error}{tried}") from error
-                stencil = stencil.at(float(stencil.beta) / 2)
-        v = displacement if problem.metric is None else displacement / problem.metric
-        return v, replace(report, retries=retry)
-
-    def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
-        chosen = cast(Stencil, self.stencil)
-        stencil = chosen.resolve(equilibrium.eps)
-        if chosen.beta == "auto" and stencil.expected_error(equilibrium.eps) > _COARSE:
-            warnings.warn(
-                f"with rounding errors of {equilibrium.eps:.0e} in f, the {stencil.name} stencil is good to about "
-                f"{stencil.expected_error(equilibrium.eps):.0%}. Keep the state in float32 (torch.autocast does), or "
-                "use 'ep-infinitesimal' or 'ift'.",
-                PrecisionWarning,
-                stacklevel=2,
-            )
-        return stencil
-
-    def _solve_at(self, problem: _NudgedProblem, stencil: Stencil) -> tuple[Tensor, NudgeReport]:
-        eps = problem.equilibrium.eps
-        beta = float(stencil.beta)
-        unit = problem.unit_amplitude if self.scale == "relative" else 1.0
-        relative = beta if self.scale == "relative" else beta / problem.unit_amplitude
-        # Rounding of f, seen through the division by the smallest amplitude of the stencil.
-        noise = eps / (relative * min(abs(node) for node in stencil.unit_nodes))
-        tol = self.tol or max(2 * stencil.noise_gain * eps / relative, 100 * eps)
-        floor = 30 * noise if self.schedule == "parallel" else _ONLINE_FLOOR
-        run = _NudgedSolve(self, problem, unit, tol, floor, f"the {stencil.name} nudge (beta = {beta:.2g})")
-        if self.schedule == "parallel":
-            displacement = run.parallel(*stencil.upper_half(), coarse=max(tol, min(relative, 0.1)))
-        else:
-            online = self.schedule if isinstance(self.schedule, Online) else Online()
-            displacement = run.online(*stencil.upper_half(), online)
-        return displacement, NudgeReport(
-            repr(self),
-            beta=relative,
-            nudge=beta * unit,
-            calls=run.calls,
-            iterations=run.iterations,
-            residual=run.residual,
-            tol=tol,
-            converged=run.converged,
-            batching=run.batching,
-            trace=run.trace,
-        )
-
-
-@dataclass(frozen=True)
-class _NudgedProblem:
-    """What the nudged phases of one backward pass share."""
-
-    equilibrium: Equilibrium
-    metric: Tensor | None
-    force: Tensor
-    correction: Product | None
-    state_force: Callable[[Tensor], Tensor] | None
-    unit_amplitude: float
-
-    @classmethod
-    def pose(cls, mode: EquilibriumPropagation, equilibrium: Equilibrium) -> _NudgedProblem:
-        metric = diagonal_metric(mode.metric, equilibrium.z)
-        wide = torch.promote_types(equilibrium.z.dtype, torch.float32)
-        force = (equilibrium.cotangent if metric is None else metric * equilibrium.cotangent).to(wide)
-        state_force = None
-        if equilibrium.loss_of_state is not None:
-            state_force, mismatch = loss_force(equilibrium, metric)
-            if mismatch > _LOSS_MISMATCH:
-                warnings.warn(
-                    "the loss given to nudge_loss has another gradient at the free state than the one that reached the "
-                    f"layer (they differ by {mismatch:.0%} beyond a factor), so the layer is nudged by another loss than "
-                    "the one being minimised. Include every term of the training loss, read-out included.",
-                    LossMismatchWarning,
-                    stacklevel=2,
-                )
-        correction = asymmetric_correction(equilibrium, metric) if mode.correction else None
-        # A fixed point at zero has no scale of its own: one per entry then stands for it.
-        state_norm = norm(equilibrium.z) or equilibrium.z.numel() ** 0.5
-        return cls(equilibrium, metric, force, correction, state_force, state_norm / norm(force))
-
-
-class _NudgedSolve:
-    """One solve of all nodes at one amplitude, with its statistics."""
-
-    def __init__(
-        self, mode: EquilibriumPropagation, problem: _NudgedProblem, unit: float, tol: float, floor: float, what: str
-    ) -> None:
-        self._mode, self._problem, self._unit = mode, problem, unit
-        self._tol, self._floor, self._what = tol, floor, what
-        self.calls, self.iterations, self.residual = 0, 0, 0.0
-        self.converged = True
-        self.batching = "loop"
-        self.trace: tuple[float, ...] = ()
-
-    def parallel(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], coarse: float) -> Tensor:
-        """`Re sum_k c_k d_k`. All nodes share `d` up to `O(beta)`: the first, a real one, is solved that far alone."""
-        start = self._problem.force
-        if len(nodes) > 1:
-            start = self._relax(nodes[:1], start, coarse, final=False)[0]
-        total = torch.zeros_like(self._problem.force)
-        for complex_nodes in (False, True):
-            group = [k for k, node in enumerate(nodes) if isinstance(node, complex) == complex_nodes]
-            if not group:
-                continue
-            displacements = self._relax(tuple(nodes[k] for k in group), start, self._tol)
-            for k, displacement in zip(group, displacements, strict=True):
-                total += coefficients[k] * displacement.real
-        return total
-
-    def online(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], schedule: Online) -> Tensor:
-        """The same sum with each node started from the last, a fixed number of steps each, averaged over periods."""
-        maps = [self._map((node,)) for node in nodes]
-        d = self._problem.force.unsqueeze(0)
-        total = torch.zeros_like(self._problem.force)
-        for _ in range(schedule.periods):
-            for k, displacement_map in enumerate(maps):
-                d = d.to(displacement_map.amplitudes.dtype) if displacement_map.is_complex else d.real
-                for _ in range(schedule.steps):
-                    last, d = d, displacement_map(d)
-                self._count(displacement_map, 1, schedule.steps)
-                self.trace += (norm(d - last) / norm(self._problem.force),)
-                total += coefficients[k] / schedule.periods * d[0].real
-        self._judge(Relaxation(d, self.trace[-1], self.trace, not math.isfinite(self.trace[-1])))
-        return total
-
-    def _map(self, nodes: tuple[Node, ...]) -> DisplacementMap:
-        problem = self._problem
-        return DisplacementMap(
-            problem.equilibrium,
-            tuple(self._unit * node for node in nodes),
-            problem.force,
-            correction=problem.correction,
-            state_force=problem.state_force,
-            batching=self._mode.batching,
-        )
-
-    def _relax(self, nodes: tuple[Node, ...], start: Tensor, tol: float, final: bool = True) -> Tensor:
-        displacement_map = self._map(nodes)
-        start = start.to(displacement_map.amplitudes.dtype).expand(len(nodes), *start.shape)
-        relaxation = self._mode._relax(displacement_map, start, norm(self._problem.force), tol)
-        if final or relaxation.diverged:
-            self._judge(relaxation)
-        self._count(displacement_map, len(nodes), len(relaxation.trace))
-        self.trace += relaxation.trace
-        return relaxation.displacement
-
-    def _judge(self, relaxation: Relaxation) -> None:
-        self.residual = max(self.residual, relaxation.residual)
-        converged = self._mode._judge(relaxation, self._problem.equilibrium, self._tol, self._floor, self._what)
-        self.converged = self.converged and converged
-
-    def _count(self, displacement_map: DisplacementMap, nodes: int, steps: int) -> None:
-        products = 2 if self._problem.correction is not None else 0
-        self.calls += (1 + products) * nodes * steps
-        self.iterations += steps
-        if nodes > 1:
-            self.batching = displacement_map.evaluate.used
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidOptionError(unknown_name(f"value of {name}", value, choices))
-
-
-def _check_metric_and_correction(metric: object, correction: object) -> None:
+def check_metric_and_correction(metric: object, correction: object) -> None:
+    """Raises InvalidOptionError unless both are what the nudged modes accept."""
     if metric is not None and not callable(metric):
         raise InvalidOptionError(
             f"metric must be a function from the state to the positive diagonal of M, or None, not {metric!r}."

@@ -86,8 +86,8 @@ class DisplacementMap:
             ) from error
         if not value.is_complex():
             raise NotHolomorphicError(
-                "f returned real values at a complex state, so some operation in it (abs, norm, real, a cast) drops the "
-                f"imaginary part and f is not analytic. {_HOLOMORPHIC_ADVICE}"
+                "f returned real values at a complex state, so some operation in it (abs, norm, real, a cast) drops "
+                f"the imaginary part and f is not analytic. {_HOLOMORPHIC_ADVICE}"
             )
         return value
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import einops
 import torch
@@ -15,8 +15,10 @@ from torchdeq_ep.errors import MapContractError, NonFiniteError
 from torchdeq_ep.evaluation import Map
 
 State = Tensor | Sequence[Tensor]
+Container = type[list[Any]] | type[tuple[Any, ...]] | None
 
 _MIN_NORM = 1e-30
+_COARSE = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Packing:
         container: `list`, `tuple`, or `None` for a bare tensor.
         shapes: Shape of each tensor.
         dtypes: Dtype of each tensor.
-        lenient: Accept values of `f` in another floating dtype and cast them (autocast makes such values).
+        lenient: The forward pass runs under autocast: keep states in float32 at least, and cast values of `f` in
+            another floating dtype.
     """
 
-    container: type[list[Tensor]] | type[tuple[Tensor, ...]] | None
+    container: Container
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     lenient: bool = False
@@ -61,8 +64,9 @@ class Packing:
         for tensor in tensors:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise MapContractError(f"a state must be floating or complex, not {tensor.dtype}: call .float() on it.")
-        container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
-        return cls(container, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors), lenient)
+        container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
+        dtypes = tuple(torch.float32 if lenient and t.dtype in _COARSE else t.dtype for t in tensors)
+        return cls(container, tuple(t.shape for t in tensors), dtypes, lenient)
 
     def pack(self, state: State, source: str = "f") -> Tensor:
         """One real tensor from a state (or from a value of `f`, or a cotangent).
@@ -118,15 +122,25 @@ class Packing:
         """
         if self._is_plain:
             return self._wrap([packed])
-        shapes = [(*s, 2) if d.is_complex else s for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        shapes: list[tuple[int, ...] | list[int]] = [
+            (*shape, 2) if dtype.is_complex else tuple(shape)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
         tensors = einops.unpack(packed, shapes, "*")
         whole = [
-            torch.view_as_complex(t.contiguous()) if d.is_complex else t
+            torch.complex(t[..., 0], t[..., 1]) if d.is_complex else t
             for t, d in zip(tensors, self.dtypes, strict=True)
         ]
         if not packed.is_complex():
             whole = [t.to(d) for t, d in zip(whole, self.dtypes, strict=True)]
         return self._wrap(whole)
+
+    def restore(self, packed: Tensor, like: State) -> State:
+        """The state that a packed tensor stands for, in the dtypes of `like`, which autocast may have made coarser."""
+        state = self.unpack(packed)
+        if isinstance(state, Tensor) or isinstance(like, Tensor):
+            return cast(Tensor, state).to(cast(Tensor, like).dtype)
+        return self._wrap([tensor.to(other.dtype) for tensor, other in zip(state, like, strict=True)])
 
     @property
     def _is_plain(self) -> bool:
@@ -175,6 +189,7 @@ class Equilibrium:
         value: `f(z*)`. Kept apart from `z` because a solver stops early: the displacement map cancels the difference.
         cotangent: `g = dL/dz*`, of the shape of `z`.
         eps: Relative rounding error of one call of `f`.
+        records: Whether `f` has layers that would record running statistics.
         loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
     """
 
@@ -183,12 +198,20 @@ class Equilibrium:
     value: Tensor
     cotangent: Tensor
     eps: float
+    records: bool = True
     loss_of_state: Map | None = None
 
     @property
     def residual(self) -> float:
         """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
         return relative_difference(self.value, self.z)
+
+    def advanced(self) -> Equilibrium:
+        """The equilibrium one step of `f` further on, if that is closer to the fixed point."""
+        value = self.f(self.value)
+        if not norm(value - self.value) < norm(self.value - self.z):
+            return self
+        return replace(self, z=self.value, value=value)
 
     def require_finite(self) -> None:
         """Raises NonFiniteError if the cotangent or the value of `f` holds NaN or infinity."""

@@ -75,6 +75,10 @@ class PrecisionWarning(EPWarning):
     """The dtype of the state is too coarse for the requested stencil."""
 
 
+class TruncationWarning(EPWarning):
+    """A contour is so large that the Cauchy integral over its nodes is not accurate."""
+
+
 class LossMismatchWarning(EPWarning):
     """The loss given to `nudge_loss` is not the loss whose gradient reached the layer."""
 

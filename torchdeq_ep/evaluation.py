@@ -6,8 +6,9 @@ autograd graph; and several states should cost less than as many calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,16 @@ from torch.overrides import TorchFunctionMode
 Map = Callable[[Tensor], Tensor]
 Batching = Literal["auto", "vmap", "loop"]
 
-_STATISTICS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
-_STATISTICS_DEFAULT = {functional.batch_norm: False, functional.instance_norm: True}
+STATEFUL = (
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
+    "layer that updates its state on every call."
+)
+
+_STATISTICS: dict[Callable[..., Tensor], str] = {
+    functional.batch_norm: "training",
+    functional.instance_norm: "use_input_stats",
+}
+_SIGNATURES = {norm: inspect.signature(norm) for norm in _STATISTICS}
 _COUNTING = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 
@@ -40,6 +49,8 @@ class FrozenStatistics(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.withheld = False
+        """Whether any layer would have recorded its statistics."""
         self._counters: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
@@ -49,21 +60,20 @@ class FrozenStatistics(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func in _STATISTICS:
-            names = ("input", "running_mean", "running_var", "weight", "bias", _STATISTICS[func])
-            named = dict(zip(names, args, strict=False))
-            if {**named, **kwargs}.get(_STATISTICS[func], _STATISTICS_DEFAULT[func]):
-                withheld = {"running_mean": None, "running_var": None}
-                rest = args[len(names) :]
-                call = {**named, **kwargs, **withheld}
-                return func(*(call.pop(name) for name in list(named)), *rest, **call)
-        elif func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            call = bound.arguments
+            if call["running_mean"] is not None and call[_STATISTICS[func]]:
+                self.withheld = True
+                return func(**{**call, "running_mean": None, "running_var": None})
+        if func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
             self._counters.setdefault(id(args[0]), (args[0], args[0].clone()))
         return func(*args, **kwargs)
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for counter, before in self._counters.values():
             counter.copy_(before)
         self._counters.clear()
@@ -90,13 +100,33 @@ class Autocast:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(guarded: bool = True) -> Iterator[FrozenStatistics]:
     """A context in which calls of `f` change no running statistics and build no graph.
 
     The random state needs no guard: a map that draws from it has no fixed point, and is refused where it is noticed.
+
+    Args:
+        guarded: Whether `f` may record statistics. The guard costs some microseconds per operation, so a map whose
+            first evaluation withheld nothing is called without it from then on.
+
+    Yields:
+        The guard, which knows whether anything was withheld.
     """
-    with torch.no_grad(), FrozenStatistics():
-        yield
+    frozen = FrozenStatistics()
+    with torch.no_grad(), frozen if guarded else nullcontext():
+        yield frozen
+
+
+def change_tolerance(eps: float) -> float:
+    """Relative difference between two values of `f` at one state that rounding alone does not explain.
+
+    Args:
+        eps: Relative rounding error of one call of `f`.
+
+    Returns:
+        A thousand times that, but no less than 1e-9 and no more than 5 %.
+    """
+    return min(max(1e3 * eps, 1e-9), 0.05)
 
 
 class StackedMap:

@@ -18,7 +18,7 @@ from torchdeq.solver.stat import SolverStat
 from torchdeq_ep.attach import Layer, connect
 from torchdeq_ep.backward import NudgeReport
 from torchdeq_ep.equilibrium import Packing
-from torchdeq_ep.errors import InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.evaluation import Autocast, Map
 from torchdeq_ep.registry import BackwardRule, get_backward
 
@@ -103,7 +103,7 @@ class EquilibriumRule:
         )
         value = packing.pack(returned)
         state = packing.pack(source, "the solver").detach()
-        return packing.unpack(connect(layer, state, value, value))
+        return packing.restore(connect(layer, state, value, value), like=returned)
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,13 @@ def deqs_of(module: nn.Module) -> list[DEQBase]:
     for deq in deqs:
         if not isinstance(getattr(deq, "produce_grad", None), list):
             raise NoDEQError(
-                f"{type(deq).__name__} has no list 'produce_grad' of gradient rules, so its backward cannot be switched. "
-                "Derive it from DEQSliced or DEQIndexing, or call tep.attach(f, z_star) in its forward."
+                f"{type(deq).__name__} has no list 'produce_grad' of gradient rules, so its backward cannot be "
+                "switched. Derive it from DEQSliced or DEQIndexing, or call tep.attach(f, z_star) in its forward."
             )
     if not deqs:
         raise NoDEQError(
-            f"there is no torchdeq DEQ inside {type(module).__name__}. Make one with torchdeq.get_deq(...) and store it "
-            "as an attribute of the module; a hand-written implicit layer takes tep.attach(f, z_star) instead."
+            f"there is no torchdeq DEQ inside {type(module).__name__}. Make one with torchdeq.get_deq(...) and store "
+            "it as an attribute of the module; a hand-written implicit layer takes tep.attach(f, z_star) instead."
         )
     return deqs
 
@@ -317,8 +317,8 @@ def nudge_loss(module: nn.Module, loss_of_state: Loss) -> Iterator[None]:
     rules = [rule for deq in deqs_of(module) for rule in deq.produce_grad if isinstance(rule, EquilibriumRule)]
     if not rules:
         raise NoDEQError(
-            f"no DEQ inside {type(module).__name__} uses a backward of torchdeq_ep: call tep.use_backward(module, 'ep') "
-            "before the forward pass."
+            f"no DEQ inside {type(module).__name__} uses a backward of torchdeq_ep: call "
+            "tep.use_backward(module, 'ep') before the forward pass."
         )
     if not callable(loss_of_state):
         raise InvalidOptionError(f"loss_of_state must be a function from the state to a scalar, not {loss_of_state!r}.")
@@ -332,20 +332,7 @@ def nudge_loss(module: nn.Module, loss_of_state: Loss) -> Iterator[None]:
             rule.slot.loss_of_state = loss
 
 
-class _EPCore:
-    """A torchdeq core that starts with a backward of this package, named `backward` in its configuration."""
-
-    args: Any
-
-    def __init__(self, args: Any = None, **kwargs: Any) -> None:
-        super().__init__(args, **kwargs)
-        for key in self.args.config:
-            if key.startswith(("backward_", "ep_")):
-                raise InvalidOptionError(unknown_name("option of the DEQ configuration", key, ["backward"]))
-        _switch(self, get_backward(self.args.get("backward", DEFAULT_BACKWARD)))  # type: ignore[arg-type]
-
-
-class EPSliced(_EPCore, DEQSliced):  # type: ignore[misc]
+class EPSliced(DEQSliced):  # type: ignore[misc]
     """The core `"ep-sliced"`: torchdeq's `"sliced"`, differentiated by the mode that the option `backward` names.
 
     Args:
@@ -361,8 +348,12 @@ class EPSliced(_EPCore, DEQSliced):  # type: ignore[misc]
         'EPSliced'
     """
 
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        super().__init__(args, **kwargs)
+        _switch(self, get_backward(self.args.get("backward", DEFAULT_BACKWARD)))
 
-class EPIndexing(_EPCore, DEQIndexing):  # type: ignore[misc]
+
+class EPIndexing(DEQIndexing):  # type: ignore[misc]
     """The core `"ep-indexing"`: torchdeq's `"indexing"`, differentiated by the mode that the option `backward` names.
 
     Args:
@@ -377,6 +368,10 @@ class EPIndexing(_EPCore, DEQIndexing):  # type: ignore[misc]
         >>> type(torchdeq.get_deq(core="ep-indexing", backward="aep")).__name__
         'EPIndexing'
     """
+
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        super().__init__(args, **kwargs)
+        _switch(self, get_backward(self.args.get("backward", DEFAULT_BACKWARD)))
 
 
 def add_ep_args(parser: argparse.ArgumentParser) -> None:

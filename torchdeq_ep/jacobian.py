@@ -115,7 +115,7 @@ def dense_jacobian(f: Map, z: Tensor, chunk_size: int = 64) -> Tensor:
     product = vjp(f, z)
     basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device)
     rows = []
-    for chunk in basis.split(chunk_size):
+    for chunk in torch.split(basis, chunk_size):
         vectors = chunk.reshape(-1, *z.shape)
         try:
             products = torch.vmap(product)(vectors)

@@ -10,9 +10,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-
-from torchdeq_ep.backward import Backward, EquilibriumPropagation, ImplicitDifferentiation, InfinitesimalEP
+from torchdeq_ep.backward import Backward, ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown_name
+from torchdeq_ep.propagation import EquilibriumPropagation
 from torchdeq_ep.stencils import Amplitude, Stencil
 
 BackwardRule = Callable[[Callable[..., Any], Any, Any], Any]
@@ -22,22 +22,22 @@ ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 
 def one_sided(*, beta: Amplitude = "auto", **options: Any) -> Backward:
-    """`ep-one-sided`: one real nudge, error `O(beta)`. Options of EquilibriumPropagation, and `beta`."""
+    """`ep-one-sided`: one real nudge, error `O(beta)`. Further option: `beta`."""
     return EquilibriumPropagation(Stencil.one_sided(beta), **options)
 
 
 def symmetric(*, beta: Amplitude = "auto", **options: Any) -> Backward:
-    """`ep`: two opposite real nudges, error `O(beta^2)`. Options of EquilibriumPropagation, and `beta`."""
+    """`ep`: two opposite real nudges, error `O(beta^2)`. Further option: `beta`."""
     return EquilibriumPropagation(Stencil.symmetric(beta), **options)
 
 
 def richardson(*, beta: Amplitude = "auto", order: int = 4, **options: Any) -> Backward:
-    """`ep-richardson`: real nudges extrapolated to `O(beta^order)`. Options of EquilibriumPropagation, `beta`, `order`."""
+    """`ep-richardson`: real nudges extrapolated to `O(beta^order)`. Further options: `beta`, `order`."""
     return EquilibriumPropagation(Stencil.richardson(beta, order), **options)
 
 
 def holomorphic(*, beta: Amplitude = "auto", n_points: int = 4, **options: Any) -> Backward:
-    """`hep`: complex nudges on a circle, error `O(beta^n_points)`. Options of EquilibriumPropagation, `beta`, `n_points`."""
+    """`hep`: complex nudges on a circle, error `O(beta^n_points)`. Further options: `beta`, `n_points`."""
     return EquilibriumPropagation(Stencil.contour(beta, n_points), **options)
 
 
@@ -231,7 +231,7 @@ def _load(name: str) -> Callable[..., BackwardRule]:
         factory: Callable[..., BackwardRule] = entry.load()
     except Exception as error:
         raise UnknownBackwardError(
-            f"backward mode {name!r} is registered by {entry.dist.name if entry.dist else 'a plugin'} as {entry.value}, "
+            f"backward mode {name!r} of {entry.dist.name if entry.dist else 'a plugin'} is {entry.value}, "
             f"which cannot be imported: {error}"
         ) from error
     _factories[name] = factory

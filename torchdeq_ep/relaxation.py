@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,7 +45,14 @@ class Relaxation:
 
 
 def relax(
-    step: Step, start: Tensor, *, scale: float, tol: float, max_iter: int, solver: str | Solver | None = None
+    step: Step,
+    start: Tensor,
+    *,
+    scale: float,
+    tol: float,
+    max_iter: int,
+    floor: float = 0.0,
+    solver: str | Solver | None = None,
 ) -> Relaxation:
     """Solve `d = step(d)` for a stack of nodes.
 
@@ -55,6 +62,7 @@ def relax(
         scale: What residuals are relative to: the norm of the force on a node.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
+        floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         solver: `None` for [`iterate`][torchdeq_ep.relaxation.iterate], the name of a solver registered with torchdeq,
             or a callable of the same signature.
 
@@ -86,14 +94,23 @@ def relax(
 
     rows = as_rows(start)
     if solver is None:
-        result = iterate(rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
+        result = iterate(rows_step, rows, scale=scale, tol=tol, floor=floor, max_iter=max_iter)
     else:
         result = _drive(find_solver(solver), rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
-    return Relaxation(from_rows(result.displacement), result.residual, result.trace, result.diverged)
+    # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
+    lost = float(result.displacement.norm()) > scale * nodes / torch.finfo(rows.dtype).eps ** 0.5
+    return Relaxation(from_rows(result.displacement), result.residual, result.trace, result.diverged or lost)
 
 
 def iterate(
-    step: Step, start: Tensor, *, scale: float = 1.0, tol: float = 1e-6, max_iter: int = 100, memory: int = 5
+    step: Step,
+    start: Tensor,
+    *,
+    scale: float = 1.0,
+    tol: float = 1e-6,
+    max_iter: int = 100,
+    floor: float = 0.0,
+    memory: int = 5,
 ) -> Relaxation:
     """Plain iteration, with Anderson acceleration from the moment it proves slow.
 
@@ -103,11 +120,12 @@ def iterate(
         scale: What residuals are relative to.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
+        floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         memory: Number of differences that the acceleration keeps.
 
     Returns:
-        The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps, or if
-        the residual no longer falls (at the rounding floor, say).
+        The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
+        reached the floor.
 
     Example:
         >>> import torch
@@ -132,15 +150,15 @@ def iterate(
         if residual <= tol:
             break
         if history is None and _is_slow(trace, tol):
-            history, smallest_at = _Anderson(memory), k
-        elif k - smallest_at >= _STALL:
+            history, smallest_at = _Anderson(memory, point), k
+        elif k - smallest_at >= _STALL and smallest <= floor:
             break
         if history is None:
             point = value
         elif residual > 10 * smallest:
-            history, point = _Anderson(memory), best
+            history, point = _Anderson(memory, point), best
         else:
-            point = history.next(point, value, difference)
+            point = history.next(value, difference)
     return Relaxation(best, smallest, tuple(trace), False)
 
 
@@ -155,28 +173,42 @@ def _is_slow(trace: list[float], tol: float) -> bool:
 class _Anderson:
     """Type-II Anderson mixing; one set of coefficients for the whole stack (Walker & Ni 2011, SINUM 49:1715)."""
 
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
+    def __init__(self, memory: int, like: Tensor) -> None:
+        self._residuals = like.new_empty(memory, like.numel())
+        self._values = like.new_empty(memory, like.numel())
+        self._gram = torch.zeros(memory, memory, dtype=torch.float64, device=like.device)
+        self._count = 0
         self._last: tuple[Tensor, Tensor] | None = None
-        self._residuals: list[Tensor] = []
-        self._updates: list[Tensor] = []
 
-    def next(self, point: Tensor, value: Tensor, difference: Tensor) -> Tensor:
+    def next(self, value: Tensor, difference: Tensor) -> Tensor:
+        """The next point, from the value of the map at this one and how much it differs from the point."""
+        eps = torch.finfo(value.dtype).eps
         if self._last is not None:
-            last_value, last_difference = self._last
-            self._residuals.append((difference - last_difference).flatten())
-            self._updates.append((value - last_value).flatten())
-            del self._residuals[: -self._memory], self._updates[: -self._memory]
+            self._remember(value, difference, eps)
         self._last = value, difference
-        if not self._residuals:
+        used = min(self._count, len(self._gram))
+        if used == 0:
             return value
-        columns = torch.stack(self._residuals)
-        scales = torch.linalg.vector_norm(columns, dim=1).double().clamp_min(1e-300)
-        gram = (columns @ columns.T).double() / (scales[:, None] * scales)
-        ridge = 10 * torch.finfo(columns.dtype).eps * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
-        right = (columns @ difference.flatten()).double() / scales
-        coefficients = (torch.linalg.solve(gram + ridge, right) / scales).to(columns.dtype)
-        return value - (coefficients @ torch.stack(self._updates)).reshape(value.shape)
+        residuals, gram = self._residuals[:used], self._gram[:used, :used]
+        scales = gram.diagonal().sqrt()
+        ridge = 10 * eps * torch.eye(used, dtype=gram.dtype, device=gram.device)
+        right = (residuals @ difference.flatten()).double() / scales
+        coefficients = torch.linalg.solve(gram / (scales[:, None] * scales) + ridge, right) / scales
+        mixed: Tensor = value - (coefficients.to(value.dtype) @ self._values[:used]).reshape(value.shape)
+        return mixed
+
+    def _remember(self, value: Tensor, difference: Tensor, eps: float) -> None:
+        last_value, last_difference = cast(tuple[Tensor, Tensor], self._last)
+        slot = self._count % len(self._gram)
+        column = torch.sub(difference.flatten(), last_difference.flatten(), out=self._residuals[slot])
+        # A residual that does not change (I - J is singular) would make the step arbitrarily long.
+        if float(column.norm()) <= 100 * eps * float(difference.norm()):
+            self._count = 0
+            return
+        torch.sub(value.flatten(), last_value.flatten(), out=self._values[slot])
+        self._count += 1
+        used = min(self._count, len(self._gram))
+        self._gram[slot, :used] = self._gram[:used, slot] = (self._residuals[:used] @ column).double()
 
 
 def find_solver(solver: str | Solver) -> Solver:
@@ -205,7 +237,7 @@ def find_solver(solver: str | Solver) -> Solver:
     return found
 
 
-class _Stop(Exception):
+class _SolvedError(Exception):
     """Raised through a solver once there is nothing left for it to do."""
 
 
@@ -225,7 +257,7 @@ class _Observer:
             self.best, self.smallest = value, residual
         self.diverged = not residual <= DIVERGED * max(self.trace[0], self._tol)
         if self.diverged or residual <= self._tol or len(self.trace) >= self._max_iter:
-            raise _Stop
+            raise _SolvedError
         return value
 
 
@@ -247,9 +279,9 @@ def _drive(solver: Solver, step: Step, start: Tensor, *, scale: float, tol: floa
             solver(corrected, torch.zeros_like(start), max_iter=budget, tol=tol / before, stop_mode="abs")
             if not observer.smallest < 0.5 * before:
                 break
-    except _Stop:
+    except _SolvedError:
         diverged = observer.diverged
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diverged = True
     residual = observer.trace[-1] if diverged else observer.smallest
     return Relaxation(observer.best, residual, tuple(observer.trace), diverged)

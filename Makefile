@@ -1,0 +1,58 @@
+# `make demo` and `make test` need python3.11, make and git, and set everything else up in .venv.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Options for the installation of torch alone, for example
+#   make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
+TORCH_FLAGS ?=
+
+# What `make demo` compares: a module and a factory in it, e.g. DEMO=my_package.models:make. Empty: the built-in model.
+DEMO ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow bench lint types docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch comes first and alone, pinned: left to the resolver, another build of it may be chosen, gigabytes larger.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip --disable-pip-version-check install -qq $(TORCH_FLAGS) -c constraints.txt torch
+	@$(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table and the numbers in demo/
+	@mkdir -p demo
+	@$(BIN)/torchdeq-ep compare $(DEMO) --plot demo/compare.png --markdown demo/compare.md --json demo/compare.json
+	@echo
+	@echo "written: demo/compare.png  demo/compare.md  demo/compare.json"
+
+test: $(STAMP) ## run the tests and the examples in docstrings and documentation, without the slow ones
+	@$(BIN)/python -m pytest -q -m "not slow" --doctest-modules tests torchdeq_ep
+
+# pytest exits with 5 if no test was collected.
+slow: $(STAMP) ## run the slow tests
+	@$(BIN)/python -m pytest -q -m slow tests || test $$? -eq 5
+
+bench: $(STAMP) ## time the backward passes on a dense and a convolutional model: build/benchmark.json
+	@mkdir -p build
+	@$(BIN)/python -m pytest -q tests/benchmarks --benchmark-json=build/benchmark.json
+
+lint: $(STAMP) types ## check style and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(STAMP) ## check types
+	@$(BIN)/mypy
+
+docs: $(STAMP) ## build the documentation: site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "written: site/index.html"
+
+clean: ## remove everything the other targets made, the environment included
+	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,207 @@
+"""The command line, end to end through `main`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from torchdeq_ep import cli
+from torchdeq_ep.registry import available_backwards
+
+pytest.importorskip("rich")
+
+MODULE = """
+import torch, torchdeq
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.deq = torch.nn.Linear(4, 4), torchdeq.get_deq(ift=True)
+
+    def forward(self, x):
+        return self.deq(lambda z: 0.5 * torch.tanh(self.linear(z)) + x, torch.zeros_like(x))[0][-1]
+
+def make():
+    return Model(), (torch.randn(3, 4), torch.randn(3, 4)), torch.nn.functional.mse_loss
+
+def pair():
+    return Model(), torch.randn(3, 4)
+
+def wrong_model():
+    return "model", None, make
+
+def wrong_loss():
+    return Model(), None, 3
+
+def broken():
+    raise KeyError("weights")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current directory, with a module of factories and one that cannot be imported."""
+    (tmp_path / "problems_of_mine.py").write_text(MODULE)
+    (tmp_path / "broken_of_mine.py").write_text("import json\n\n1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setenv("COLUMNS", "160")
+    yield tmp_path
+    sys.modules.pop("problems_of_mine", None)
+
+
+MINE = ["compare", "problems_of_mine:make", "--backward", "ift", "--backward", "ep", "--repeats", "1"]
+
+
+def test_compare_prints_the_table_and_writes_every_file(problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    files = ["--json", "out.json", "--markdown", "out.md", "--plot", "out.png"]
+    assert cli.main([*MINE, "--solver", "own", "--solver", "anderson", *files]) == 0
+    printed = capsys.readouterr().out
+    plain = json.loads(Path("out.json").read_text())
+    markdown = Path("out.md").read_text()
+    assert [(row["backward"], row["solver"]) for row in plain["rows"]] == [
+        ("ift", "own"),
+        ("ift", "anderson"),
+        ("ep", "own"),
+        ("ep", "anderson"),
+    ]
+    assert plain["sentence"] in markdown
+    assert plain["sentence"].split(" (")[0] in printed
+    assert "anderson" in printed
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in problems.iterdir() if path.suffix != ".py" and path.is_file()} == {
+        "out.json",
+        "out.md",
+        "out.png",
+    }
+
+
+@pytest.mark.usefixtures("problems")
+def test_json_on_standard_output_is_nothing_but_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*MINE, "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert [row["backward"] for row in json.loads(captured.out)["rows"]] == ["ift", "ep"]
+    assert "closest to the exact gradient" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("problems_of_mine", "package.module:factory"),
+        (":make", "package.module:factory"),
+        ("problems_of_mine:", "package.module:factory"),
+        ("nowhere_at_all:make", "No module named 'nowhere_at_all'"),
+        ("broken_of_mine:make", "broken_of_mine.py, line 3"),
+        ("problems_of_mine:missing", "no attribute 'missing'"),
+        ("problems_of_mine:number", "not a function"),
+        ("problems_of_mine:pair", "(model, batch, loss_fn), not tuple of 2"),
+        ("problems_of_mine:wrong_model", "must be an nn.Module, not str"),
+        ("problems_of_mine:wrong_loss", "cannot be called: int"),
+        ("problems_of_mine:broken", "KeyError: 'weights'"),
+    ],
+)
+@pytest.mark.usefixtures("problems")
+def test_a_bad_factory_is_named_without_a_traceback(
+    factory: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", factory]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("torchdeq-ep: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backward", "epp"], "unknown backward mode 'epp'"),
+        (["--solver", "newton"], "unknown solver 'newton'"),
+        (["--repeats", "0"], "--repeats"),
+        (["--json", "missing/out.json"], "no directory missing"),
+        (["--markdown", "."], "is a directory"),
+        (["--plot", "out.docx"], "picture format"),
+    ],
+)
+@pytest.mark.usefixtures("problems")
+def test_what_cannot_be_done_is_refused_before_measuring(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cli, "train_digits", lambda *_: pytest.fail("training began"))
+    assert cli.main(["compare", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("problems")
+def test_a_missing_package_is_named_with_its_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert cli.main(MINE) == 2
+    assert "pip install 'torchdeq-ep[compare]'" in capsys.readouterr().err
+
+
+def test_without_a_factory_a_model_of_digits_is_trained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["compare", "--backward", "ift", "--backward", "ep", "--repeats", "1", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    accuracy = float(captured.err.partition("propagation: ")[2].partition("%")[0])
+    assert accuracy > 90
+    ift, ep = json.loads(captured.out)["rows"]
+    assert ift["gradient_error"] < 1e-4
+    assert ep["gradient_cosine"] > 0.9
+    assert ep["converged"] is True
+
+
+def test_list_names_every_mode_and_solver(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    described = {words[0]: words[1] for line in lines if len(words := line.split(maxsplit=1)) == 2}
+    assert {*available_backwards(), "own", "anderson", "broyden"} <= set(described)
+    assert described["aep"] == "symmetric nudges with the asymmetric correction; exact for every Jacobian."
+
+
+def test_version_help_and_misspellings_return_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("torchdeq-ep 0.")
+    assert cli.main(["--help"]) == 0
+    assert "compare" in capsys.readouterr().out
+    assert cli.main(["conpare"]) == 2
+    assert cli.main([]) == 2
+
+
+def greet(arguments: list[str]) -> int:
+    print("greetings", *arguments)
+    return 7
+
+
+def test_commands_of_plugins_are_listed_and_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "greeting_plugin", sys.modules[__name__])
+    entries = [
+        EntryPoint("greet", "greeting_plugin:greet", cli.COMMAND_GROUP),
+        EntryPoint("list", "greeting_plugin:greet", cli.COMMAND_GROUP),
+        EntryPoint("absent", "no_such_plugin:run", cli.COMMAND_GROUP),
+    ]
+    monkeypatch.setattr(cli, "entry_points", lambda group: entries if group == cli.COMMAND_GROUP else [])
+    assert cli.main(["greet", "--loudly", "you"]) == 7
+    assert capsys.readouterr().out == "greetings --loudly you\n"
+    assert cli.main(["--help"]) == 0
+    assert "greet " in capsys.readouterr().out
+    assert cli.main(["absent"]) == 2
+    assert "no_such_plugin" in capsys.readouterr().err
+    assert cli.main(["list"]) == 0  # a plugin cannot take the place of a command that is built in
+    assert "backward modes" in capsys.readouterr().out

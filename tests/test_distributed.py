@@ -1,0 +1,64 @@
+"""Two processes under DistributedDataParallel get the gradients of one process on the joined batch."""
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchdeq
+from torch import nn
+
+import torchdeq_ep as tep
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.layer = nn.Linear(3, 6).double(), nn.Linear(6, 6).double()
+        with torch.no_grad():
+            self.layer.weight.mul_(0.5)
+        self.deq = torchdeq.get_deq(core="ep-sliced", f_max_iter=200, f_tol=1e-13)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        x = self.encoder(inputs)
+        (z,), _ = self.deq(lambda z: torch.tanh(self.layer(z) + x), torch.zeros_like(x))
+        return z
+
+
+def _inputs() -> torch.Tensor:
+    return torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _gradients(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+    for _ in range(2):  # the second pass goes through DDP's rebuilt buckets
+        model.zero_grad()
+        model(inputs).pow(2).sum(1).mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(_Model())
+    gradients = _gradients(model, _inputs().chunk(2)[rank])
+    torch.save(gradients, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    expected = _gradients(_Model(), _inputs())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_worker, args=(port, str(tmp_path)), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        for got, reference in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(got, reference, rtol=1e-7, atol=1e-10)
+
+
+def test_a_switched_model_switches_inside_ddp_too():
+    model = _Model()
+    with tep.use_backward(nn.ModuleList([model]), "aep") as handle:
+        assert handle.deqs == (model.deq,)

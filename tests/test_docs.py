@@ -1,0 +1,100 @@
+"""The documentation is true: its Python blocks run, and it covers every public name and every error."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import torchdeq_ep as tep
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python(?P<rest>[^\n]*)\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```)?", re.M | re.S)
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
+
+
+class Block(NamedTuple):
+    """A Python block, and the text block right below it, which is its output."""
+
+    line: int
+    code: str
+    output: str | None
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[Block]:
+    """The Python blocks; a fence with anything after the language is refused, so that none can opt out."""
+    text = page.read_text()
+    found = []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        assert not match["rest"].strip(), f"{name_of(page)}:{line}: every Python block runs, so no options on its fence"
+        found.append(Block(line, match["code"], match["output"]))
+    assert len(found) == text.count("```python"), f"{name_of(page)}: a Python fence that is indented or not closed"
+    return found
+
+
+RUNNABLE = [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchdeq_ep.registry._factories", dict(tep.registry._factories))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        # Blank lines in front, so that a traceback shows the line of the page.
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+        if block.output is not None:
+            assert_same_output(printed.getvalue(), block.output)
+
+
+def assert_same_output(printed: str, shown: str) -> None:
+    """The same words; the same numbers up to what another machine's rounding may change."""
+    assert re.sub(r"\s+", " ", NUMBER.sub("#", printed)) == re.sub(r"\s+", " ", NUMBER.sub("#", shown))
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.1)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_fence_names_its_language(page: Path) -> None:
+    opening = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)[::2]
+    assert all(opening), f"{name_of(page)}: a fence without a language: {opening}"
+
+
+def test_some_pages_have_blocks() -> None:
+    assert len(RUNNABLE) >= 5
+
+
+def test_every_error_is_explained() -> None:
+    headings = set(re.findall(r"^## (\w+)$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
+    classes = {
+        name for name, value in vars(tep.errors).items() if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert headings == classes
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    tree = ast.parse(Path(tep.__file__).read_text())
+    public = {
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torchdeq_ep")
+        for alias in node.names
+        if alias.asname and not alias.asname.startswith("_")
+    }
+    documented = set(
+        re.findall(r"^::: torchdeq_ep\.(?:\w+\.)*(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    )
+    assert public <= documented, f"not in docs/api.md: {sorted(public - documented)}"

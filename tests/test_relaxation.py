@@ -1,0 +1,134 @@
+"""Relaxations stop where they should, say where they stopped, and keep the best point they saw."""
+
+import math
+
+import pytest
+import torch
+from problems import contraction
+
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.relaxation import iterate, relax
+
+NAMES = [None, "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
+
+
+class Affine:
+    """`d -> A d + c` on a stack of nodes, counting its calls."""
+
+    def __init__(self, gain, n=20, nodes=2, seed=0):
+        self.matrix = contraction(n, seed, gain)
+        self.offset = torch.randn(nodes, n, dtype=torch.float64)
+        self.calls = 0
+
+    def __call__(self, d):
+        self.calls += 1
+        return d @ self.matrix.T + self.offset
+
+    @property
+    def scale(self):
+        return float(self.offset.norm(dim=1).min())
+
+    def residual(self, d):
+        return float((d @ self.matrix.T + self.offset - d).norm(dim=1).max()) / self.scale
+
+
+@pytest.mark.parametrize("solver", NAMES)
+@pytest.mark.parametrize("gain", [0.3, 0.9])
+@pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-11])
+def test_reaches_the_tolerance_and_counts_truthfully(solver, gain, tol):
+    step = Affine(gain)
+    result = relax(
+        step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=tol, max_iter=500, solver=solver
+    )
+    assert result.residual <= tol
+    assert step.residual(result.displacement) <= tol
+    assert len(result.trace) == step.calls
+    assert not result.diverged
+
+
+def test_acceleration_pays_when_plain_iteration_is_slow():
+    step = Affine(0.0)
+    step.matrix = torch.diag(torch.linspace(-0.95, 0.95, 20, dtype=torch.float64))
+    fast = iterate(step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-8, max_iter=5000)
+    assert fast.residual <= 1e-8
+    assert len(fast.trace) < 0.5 * math.log(1e-8) / math.log(0.95)
+
+
+def test_acceleration_reaches_fixed_points_of_expanding_maps():
+    step = Affine(0.0)
+    step.matrix = torch.diag(torch.linspace(-1.5, 0.5, 20, dtype=torch.float64))
+    result = iterate(step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-8, max_iter=200)
+    assert result.residual <= 1e-8
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_divergence_is_reported(solver):
+    result = relax(
+        lambda d: d**2 + 5, torch.ones(1, 1, dtype=torch.float64), scale=1.0, tol=1e-6, max_iter=50, solver=solver
+    )
+    assert result.diverged or result.residual > 0.5
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_the_best_point_survives_a_bad_end(solver):
+    calls = 0
+    step = Affine(0.5)
+
+    def spoiled(d):
+        nonlocal calls
+        calls += 1
+        return step(d) if calls < 8 else torch.full_like(d, torch.nan)
+
+    result = relax(
+        spoiled, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-12, max_iter=50, solver=solver
+    )
+    assert result.diverged
+    assert torch.isfinite(result.displacement).all()
+    assert step.residual(result.displacement) < 0.1
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_the_number_of_steps_is_bounded(solver):
+    step = Affine(0.999)
+    result = relax(
+        step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-14, max_iter=7, solver=solver
+    )
+    assert step.calls <= 7
+    assert result.residual > 1e-14
+
+
+def test_stalling_at_the_rounding_floor_ends_the_loop():
+    step = Affine(0.3)
+    result = iterate(
+        step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-40, floor=1e-12, max_iter=10_000
+    )
+    assert len(result.trace) < 100
+    assert result.residual < 1e-14
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_complex_states_are_solved_as_pairs(solver):
+    matrix = torch.complex(contraction(6, 0, 0.5), contraction(6, 1, 0.3))
+    offset = torch.randn(2, 6, dtype=torch.complex128)
+    result = relax(
+        lambda d: d @ matrix.T + offset, torch.zeros_like(offset), scale=1.0, tol=1e-10, max_iter=300, solver=solver
+    )
+    exact = torch.linalg.solve(torch.eye(6, dtype=torch.complex128) - matrix, offset.T).T
+    assert float((result.displacement - exact).abs().max()) < 1e-9
+
+
+def test_unknown_solvers_are_named():
+    with pytest.raises(InvalidOptionError, match="anderson, broyden"):
+        relax(lambda d: d, torch.zeros(1, 1), scale=1.0, tol=0.1, max_iter=5, solver="newton")
+
+
+def test_solvers_registered_with_torchdeq_are_found(monkeypatch):
+    from torchdeq import solver
+
+    monkeypatch.setattr(solver, "_solvers", dict(solver._solvers))
+    solver.register_solver("twice", lambda f, x0, max_iter=50, tol=1e-3, **_: (f(f(x0)), [], {}))
+    step = Affine(0.1)
+    result = relax(
+        step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-6, max_iter=50, solver="twice"
+    )
+    assert result.residual <= 1e-6

@@ -1,0 +1,266 @@
+"""The command line: `torchdeq-ep list`, `torchdeq-ep compare`, and commands that other distributions bring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchdeq_ep.compare.digits import train_digits
+from torchdeq_ep.compare.files import check_writable, require, write_whole
+from torchdeq_ep.compare.measure import compare, plan
+from torchdeq_ep.compare.plot import check_plot
+from torchdeq_ep.compare.table import Comparison, to_rich
+from torchdeq_ep.errors import EPError, InvalidOptionError
+from torchdeq_ep.registry import available_backwards, describe_backward
+
+COMMAND_GROUP = "torchdeq_ep.commands"
+"""Entry points of this group are subcommands: a name, and a callable from the remaining arguments to an exit code."""
+
+_FAILED = 2
+
+Problem = tuple[nn.Module, Any, Callable[..., Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 2 if something asked for does not exist or cannot be done.
+
+    Example:
+        >>> main(["compare", "nowhere:factory"])
+        2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Without this, torch's profiler, which measures the memory, writes two lines to the terminal for each mode.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it: the user's own modules can be named
+    commands = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP) if entry.name not in _BUILT_IN}
+    try:
+        if arguments and arguments[0] in commands:
+            return _run_plugin(commands[arguments[0]], arguments[1:])
+        options = _parser(commands).parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
+    except EPError as error:
+        sys.stderr.write(f"torchdeq-ep: {error}\n")
+        return _FAILED
+    except SystemExit as stop:  # argparse has written the help, the version or what is wrong
+        return stop.code if isinstance(stop.code, int) else _FAILED
+
+
+def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchdeq-ep", description="Equilibrium propagation as a backward pass for torchdeq's models."
+    )
+    parser.add_argument("--version", action="version", version=f"torchdeq-ep {version('torchdeq-ep')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    listing = subparsers.add_parser("list", help="name all backward modes and solvers")
+    listing.set_defaults(run=_list)
+
+    comparing = subparsers.add_parser(
+        "compare",
+        help="measure backward modes on a model: how exact, how fast, how large",
+        description="Measure backward modes on a model and a batch. Without a factory, a small model of handwritten "
+        "digits is trained by equilibrium propagation first.",
+    )
+    comparing.add_argument(
+        "factory",
+        nargs="?",
+        metavar="package.module:factory",
+        help="a function without arguments that returns (model, batch, loss_fn)",
+    )
+    comparing.add_argument(
+        "--backward",
+        action="append",
+        metavar="SPEC",
+        help="a mode, e.g. ep or hep:n_points=6; repeatable; default: all",
+    )
+    comparing.add_argument(
+        "--solver",
+        action="append",
+        metavar="NAME",
+        help="a solver of torchdeq, or 'own' for the package's; repeatable; default: own",
+    )
+    comparing.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    comparing.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    comparing.add_argument("--plot", metavar="FILE", help="draw error against time (.png, .svg, .pdf)")
+    comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
+    comparing.set_defaults(run=_compare)
+
+    for name, entry in commands.items():
+        origin = entry.dist.name if entry.dist else entry.value
+        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
+    return parser
+
+
+def _list(options: argparse.Namespace) -> int:
+    from torchdeq.solver import _solvers
+
+    modes = [(name, _description(name)) for name in available_backwards()]
+    solvers = [("own", "The package's own relaxation, used unless another is named.")]
+    solvers += [(name, _first_line(solver)) for name, solver in _solvers.items()]
+    for title, rows in (("backward modes", modes), ("solvers", solvers)):
+        sys.stdout.write(f"{title}\n")
+        width = max(len(name) for name, _ in rows)
+        sys.stdout.writelines(f"  {name:{width}}  {text}\n" for name, text in rows)
+    return 0
+
+
+def _description(name: str) -> str:
+    try:
+        return describe_backward(name)
+    except EPError as error:  # a plugin that cannot be imported hides no other mode
+        return f"({error})"
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().partition("\n")[0]
+
+
+def _compare(options: argparse.Namespace) -> int:
+    solvers = [None if name == "own" else name for name in options.solver or ["own"]]
+    # All that can be refused is refused before the measurement, which may take long.
+    plan(options.backward, solvers)
+    if options.repeats < 1:
+        raise InvalidOptionError(f"--repeats must be at least 1, not {options.repeats}.")
+    if options.json not in (None, "-"):
+        check_writable(options.json)
+    if options.markdown is not None:
+        check_writable(options.markdown)
+    if options.plot is not None:
+        check_plot(options.plot)
+    consoles = require("rich.console", "rich", "The table in the terminal")
+    # Standard output is for the figures alone if they go there.
+    console = consoles.Console(stderr=options.json == "-")
+    model, batch, loss_fn = _trained_digits(console) if options.factory is None else load_problem(options.factory)
+    # No spinner: its thread would compete with what is being timed.
+    console.print("measuring ...")
+    table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
+    _show(console, table)
+    if options.json is not None:
+        text = json.dumps(table.to_dict(), indent=2, allow_nan=False) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            _write_text(options.json, text)
+    if options.markdown is not None:
+        _write_text(options.markdown, f"{table.to_markdown()}\n\n{table.sentence()}\n")
+    if options.plot is not None:
+        table.plot(options.plot)
+    return 0
+
+
+def _trained_digits(console: Any) -> Problem:
+    progress_module = require("rich.progress", "rich", "The progress bar")
+    with progress_module.Progress(console=console, transient=True, refresh_per_second=2) as progress:
+        bar = progress.add_task("training a DEQ on handwritten digits by equilibrium propagation", total=None)
+        trained = train_digits("ep", lambda done, total: progress.update(bar, completed=done, total=total))
+    console.print(f"A DEQ trained on digits by equilibrium propagation: {trained.accuracy:.1%} right on unseen digits.")
+    return trained.model, trained.batch, trained.loss_fn
+
+
+def _show(console: Any, table: Comparison) -> None:
+    console.print(to_rich(table, console.width))
+    # A narrow terminal, or a pipe, wraps what follows; markup in a message would be taken for formatting.
+    for row in table.rows:
+        for note in row.notes:
+            console.print(f"{row.label}: {note}", markup=False, highlight=False, style="dim")
+    for note in table.warnings:
+        console.print(f"reference: {note}", markup=False, highlight=False, style="dim")
+    console.print(table.sentence(), markup=False, highlight=False)
+
+
+def _write_text(path: str, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
+def load_problem(spelling: str) -> Problem:
+    """The model, batch and loss that a factory returns.
+
+    Args:
+        spelling: `"package.module:factory"`.
+
+    Returns:
+        What the factory returns, checked.
+
+    Raises:
+        InvalidOptionError: If it cannot be imported or called, or does not return a model, a batch and a loss function.
+
+    Example:
+        >>> load_problem("torchdeq_ep.compare.digits:nothing")
+        Traceback (most recent call last):
+        torchdeq_ep.errors.InvalidOptionError: module 'torchdeq_ep.compare.digits' has no attribute 'nothing'.
+    """
+    module_name, colon, name = spelling.partition(":")
+    if not colon or not module_name or not name:
+        raise InvalidOptionError(f"cannot read {spelling!r}: a factory is written package.module:factory.")
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise InvalidOptionError(f"cannot import {module_name!r}: {_told(error)}") from error
+    factory = getattr(module, name, None)
+    if factory is None:
+        raise InvalidOptionError(f"module {module_name!r} has no attribute {name!r}.")
+    if not callable(factory):
+        raise InvalidOptionError(f"{spelling} is {type(factory).__name__}, not a function that can be called.")
+    try:
+        problem = factory()
+    except EPError:
+        raise
+    except Exception as error:
+        raise InvalidOptionError(f"{spelling} failed: {_told(error)}") from error
+    if not isinstance(problem, tuple) or len(problem) != 3:
+        length = f" of {len(problem)}" if isinstance(problem, tuple) else ""
+        raise InvalidOptionError(
+            f"{spelling} must return a tuple (model, batch, loss_fn), not {type(problem).__name__}{length}."
+        )
+    model, batch, loss_fn = problem
+    if not isinstance(model, nn.Module):
+        raise InvalidOptionError(f"the model that {spelling} returns must be an nn.Module, not {type(model).__name__}.")
+    if not callable(loss_fn):
+        raise InvalidOptionError(f"the loss_fn that {spelling} returns cannot be called: {type(loss_fn).__name__}.")
+    return model, batch, loss_fn
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in the user's code, and where: they get no traceback."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if where.filename.startswith("<frozen") else f" ({where.filename}, line {where.lineno})"
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
+    try:
+        command: Callable[[list[str]], int] = entry.load()
+    except Exception as error:
+        origin = entry.dist.name if entry.dist else "a plugin"
+        raise InvalidOptionError(
+            f"the command {entry.name!r} of {origin} cannot be imported from {entry.value}: {error}"
+        ) from error
+    return command(arguments)
+
+
+_BUILT_IN = ("list", "compare")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
