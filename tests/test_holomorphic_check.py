@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as fn
 
 from torchdeq_ep import holomorphic
 from torchdeq_ep.errors import InvalidOptionError
@@ -22,7 +22,9 @@ class LeakyReal(torch.autograd.Function):
 holomorphic.register_rule(LeakyReal, lambda z: z + 0.01 * z.conj())
 
 
-@pytest.mark.parametrize("f", [torch.tanh, lambda z: F.softmax(z, 0), lambda z: z**3, lambda z: F.layer_norm(z, (7,))])
+@pytest.mark.parametrize(
+    "f", [torch.tanh, lambda z: fn.softmax(z, 0), lambda z: z**3, lambda z: fn.layer_norm(z, (7,))]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_analytic_map_passes(f, dtype):
     report = holomorphic.check(f, Z.to(dtype))
@@ -83,7 +85,7 @@ def test_random_state_and_state_are_left_alone():
 
 
 def test_piecewise_map_can_be_allowed():
-    f = F.leaky_relu
+    f = fn.leaky_relu
     assert not holomorphic.check(f, Z + 0.01)
     assert holomorphic.check(f, Z + 0.01, amplitude=1e-4, piecewise="real-part")
 

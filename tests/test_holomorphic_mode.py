@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as fn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torchdeq_ep as tep
@@ -62,7 +62,7 @@ MODULES = {
     "encoder norm first": (lambda: encoder(True), (2, 3, 8)),
     "encoder eval": (lambda: encoder(False).eval(), (2, 3, 8)),
     "encoder eval norm first": (lambda: encoder(True).eval(), (2, 3, 8)),
-    "encoder with SiLU": (lambda: encoder(True, activation=F.silu, bias=False).eval(), (2, 3, 8)),
+    "encoder with SiLU": (lambda: encoder(True, activation=fn.silu, bias=False).eval(), (2, 3, 8)),
     "stacked encoder": (lambda: nn.TransformerEncoder(encoder(False), 2).eval(), (2, 3, 8)),
     "decoder": (lambda: CrossAttention(), (2, 3, 8)),
     "attention with weights": (SelfAttention, (3, 2, 8)),
@@ -273,8 +273,8 @@ REFUSED = {
     "norm": lambda z: z.norm(),
     "linalg.norm": torch.linalg.norm,
     "linalg.vector_norm": torch.linalg.vector_norm,
-    "normalize": F.normalize,
-    "cosine_similarity": lambda z: F.cosine_similarity(z, z),
+    "normalize": fn.normalize,
+    "cosine_similarity": lambda z: fn.cosine_similarity(z, z),
     "cdist": lambda z: torch.cdist(z, z),
     "real": lambda z: z.real,
     "torch.real": torch.real,
@@ -303,22 +303,22 @@ REFUSED = {
     "clamp_": lambda z: z.clone().clamp_(0, 1),
     "relu": torch.relu,
     "relu_": lambda z: z.clone().relu_(),
-    "F.relu_": lambda z: F.relu_(z.clone()),
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "prelu": lambda z: F.prelu(z, torch.ones(1)),
-    "elu": F.elu,
-    "celu": F.celu,
-    "selu": F.selu,
-    "hardtanh": F.hardtanh,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "threshold": lambda z: F.threshold(z, 0, 0),
-    "softshrink": F.softshrink,
-    "softsign": F.softsign,
-    "max_pool2d": lambda z: F.max_pool2d(z[None], 2),
-    "max_pool2d with indices": lambda z: F.max_pool2d(z[None], 2, return_indices=True),
-    "adaptive_max_pool1d": lambda z: F.adaptive_max_pool1d(z, 2),
+    "fn.relu_": lambda z: fn.relu_(z.clone()),
+    "relu6": fn.relu6,
+    "leaky_relu": fn.leaky_relu,
+    "prelu": lambda z: fn.prelu(z, torch.ones(1)),
+    "elu": fn.elu,
+    "celu": fn.celu,
+    "selu": fn.selu,
+    "hardtanh": fn.hardtanh,
+    "hardsigmoid": fn.hardsigmoid,
+    "hardswish": fn.hardswish,
+    "threshold": lambda z: fn.threshold(z, 0, 0),
+    "softshrink": fn.softshrink,
+    "softsign": fn.softsign,
+    "max_pool2d": lambda z: fn.max_pool2d(z[None], 2),
+    "max_pool2d with indices": lambda z: fn.max_pool2d(z[None], 2, return_indices=True),
+    "adaptive_max_pool1d": lambda z: fn.adaptive_max_pool1d(z, 2),
     "round": torch.round,
     "sign": torch.sign,
     "sgn": torch.sgn,
@@ -343,8 +343,8 @@ REFUSED = {
     "unknown aten": lambda z: torch.ops.aten.lgamma(z),
     "aten abs": torch.ops.aten.abs.default,
     "aten relu": torch.ops.aten.relu,
-    "l1_loss": lambda z: F.l1_loss(z, torch.zeros(2, 4)),
-    "smooth_l1_loss": lambda z: F.smooth_l1_loss(z, torch.zeros(2, 4)),
+    "l1_loss": lambda z: fn.l1_loss(z, torch.zeros(2, 4)),
+    "smooth_l1_loss": lambda z: fn.smooth_l1_loss(z, torch.zeros(2, 4)),
     "svd": lambda z: torch.linalg.svd(z),
     "grad of a real leaf": lambda z: torch.autograd.grad((z * torch.ones(4, requires_grad=True)).sum(), torch.ones(4)),
 }
@@ -370,21 +370,21 @@ def test_piecewise_operation_says_how_to_allow_it():
 
 PIECEWISE = {
     "relu": torch.relu,
-    "F.relu inplace": lambda z: F.relu(z.clone(), inplace=True),
+    "fn.relu inplace": lambda z: fn.relu(z.clone(), inplace=True),
     "relu_": lambda z: z.clone().relu_(),
-    "relu6": lambda z: F.relu6(6 * z),
-    "leaky_relu": lambda z: F.leaky_relu(z, 0.2),
-    "prelu": lambda z: F.prelu(z, torch.linspace(0.1, 0.5, z.shape[1], dtype=torch.float64)),
-    "elu": lambda z: F.elu(z, 0.7),
-    "celu": lambda z: F.celu(z, 0.7),
-    "selu": F.selu,
-    "hardtanh": lambda z: F.hardtanh(2 * z),
-    "hardsigmoid": lambda z: F.hardsigmoid(4 * z),
-    "hardswish": lambda z: F.hardswish(4 * z),
-    "hardshrink": F.hardshrink,
-    "softshrink": F.softshrink,
-    "softsign": F.softsign,
-    "threshold": lambda z: F.threshold(z, 0.3, 0.1),
+    "relu6": lambda z: fn.relu6(6 * z),
+    "leaky_relu": lambda z: fn.leaky_relu(z, 0.2),
+    "prelu": lambda z: fn.prelu(z, torch.linspace(0.1, 0.5, z.shape[1], dtype=torch.float64)),
+    "elu": lambda z: fn.elu(z, 0.7),
+    "celu": lambda z: fn.celu(z, 0.7),
+    "selu": fn.selu,
+    "hardtanh": lambda z: fn.hardtanh(2 * z),
+    "hardsigmoid": lambda z: fn.hardsigmoid(4 * z),
+    "hardswish": lambda z: fn.hardswish(4 * z),
+    "hardshrink": fn.hardshrink,
+    "softshrink": fn.softshrink,
+    "softsign": fn.softsign,
+    "threshold": lambda z: fn.threshold(z, 0.3, 0.1),
     "abs": lambda z: abs(z) + z.abs() + torch.abs(z),
     "sign": lambda z: torch.sign(z) * z,
     "clamp": lambda z: z.clamp(-0.5, 0.5) + torch.clamp(z, min=0.1) + z.clip(max=0.2),
@@ -397,12 +397,12 @@ PIECEWISE = {
     "sort": lambda z: z.sort(1, descending=True)[0] + torch.sort(z, 2).values + z.gather(2, z.argsort(2)),
     "topk": lambda z: z.topk(2, 1).values + z.topk(2, 1, largest=False)[0],
     "comparison": lambda z: torch.where(z > 0.2, z, 0.3 * z) + (z <= 0) * z,
-    "max_pool1d": lambda z: F.max_pool1d(z, 2),
-    "max_pool2d": lambda z: F.max_pool2d(z, 3, 2, 1),
-    "max_pool2d indices": lambda z: F.max_pool2d(z, 2, return_indices=True)[0],
-    "adaptive_max_pool2d": lambda z: F.adaptive_max_pool2d(z, 2),
-    "l1_loss": lambda z: F.l1_loss(z, torch.zeros_like(z)),
-    "transformer": lambda z: nn.functional.relu(z) * F.hardtanh(z),
+    "max_pool1d": lambda z: fn.max_pool1d(z, 2),
+    "max_pool2d": lambda z: fn.max_pool2d(z, 3, 2, 1),
+    "max_pool2d indices": lambda z: fn.max_pool2d(z, 2, return_indices=True)[0],
+    "adaptive_max_pool2d": lambda z: fn.adaptive_max_pool2d(z, 2),
+    "l1_loss": lambda z: fn.l1_loss(z, torch.zeros_like(z)),
+    "transformer": lambda z: nn.functional.relu(z) * fn.hardtanh(z),
 }
 
 
@@ -461,12 +461,12 @@ def test_real_code_is_left_alone():
     z = torch.randn(3, 4)
     with holomorphic.mode():
         assert float(torch.relu(z).abs().max()) >= 0
-        assert torch.equal(F.max_pool1d(z, 2), F.max_pool1d(z, 2))
+        assert torch.equal(fn.max_pool1d(z, 2), fn.max_pool1d(z, 2))
 
 
 def test_modes_nest():
     with holomorphic.mode(), holomorphic.mode():
-        value = F.gelu(torch.ones(1, dtype=torch.complex64))
+        value = fn.gelu(torch.ones(1, dtype=torch.complex64))
     assert value.dtype == torch.complex64
     with tep.evaluation.FrozenStatistics(), holomorphic.mode():
         value = nn.BatchNorm1d(2)(torch.randn(4, 2, dtype=torch.complex64))
@@ -493,7 +493,7 @@ def test_holomorphic_map_pickles_and_leaves_real_states_alone():
     wrapped = pickle.loads(pickle.dumps(holomorphic.holomorphic_map(torch.nn.functional.silu)))
     assert wrapped == holomorphic.holomorphic_map(torch.nn.functional.silu)
     z = torch.randn(4)
-    assert torch.equal(wrapped(z), F.silu(z))
+    assert torch.equal(wrapped(z), fn.silu(z))
     assert wrapped(z + 0j).is_complex()
 
 

@@ -3,7 +3,7 @@
 import mpmath
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional as fn
 
 from torchdeq_ep import holomorphic
 from torchdeq_ep import nn as epnn
@@ -18,7 +18,7 @@ def test_shifted_sigmoid_is_the_papers():
 
 def test_dsilu_is_the_derivative_of_silu():
     x = torch.linspace(-9, 9, 50, dtype=torch.float64)
-    _, slope = torch.func.jvp(F.silu, (x,), (torch.ones_like(x),))
+    _, slope = torch.func.jvp(fn.silu, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(epnn.dsilu(x), slope)
     torch.testing.assert_close(epnn.DSiLU()(x), slope)
 
@@ -60,7 +60,7 @@ def looped_pool(x, kernel, stride, padding, temperature):
 def test_softmax_pool_against_a_loop(kernel, stride, padding, temperature):
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     value = epnn.SoftmaxPool2d(kernel, stride, padding, temperature)(x)
-    assert value.shape == F.max_pool2d(x, kernel, stride, padding).shape
+    assert value.shape == fn.max_pool2d(x, kernel, stride, padding).shape
     expected = [looped_pool(image, kernel, stride or kernel, padding, temperature) for image in x.flatten(0, 1)]
     torch.testing.assert_close(value.flatten(0, 1), torch.stack(expected))
 
@@ -86,7 +86,7 @@ def test_softmax_pool_does_not_overflow():
 
 def test_softmax_pool_of_rectangular_windows():
     x = torch.randn(1, 1, 4, 6)
-    assert epnn.softmax_pool(x, (2, 3), (1, 3), (0, 1)).shape == F.max_pool2d(x, (2, 3), (1, 3), (0, 1)).shape
+    assert epnn.softmax_pool(x, (2, 3), (1, 3), (0, 1)).shape == fn.max_pool2d(x, (2, 3), (1, 3), (0, 1)).shape
 
 
 @pytest.mark.parametrize("layer", [epnn.SoftmaxPool2d(2), epnn.SoftmaxPool2d(3, 2, 1, 0.5), epnn.DSiLU()])

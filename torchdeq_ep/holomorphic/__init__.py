@@ -1,7 +1,9 @@
 """Evaluating real models at complex states: rules, refusals, and a test for analyticity."""
 
 # The modules of rules register what they define, over the names that `native` covers in all namespaces.
-from torchdeq_ep.holomorphic import native as _native  # isort: split
+from torchdeq_ep.holomorphic import native as _native
+
+# isort: split
 from torchdeq_ep.holomorphic import attention as _attention
 from torchdeq_ep.holomorphic import elementwise as _elementwise
 from torchdeq_ep.holomorphic import linear as _linear

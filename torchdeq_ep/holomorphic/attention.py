@@ -50,7 +50,7 @@ def _canonical_mask(mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor | 
     """As in PyTorch, but a mask of the dtype of a complex query is canonical already."""
     if mask is not None and mask.is_complex():
         return mask
-    canonical: Tensor | None = functional._canonical_mask(mask, *args, **kwargs)  # type: ignore[attr-defined]
+    canonical: Tensor | None = functional._canonical_mask(mask, *args, **kwargs)
     return canonical
 
 

@@ -25,8 +25,8 @@ class AnalyticityReport:
 
     Args:
         analytic: Whether the map passed.
-        defect: Largest relative Cauchy-Riemann defect: the part of the derivative that is linear in the conjugate of the
-            direction, relative to the whole; infinite if the map could not be evaluated.
+        defect: Largest relative Cauchy-Riemann defect: the part of the derivative that is linear in the conjugate of
+            the direction, relative to the whole; infinite if the map could not be evaluated.
         radius: Largest relative amplitude, in units of the norm of the state, at which a contour is safe: the distance
             to the nearest singularity seen along the sampled directions; `inf` for polynomials, 0 if not analytic.
         reason: Why the map failed, empty if it passed.
@@ -109,7 +109,7 @@ class _Probe:
 
     def _direction(self, dtype: torch.dtype) -> Tensor:
         u = torch.randn(self._z.shape, dtype=dtype, device=self._z.device, generator=self._generator)
-        return u * (self._scale / torch.linalg.vector_norm(u))
+        return torch.mul(u, self._scale / torch.linalg.vector_norm(u))
 
     def _value(self, state: Tensor) -> Tensor:
         with mode(self._piecewise):

@@ -1,4 +1,4 @@
-"""Rules of the analytic elementwise functions: stable far from the real axis's origin, gated nowhere but at overflow."""
+"""Rules of the analytic elementwise functions, without overflow, and mostly made of PyTorch's real kernels."""
 
 from __future__ import annotations
 
@@ -16,24 +16,54 @@ _GROUP = "activations"
 _ELEMENTARY = "elementary functions"
 
 
-@rule("sigmoid expit", _GROUP, "$1 / (1 + e^{-z})$")
+@rule("exp", _ELEMENTARY, r"$e^x (\cos y + i \sin y)$")
+def exp(z: Tensor) -> Tensor:
+    """The exponential function, from real kernels: they are vectorised, PyTorch's complex ones are not."""
+    modulus = torch.exp(z.real)
+    # Adding a mask of -inf leaves NaN in the imaginary part.
+    angle = z.imag.masked_fill(modulus == 0, 0)
+    return torch.complex(modulus * torch.cos(angle), modulus * torch.sin(angle))
+
+
+@rule("tanh", _ELEMENTARY, r"$(t (1 + T^2) + i T (1 - t^2)) / (1 + t^2 T^2)$, $t = \tanh x$, $T = \tan y$")
+def tanh(z: Tensor) -> Tensor:
+    """The hyperbolic tangent, from real kernels."""
+    t, tan = torch.tanh(z.real), torch.tan(z.imag)
+    square = tan * tan
+    denominator = 1 + t * t * square
+    return torch.complex(t * (1 + square) / denominator, tan * ((1 - t) * (1 + t)) / denominator)
+
+
+def _falling(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sign of `Re z`, a constant and never 0, and the parts of `exp(-sign z)`, which cannot overflow."""
+    sign = 1 - 2 * (z.real < 0).to(z.real.dtype)
+    modulus = torch.exp(-sign * z.real)
+    return sign, modulus * torch.cos(z.imag), -sign * modulus * torch.sin(z.imag)
+
+
+@rule("sigmoid expit", _GROUP, r"$1 / (1 + e^{-z})$, or $e^z / (1 + e^z)$ where $\mathrm{Re}\,z < 0$")
 def sigmoid(z: Tensor) -> Tensor:
-    """The logistic function. Below the clamp it is zero to machine precision, and `exp(-z)` would overflow."""
-    lowest = -0.98 * math.log(torch.finfo(z.dtype).max)
-    return torch.sigmoid(torch.complex(z.real.clamp_min(lowest), z.imag))
+    """The logistic function, from real kernels and without overflow."""
+    sign, a, b = _falling(z)
+    numerator = a + torch.exp((1 - sign) * z.real)
+    denominator = (1 + a) * (1 + a) + b * b
+    return torch.complex(numerator / denominator, -sign * b / denominator)
 
 
 @rule("log1p", _ELEMENTARY, r"$\frac12 \log(1 + x (2 + x) + y^2) + i\,\mathrm{arg}(1 + z)$")
 def log1p(z: Tensor) -> Tensor:
     """`log(1 + z)`. PyTorch's own is NaN at denormal numbers in single precision."""
-    x, y = z.real, z.imag
+    return _log1p(z.real, z.imag)
+
+
+def _log1p(x: Tensor, y: Tensor) -> Tensor:
     return torch.complex(0.5 * torch.log1p(x * (2 + x) + y * y), torch.atan2(y, 1 + x))
 
 
 def log1p_exp(z: Tensor) -> Tensor:
     """`log(1 + exp(z))` in the strip `|Im z| < pi`, where it has no branch point."""
-    positive = z.real > 0
-    return log1p(torch.exp(torch.where(positive, -z, z))) + torch.where(positive, z, 0)
+    sign, a, b = _falling(z)
+    return _log1p(a, b) + 0.5 * (1 + sign) * z
 
 
 @rule(
@@ -62,7 +92,7 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
 
 @rule("mish", _GROUP, r"$z \tanh(\log(1 + e^z))$")
 def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
-    return _inplace(input, input * torch.tanh(log1p_exp(input)), inplace)
+    return _inplace(input, input * tanh(log1p_exp(input)), inplace)
 
 
 @rule("gelu", _GROUP, r"$\frac z2 \mathrm{erfc}(-z/\sqrt 2)$ with a complex erfc; $z\,\sigma(2u)$ for the tanh form")
@@ -80,7 +110,7 @@ def _glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
 
 @rule("tanhshrink", _GROUP, r"$z - \tanh z$")
 def _tanhshrink(input: Tensor) -> Tensor:  # noqa: A002
-    return input - torch.tanh(input)
+    return input - tanh(input)
 
 
 @rule("logit", _ELEMENTARY, r"$\log z - \log(1 - z)$")
@@ -129,7 +159,8 @@ def _logaddexp(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
 
 @rule("lerp", "arithmetic", "$z + w (y - z)$")
 def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:  # noqa: A002
-    return input + weight * (end - input)
+    value: Tensor = input + weight * (end - input)
+    return value
 
 
 @rule("addcmul", "arithmetic", "$z + c\\,a b$")
@@ -208,7 +239,7 @@ def _erf_parts(z: Tensor) -> tuple[Tensor, Tensor]:
     outer = torch.where(small, 1, torch.where(z.real < 0, -z, z))
     x, y = outer.real, outer.imag
     # (x - y)(x + y) keeps the digits of Re z^2 that x^2 - y^2 loses.
-    decay = torch.exp(torch.complex((y - x) * (y + x), -2 * x * y))
+    decay = exp(torch.complex((y - x) * (y + x), -2 * x * y))
     return series * inner * (2 / math.sqrt(math.pi)), decay * _faddeeva(outer)
 
 

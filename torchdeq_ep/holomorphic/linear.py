@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchdeq_ep.holomorphic.elementwise import sigmoid
+from torchdeq_ep.holomorphic.elementwise import sigmoid, tanh
 from torchdeq_ep.holomorphic.registry import CannotContinueError, Operation, rule
 
 _GROUP = "products"
@@ -110,7 +110,7 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
 
 def _plus(product: Operation) -> Operation:
     def apply(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:  # noqa: A002
-        value = product(a, b) if alpha == 1 else alpha * product(a, b)
+        value: Tensor = product(a, b) if alpha == 1 else alpha * product(a, b)
         return value if beta == 0 else value + (input if beta == 1 else beta * input)
 
     return apply
@@ -135,7 +135,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
 def _convolution(op: Operation, n_dims: int) -> Operation:
     def apply(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
         if not input.is_complex() and not weight.is_complex():
-            value = op(input, weight, None, *args, **kwargs)
+            value: Tensor = op(input, weight, None, *args, **kwargs)
         elif input.is_complex() and weight.is_complex():
             # Not the complex kernel: its three products mix the small imaginary parts with the real ones.
             value = apply(input, weight.real, None, *args, **kwargs) + 1j * apply(
@@ -167,10 +167,8 @@ def _linear_in_input(op: Operation) -> Operation:
     return apply
 
 
-for _name in (
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample "
-    "grid_sample unfold fold"
-).split():
+_POOLING = [f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)]
+for _name in (*_POOLING, "interpolate", "upsample", "grid_sample", "unfold", "fold"):
     # Named in full: Tensor.unfold is another operation.
     rule(f"nn.functional.{_name}", _RESAMPLING, "on real and imaginary parts")(
         _linear_in_input(getattr(functional, _name))
@@ -217,7 +215,7 @@ def _half_spectrum(n_dims: int | None) -> Operation:
 
     def apply(input: Tensor, *args: Any, norm: str | None = None, **kwargs: Any) -> Tensor:  # noqa: A002
         transform = {1: torch.fft.fft, 2: torch.fft.fft2, None: torch.fft.fftn}[n_dims]
-        full = transform(input, *args, norm=norm, **kwargs)
+        full: Tensor = transform(input, *args, norm=norm, **kwargs)
         named = dict(zip(("s", "dim"), args, strict=False)) | kwargs
         last = named.get("dim", -1)
         last = (-1 if last is None else last) if isinstance(last, int | None) else last[-1]
@@ -241,8 +239,8 @@ def _lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     h, c = hx
     i, f, g, o = (linear(input, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
-    c = sigmoid(f) * c + sigmoid(i) * torch.tanh(g)
-    return sigmoid(o) * torch.tanh(c), c
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(c), c
 
 
 @rule("gru_cell", "recurrent cells", "gates with complex sigmoid and tanh")
@@ -256,7 +254,7 @@ def _gru_cell(
 ) -> Tensor:
     reset_x, update_x, new_x = linear(input, w_ih, b_ih).chunk(3, -1)
     reset_h, update_h, new_h = linear(hx, w_hh, b_hh).chunk(3, -1)
-    new = torch.tanh(new_x + sigmoid(reset_x + reset_h) * new_h)
+    new = tanh(new_x + sigmoid(reset_x + reset_h) * new_h)
     return new + sigmoid(update_x + update_h) * (hx - new)
 
 
@@ -269,4 +267,4 @@ def _rnn_tanh_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
-    return torch.tanh(linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh))
+    return tanh(linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh))

@@ -24,8 +24,8 @@ Piecewise = Literal["real-part"]
 
 _PACKAGES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
 _ALTERNATIVES = (
-    "Instead, use a stencil with real nodes ('ep', or 'ep-richardson' for high order), which works on any f; or replace "
-    "the operation by an analytic one (torchdeq_ep.nn has activations and pooling)."
+    "Instead, use a stencil with real nodes ('ep', or 'ep-richardson' for high order), which works on any f; or "
+    "replace the operation by an analytic one (torchdeq_ep.nn has activations and pooling)."
 )
 
 
@@ -62,9 +62,9 @@ class HolomorphicMode(FrozenStatistics):
         self._suspensions = 0
 
     def __enter__(self) -> HolomorphicMode:
-        stack = _get_current_function_mode_stack()
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         self._around = [active for active in stack if isinstance(active, HolomorphicMode) and active is not self]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     @property
@@ -160,9 +160,10 @@ class HolomorphicMode(FrozenStatistics):
 def mode(piecewise: Piecewise | None = None) -> HolomorphicMode:
     """A context in which real modules and closures can be evaluated at complex states.
 
-    Nothing about them changes: parameters stay real, and each operation that meets a complex argument is replaced by its
-    analytic continuation. An operation without one, or without a known one, raises an error that names it, the module
-    and the line. Operations on real tensors are left alone, except that normalisation layers record no statistics.
+    Nothing about them changes: parameters stay real, and each operation that meets a complex argument is replaced by
+    its analytic continuation. An operation without one, or without a known one, raises an error that names it, the
+    module and the line. Operations on real tensors are left alone, except that normalisation layers record no
+    statistics.
 
     The context is thread-local, can be nested in and around `torch.vmap`, and its overhead is a table look-up for each
     call of PyTorch. Code compiled by `torch.jit` runs unseen by it.
@@ -273,7 +274,7 @@ def _display_name(func: Operation, policy: Policy | None) -> str:
     known = resolve_name(func)
     if known:
         return known.replace("torch.Tensor.", "Tensor.")
-    return policy.name if policy else getattr(func, "__qualname__", None) or str(func)
+    return policy.name if policy else str(getattr(func, "__qualname__", func))
 
 
 def _location() -> str:

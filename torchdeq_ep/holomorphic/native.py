@@ -1,4 +1,4 @@
-"""Operations whose complex kernels in PyTorch are analytic and right, operations on shape, and those that are refused."""
+"""Operations whose complex kernels in PyTorch are analytic, operations on shape, and operations that are refused."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _NATIVE = {
         sum mean cumsum prod cumprod trace diff trapezoid trapz cumulative_trapezoid cross linalg.cross outer ger
     """,
     "elementary functions": """
-        exp exp2 expm1 log log2 log10 sqrt rsqrt sin cos tan sinh cosh tanh asin acos atan asinh acosh atanh
+        exp2 expm1 log log2 log10 sqrt rsqrt sin cos tan sinh cosh asin acos atan asinh acosh atanh
         arcsin arccos arctan arcsinh arccosh arctanh sinc
     """,
     "Fourier transforms": """
         fft.fft fft.ifft fft.fft2 fft.ifft2 fft.fftn fft.ifftn fft.fftshift fft.ifftshift
     """,
-    "matrix functions": "det inverse matrix_exp matrix_power linalg.det linalg.inv linalg.matrix_exp linalg.matrix_power",
+    "matrix functions": """
+        det inverse matrix_exp matrix_power linalg.det linalg.inv linalg.matrix_exp linalg.matrix_power
+    """,
     "shape": """
         reshape reshape_as view view_as permute transpose swapaxes swapdims moveaxis movedim t T mT flatten unflatten
         ravel squeeze unsqueeze expand expand_as broadcast_to broadcast_tensors repeat tile repeat_interleave chunk
@@ -45,9 +47,9 @@ _NATIVE = {
         shape dtype device ndim size dim ndimension numel nelement stride storage_offset element_size itemsize nbytes
         layout requires_grad requires_grad_ retain_grad grad grad_fn is_leaf data data_ptr get_device _version
         _base output_nr is_complex is_floating_point is_contiguous is_conj is_neg is_signed is_nested is_sparse
-        is_sparse_csr is_quantized is_cuda is_cpu is_meta is_mps is_xpu is_xla is_mkldnn is_vulkan is_ipu is_maia is_mtia
-        is_inference is_same_size is_set_to is_shared is_pinned register_hook cpu cuda __repr__ __format__ __hash__
-        __deepcopy__ isnan isinf isfinite cfloat cdouble result_type
+        is_sparse_csr is_quantized is_cuda is_cpu is_meta is_mps is_xpu is_xla is_mkldnn is_vulkan is_ipu is_maia
+        is_mtia is_inference is_same_size is_set_to is_shared is_pinned register_hook cpu cuda __repr__ __format__
+        __hash__ __deepcopy__ isnan isinf isfinite cfloat cdouble result_type
     """,
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdeq_ep.holomorphic.elementwise import exp
 from torchdeq_ep.holomorphic.registry import expanded, rule
 
 _GROUP = "normalisation"
@@ -18,7 +19,7 @@ _SOFTMAX = "softmax"
 Dims = int | Sequence[int] | None
 
 
-def _standardise(z: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _standardise(z: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     centred = z - z.mean(dims, keepdim=True)
     return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
 
@@ -73,7 +74,7 @@ def _group_norm(
 
 
 def _statistics_norm(
-    z: Tensor, dims: Sequence[int], mean: Tensor | None, var: Tensor | None, use_input: bool, eps: float
+    z: Tensor, dims: tuple[int, ...], mean: Tensor | None, var: Tensor | None, use_input: bool, eps: float
 ) -> Tensor:
     if use_input or mean is None or var is None:
         return _standardise(z, dims, eps)
@@ -197,7 +198,7 @@ def softmax(
     """Softmax. The shift is a real number, which the quotient does not depend on."""
     z = _cast(input, dtype)
     dim = _implicit_dim(z.dim()) if dim is None else dim
-    weights = torch.exp(z - z.real.detach().amax(dim, keepdim=True))
+    weights = exp(z - z.real.detach().amax(dim, keepdim=True))
     return weights / weights.sum(dim, keepdim=True)
 
 
@@ -228,7 +229,7 @@ def log_softmax(
 def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:  # noqa: A002
     """Logarithm of a sum of exponentials, on the branch of the real axis."""
     shift = input.real.detach().amax(dim, keepdim=True)
-    total = torch.log(torch.exp(input - shift).sum(dim, keepdim=keepdim))
+    total = torch.log(exp(input - shift).sum(dim, keepdim=keepdim))
     return total + (shift if keepdim else shift.amax(dim))
 
 

@@ -1,8 +1,9 @@
 """Rules of piecewise analytic operations: the real part chooses the piece.
 
 Each piece is analytic, and so is the whole as long as no unit crosses from one to another while the contour is run
-through. The rules report the units that may have: at a node `x = x_0 + r e^{i t}` of the contour around a unit `x_0`, those
-whose distance to the kink has a real part smaller than its imaginary part. At `t = pi/2` that is exactly `|x_0| < r`.
+through. The rules report the units that may have: at a node `x = x_0 + r e^{i t}` of the contour around a unit `x_0`,
+those whose distance to the kink has a real part smaller than its imaginary part. At `t = pi/2` that is exactly
+`|x_0| < r`.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def continued(group: str, note: str) -> Callable[[F], F]:
 
 
 def _swapped(apply: Operation) -> Operation:
-    return lambda input, other: apply(other, input)
+    return lambda first, second: apply(second, first)
 
 
 def _spellings(name: str) -> Iterator[tuple[Operation, Form]]:
@@ -169,7 +169,7 @@ def _spellings(name: str) -> Iterator[tuple[Operation, Form]]:
     }
     for space in spaces:
         for variant, form in variants.items():
-            found = getattr(space, variant, None)
+            found: Any = getattr(space, variant, None)
             if hasattr(found, "__get__") and not callable(found):
                 yield found.__get__, Form.PLAIN
                 yield found.__set__, Form.INPLACE

@@ -31,7 +31,7 @@ def shifted_sigmoid(x: Tensor) -> Tensor:
         tensor([0.5000+0.0000j, 0.5000+0.1014j])
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(shifted_sigmoid, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(shifted_sigmoid, (x,), x)
     return _sigmoid(4 * x - 2)
 
 
@@ -53,7 +53,7 @@ def dsilu(x: Tensor) -> Tensor:
         tensor([-0.0998,  0.5000,  1.0998])
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(dsilu, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(dsilu, (x,), x)
     # 1 - s(x) = s(-x), without cancellation.
     return _sigmoid(x) * (1 + x * _sigmoid(-x))
 

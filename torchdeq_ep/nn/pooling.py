@@ -26,8 +26,8 @@ def softmax_pool(
 ) -> Tensor:
     """Mean of each window, weighted by the softmax of its entries: `sum_i x_i exp(x_i / T) / sum_i exp(x_i / T)`.
 
-    The pooling of Laborieux & Zenke, arXiv 2209.00530. It tends to max pooling as the temperature `T` falls to 0, and to
-    average pooling as it grows. The padding has no weight.
+    The pooling of Laborieux & Zenke, arXiv 2209.00530. It tends to max pooling as the temperature `T` falls to 0, and
+    to average pooling as it grows. The padding has no weight.
 
     Args:
         x: Real or complex tensor of shape `(..., *spatial)`, with `n_dims` spatial dimensions.
@@ -49,8 +49,7 @@ def softmax_pool(
         (tensor([[2.4926]]), tensor([[3.]]))
     """
     if has_torch_function_unary(x):
-        options = {"stride": stride, "padding": padding, "temperature": temperature, "n_dims": n_dims}
-        return handle_torch_function(softmax_pool, (x,), x, kernel_size, **options)  # type: ignore[no-any-return]
+        return handle_torch_function(softmax_pool, (x,), x, kernel_size, stride, padding, temperature, n_dims)
     kernel = _per_dim("kernel_size", kernel_size, n_dims, 1)
     steps = _per_dim("stride", kernel_size if stride is None else stride, n_dims, 1)
     pads = _per_dim("padding", padding, n_dims, 0)
