@@ -22,32 +22,32 @@ ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 
 def one_sided(*, beta: Amplitude = "auto", **options: Any) -> Backward:
-    """`ep-one-sided`: one real nudge, error `O(beta)`. Further option: `beta`."""
+    """`ep-one-sided`: One real nudge, error `O(beta)`. Further option: `beta`."""
     return EquilibriumPropagation(Stencil.one_sided(beta), **options)
 
 
 def symmetric(*, beta: Amplitude = "auto", **options: Any) -> Backward:
-    """`ep`: two opposite real nudges, error `O(beta^2)`. Further option: `beta`."""
+    """`ep`: Two opposite real nudges, error `O(beta^2)`. Further option: `beta`."""
     return EquilibriumPropagation(Stencil.symmetric(beta), **options)
 
 
 def richardson(*, beta: Amplitude = "auto", order: int = 4, **options: Any) -> Backward:
-    """`ep-richardson`: real nudges extrapolated to `O(beta^order)`. Further options: `beta`, `order`."""
+    """`ep-richardson`: Real nudges extrapolated to `O(beta^order)`. Further options: `beta`, `order`."""
     return EquilibriumPropagation(Stencil.richardson(beta, order), **options)
 
 
 def holomorphic(*, beta: Amplitude = "auto", n_points: int = 4, **options: Any) -> Backward:
-    """`hep`: complex nudges on a circle, error `O(beta^n_points)`. Further options: `beta`, `n_points`."""
+    """`hep`: Complex nudges on a circle, error `O(beta^n_points)`. Further options: `beta`, `n_points`."""
     return EquilibriumPropagation(Stencil.contour(beta, n_points), **options)
 
 
 def holomorphic_online(*, beta: Amplitude = "auto", n_points: int = 4, **options: Any) -> Backward:
-    """`hep-online`: as `hep`, the nodes visited in turn."""
+    """`hep-online`: As `hep`, the nodes visited in turn."""
     return holomorphic(beta=beta, n_points=n_points, **{"schedule": "online", **options})
 
 
 def asymmetric(*, beta: Amplitude = "auto", **options: Any) -> Backward:
-    """`aep`: symmetric nudges with the asymmetric correction; exact for every Jacobian."""
+    """`aep`: Symmetric nudges with the asymmetric correction; exact for every Jacobian."""
     return symmetric(beta=beta, **{"correction": "asymmetric", **options})
 
 
@@ -153,7 +153,7 @@ def describe_backward(name: str) -> str:
 
     Example:
         >>> describe_backward("aep")
-        'symmetric nudges with the asymmetric correction; exact for every Jacobian.'
+        'Symmetric nudges with the asymmetric correction; exact for every Jacobian.'
     """
     text = (inspect.getdoc(_factories.get(name) or _load(name)) or "").partition("\n")[0]
     return text.removeprefix(f"`{name}`: ")
