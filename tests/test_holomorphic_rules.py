@@ -1,7 +1,11 @@
 """Every rule is the analytic continuation of its operation: against mpmath, interpolation, and forward mode."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import einops
 import mpmath
 import pytest
 import torch
@@ -13,6 +17,7 @@ from torchdeq_ep.holomorphic import registry
 from torchdeq_ep.nn import dsilu, shifted_sigmoid, softmax_pool
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
 GENERATOR = torch.Generator().manual_seed(1)
 
 
@@ -248,6 +253,11 @@ CASES = {
         (2, 4),
     ),
     "reductions": (lambda z: z.sum(1) + z.mean(1) + z.cumsum(1)[:, 2] + z.prod(1) + z.cumprod(1)[:, 1], (2, 4)),
+    "nan_to_num diff": (lambda z: torch.nan_to_num(z).diff(dim=1) + torch.gradient(z, dim=1)[0][:, 1:], (2, 4)),
+    "jvp": (lambda z: torch.func.jvp(torch.tanh, (z,), (z,))[1], (2, 4)),
+    "vjp": (lambda z: torch.func.vjp(torch.sigmoid, z)[1](z)[0], (2, 4)),
+    "grad": (lambda z: torch.func.grad(lambda y: fn.softplus(y).sum())(z), (2, 4)),
+    "einops": (lambda z: einops.rearrange(z, "a (b c) -> (a b) c", c=2), (2, 4)),
     "fill a buffer": (fill_buffer, (2, 4)),
     "inverse matrix": (lambda z: torch.linalg.inv(z + 4 * torch.eye(3)) + torch.linalg.matrix_exp(z), (3, 3)),
     "solve": (lambda z: torch.linalg.solve(W33(z) + 4 * torch.eye(3), z) + torch.det(z), (3, 3)),
@@ -459,6 +469,15 @@ def test_every_declared_name_exists():
     """A misspelt name would silently leave an operation refused."""
     spelt = {policy.name for policy in registry._POLICIES.values()}
     assert registry._BY_NAME.keys() - {f"{name}_" for name in registry._BY_NAME} <= spelt
+
+
+def test_page_of_the_documentation_is_the_table():
+    """A fresh process: other tests register rules of their own."""
+    table = subprocess.run(
+        [sys.executable, "-m", "torchdeq_ep.holomorphic"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    page = ROOT / "docs" / "holomorphic-rules.md"
+    assert page.read_text() == table, "run: python -m torchdeq_ep.holomorphic > docs/holomorphic-rules.md"
 
 
 def test_table_lists_every_rule():

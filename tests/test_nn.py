@@ -69,7 +69,7 @@ def test_softmax_pool_against_a_loop(kernel, stride, padding, temperature):
 def test_softmax_pool_limits_and_shapes(n_dims):
     x = torch.randn(2, 3, *(6,) * n_dims, dtype=torch.float64)
     layer = getattr(epnn, f"SoftmaxPool{n_dims}d")
-    max_pool, avg_pool = (getattr(F, f"{kind}_pool{n_dims}d") for kind in ("max", "avg"))
+    max_pool, avg_pool = (getattr(fn, f"{kind}_pool{n_dims}d") for kind in ("max", "avg"))
     torch.testing.assert_close(layer(2, temperature=1e-3)(x), max_pool(x, 2), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(layer(2, temperature=1e6)(x), avg_pool(x, 2), rtol=1e-4, atol=1e-4)
     assert layer(3, 2, 1)(x).shape == max_pool(x, 3, 2, 1).shape

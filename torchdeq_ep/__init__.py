@@ -3,6 +3,8 @@
 from importlib.metadata import version as _version
 
 from torchdeq_ep import errors as errors
+from torchdeq_ep import holomorphic as holomorphic
+from torchdeq_ep import nn as nn
 from torchdeq_ep.attach import attach as attach
 from torchdeq_ep.backward import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP

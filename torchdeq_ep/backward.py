@@ -32,6 +32,7 @@ from torchdeq_ep.errors import (
     StochasticMapError,
 )
 from torchdeq_ep.evaluation import STATEFUL, change_tolerance, undisturbed
+from torchdeq_ep.holomorphic.mode import Crossing
 from torchdeq_ep.jacobian import Product, vjp
 from torchdeq_ep.relaxation import Relaxation, Solver, Step, find_solver, relax
 
@@ -59,6 +60,7 @@ class NudgeReport:
         converged: Whether it did, up to the rounding error of a finite nudge.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
+        crossings: What piecewise analytic operations did at complex nodes (`piecewise="real-part"`).
         truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
             coefficients over its nodes; NaN for other stencils.
         radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
@@ -75,6 +77,7 @@ class NudgeReport:
     converged: bool = True
     batching: str = "loop"
     retries: int = 0
+    crossings: tuple[Crossing, ...] = ()
     truncation: float = math.nan
     radius: float = math.nan
     trace: tuple[float, ...] = ()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.equilibrium import Equilibrium, norm
-from torchdeq_ep.errors import InvalidOptionError, MapContractError, NotHolomorphicError
+from torchdeq_ep.errors import EPError, InvalidOptionError, MapContractError, NotHolomorphicError
 from torchdeq_ep.evaluation import Batching, Map, StackedMap
+from torchdeq_ep.holomorphic.mode import Crossing, Piecewise, holomorphic_map, mode
 from torchdeq_ep.jacobian import Product, jvp, vjp
 from torchdeq_ep.stencils import Node
 
@@ -25,8 +26,8 @@ Metric = Callable[[Tensor], Tensor]
 Force = Callable[[Tensor], Tensor]
 
 _HOLOMORPHIC_ADVICE = (
-    "Use a stencil with real nodes ('ep', or 'ep-richardson' for high order), or write f with operations that are "
-    "defined at complex arguments."
+    "Use a stencil with real nodes ('ep', or 'ep-richardson' for high order), or teach the operation with "
+    "torchdeq_ep.holomorphic.register_rule."
 )
 
 
@@ -40,6 +41,8 @@ class DisplacementMap:
         correction: A linear term added to `D_b`, e.g. [`asymmetric_correction`][torchdeq_ep.displacement].
         state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
         batching: How the stack is evaluated, see [`StackedMap`][torchdeq_ep.evaluation.StackedMap].
+        piecewise: What complex nodes make of piecewise analytic operations, see
+            [`mode`][torchdeq_ep.holomorphic.mode.mode].
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class DisplacementMap:
         correction: Product | None = None,
         state_force: Force | None = None,
         batching: Batching = "auto",
+        piecewise: Piecewise | None = None,
     ) -> None:
         self._equilibrium = equilibrium
         self._force = force
@@ -58,10 +62,16 @@ class DisplacementMap:
         self._state_force = state_force
         self.is_complex = any(isinstance(nudge, complex) for nudge in nudges)
         self.evaluate = StackedMap(equilibrium.f, batching)
+        self._holomorphic = mode(piecewise)
         dtype = force.dtype.to_complex() if self.is_complex else force.dtype
         self.amplitudes = torch.tensor(nudges, dtype=dtype, device=force.device).reshape(
             -1, *(1 for _ in equilibrium.z.shape)
         )
+
+    @property
+    def crossings(self) -> tuple[Crossing, ...]:
+        """How many units of piecewise analytic operations may have left their piece at complex states."""
+        return self._holomorphic.crossings
 
     def __call__(self, d: Tensor) -> Tensor:
         """`D_b(d)` for a stack `d` of shape `(K, *shape)`, `K` the number of nodes."""
@@ -76,18 +86,19 @@ class DisplacementMap:
         return response + torch.stack([self._state_force(state) for state in states])
 
     def _holomorphic_value(self, states: Tensor) -> Tensor:
-        try:
-            value = self.evaluate(states)
-        except MapContractError:
-            raise
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise NotHolomorphicError(
-                f"f cannot be evaluated at a complex state: {error}. {_HOLOMORPHIC_ADVICE}"
-            ) from error
+        with self._holomorphic:
+            try:
+                value = self.evaluate(states)
+            except EPError:
+                raise
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                raise NotHolomorphicError(
+                    f"f cannot be evaluated at a complex state: {error}. {_HOLOMORPHIC_ADVICE}"
+                ) from error
         if not value.is_complex():
             raise NotHolomorphicError(
-                "f returned real values at a complex state, so some operation in it (abs, norm, real, a cast) drops "
-                f"the imaginary part and f is not analytic. {_HOLOMORPHIC_ADVICE}"
+                "f returned real values at a complex state: code that PyTorch does not see (NumPy, a compiled "
+                f"extension) drops the imaginary part. {_HOLOMORPHIC_ADVICE}"
             )
         return value
 
@@ -168,7 +179,9 @@ def diagonal_metric(metric: Metric | None, z: Tensor) -> Tensor | None:
     return diagonal.detach()
 
 
-def loss_force(equilibrium: Equilibrium, metric: Tensor | None) -> tuple[Force, float]:
+def loss_force(
+    equilibrium: Equilibrium, metric: Tensor | None, piecewise: Piecewise | None = None
+) -> tuple[Force, float]:
     """The force of loss nudging, `z -> M dL/dz`, in the scale of the cotangent.
 
     The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
@@ -178,6 +191,7 @@ def loss_force(equilibrium: Equilibrium, metric: Tensor | None) -> tuple[Force, 
     Args:
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
         metric: Diagonal of `M`, or `None` for the identity.
+        piecewise: As for [`DisplacementMap`][torchdeq_ep.displacement.DisplacementMap].
 
     Returns:
         The force, and how far the two gradients are from parallel: `|g - factor dL/dz| / |g|`.
@@ -186,10 +200,12 @@ def loss_force(equilibrium: Equilibrium, metric: Tensor | None) -> tuple[Force, 
     if loss is None:
         raise InvalidOptionError("loss nudging needs a loss_of_state: use tep.nudge_loss(module, loss_of_state).")
 
+    continued_loss = holomorphic_map(loss, piecewise)
+
     def gradient(z: Tensor) -> Tensor:
         with torch.enable_grad():
             point = z.detach().requires_grad_()
-            value = loss(point)
+            value = continued_loss(point)
             if value.dim() != 0:
                 raise MapContractError(
                     f"loss_of_state must return a scalar, but returned shape {tuple(value.shape)}: reduce it as the "

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from torchdeq_ep.errors import EPError
+
 Map = Callable[[Tensor], Tensor]
 Batching = Literal["auto", "vmap", "loop"]
 
@@ -154,6 +156,8 @@ class StackedMap:
             try:
                 stacked: Tensor = torch.vmap(self._f)(states)
                 return stacked
+            except EPError:
+                raise
             except Exception:
                 # Whatever vmap cannot do, and an error of f itself, which the loop raises again in its plain form.
                 if self._batching == "vmap":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep.evaluation import Map
 
@@ -78,8 +79,8 @@ def _forward_mode(f: Map, z: Tensor, vector: Tensor) -> Tensor:
 
 
 def _double_backward(f: Map, z: Tensor) -> Product:
-    # w -> J^T w is linear, so its own VJP with u is J u, whatever w.
-    with torch.enable_grad():
+    # w -> J^T w is linear, so its own VJP with u is J u, whatever w. Fused attention kernels have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         point = z.detach().requires_grad_()
         value = f(point)
         dummy = torch.zeros_like(value, requires_grad=True)

@@ -31,6 +31,7 @@ from torchdeq_ep.errors import (
     unknown_name,
 )
 from torchdeq_ep.evaluation import Batching
+from torchdeq_ep.holomorphic.mode import Crossing, Piecewise
 from torchdeq_ep.jacobian import Product
 from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.stencils import Node, Stencil
@@ -103,6 +104,8 @@ class EquilibriumPropagation(RelaxedBackward):
             stencil.
         batching: `"auto"` evaluates the nodes in one call by `torch.vmap`, and in a loop where that is not possible;
             `"vmap"` and `"loop"` insist.
+        piecewise: `"real-part"` lets complex nodes pass piecewise analytic operations such as ReLU, choosing the piece
+            by the real part; the report counts the units that may have crossed a kink. `None` refuses them.
         on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
             `"ift"` falls back to implicit differentiation with a warning.
 
@@ -124,6 +127,7 @@ class EquilibriumPropagation(RelaxedBackward):
     scale: Literal["relative", "absolute"] = field(default="relative", kw_only=True)
     schedule: Literal["parallel", "online"] | Online = field(default="parallel", kw_only=True)
     batching: Batching = field(default="auto", kw_only=True)
+    piecewise: Piecewise | None = field(default=None, kw_only=True)
     on_divergence: OnDivergence = field(default="shrink", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -137,6 +141,8 @@ class EquilibriumPropagation(RelaxedBackward):
         check_metric_and_correction(self.metric, self.correction)
         _check_choice("scale", self.scale, ("relative", "absolute"))
         _check_choice("batching", self.batching, ("auto", "vmap", "loop"))
+        if self.piecewise is not None:
+            _check_choice("piecewise", self.piecewise, ("real-part",))
         _check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "ift"))
         if not isinstance(self.schedule, Online):
             _check_choice("schedule", self.schedule, ("parallel", "online"))
@@ -211,6 +217,7 @@ class EquilibriumPropagation(RelaxedBackward):
             tol=tol,
             converged=run.converged,
             batching=run.batching,
+            crossings=run.crossings,
             truncation=run.decay**stencil.order,
             radius=relative / run.decay if run.decay else math.nan,
             trace=run.trace,
@@ -235,7 +242,7 @@ class _NudgedProblem:
         force = (equilibrium.cotangent if metric is None else metric * equilibrium.cotangent).to(wide)
         state_force = None
         if equilibrium.loss_of_state is not None:
-            state_force, mismatch = loss_force(equilibrium, metric)
+            state_force, mismatch = loss_force(equilibrium, metric, mode.piecewise)
             if mismatch > _LOSS_MISMATCH:
                 warnings.warn(
                     "the loss given to nudge_loss has another gradient at the free state than the one that reached "
@@ -263,6 +270,7 @@ class _NudgedSolve:
         self.batching = "loop"
         self.trace: tuple[float, ...] = ()
         self.decay = math.nan
+        self.crossings: tuple[Crossing, ...] = ()
 
     def parallel(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], coarse: float) -> Tensor:
         """`Re sum_k c_k d_k`. All nodes share `d` up to `O(beta)`: the first, a real one, is solved that far alone."""
@@ -306,6 +314,7 @@ class _NudgedSolve:
             correction=problem.correction,
             state_force=problem.state_force,
             batching=self._mode.batching,
+            piecewise=self._mode.piecewise,
         )
 
     def _relax(self, nodes: tuple[Node, ...], start: Tensor, tol: float, final: bool = True) -> Tensor:
@@ -329,6 +338,7 @@ class _NudgedSolve:
         self.iterations += steps
         if nodes > 1:
             self.batching = displacement_map.evaluate.used
+        self.crossings += displacement_map.crossings
 
 
 def _contour_decay(half: list[Tensor], odd: bool) -> float:

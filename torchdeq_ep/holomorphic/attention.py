@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +45,4 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return matmul(a, b) if a.is_complex() or b.is_complex() else torch.matmul(a, b)
 
 
-def _canonical_mask(mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """As in PyTorch, but a mask of the dtype of a complex query is canonical already."""
-    if mask is not None and mask.is_complex():
-        return mask
-    canonical: Tensor | None = functional._canonical_mask(mask, *args, **kwargs)
-    return canonical
-
-
-expanded(
-    "multi_head_attention_forward",
-    "attention",
-    "projections, and `scaled_dot_product_attention` or `softmax`",
-    _canonical_mask=_canonical_mask,
-)
+expanded("multi_head_attention_forward", "attention", "projections, and `scaled_dot_product_attention` or `softmax`")

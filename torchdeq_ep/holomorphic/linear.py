@@ -68,8 +68,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     elif weight.is_complex() or not _is_dense(weight):
         value = multilinear(functional.linear, input, weight)
     else:
-        parts = functional.linear(torch.stack((input.real, input.imag)), _match(weight, input))
-        value = join(parts[0], parts[1])
+        real, imag = functional.linear(torch.stack((input.real, input.imag)), _match(weight, input))
+        if bias is not None and not bias.is_complex():
+            return join(real + bias, imag)
+        value = join(real, imag)
     return value if bias is None else value + bias
 
 

@@ -143,9 +143,9 @@ class HolomorphicMode(FrozenStatistics):
             weights: list[Tensor | None] = [torch.ones_like(value) for value in values]
         else:
             given = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
-            weights = [None if weight is None else weight.conj() for weight in given]
+            weights = [None if weight is None else _conjugate(weight) for weight in given]
         gradients = torch.autograd.grad(values, wanted, weights, **kwargs)
-        return tuple(gradient if gradient is None else gradient.conj().resolve_conj() for gradient in gradients)
+        return tuple(gradient if gradient is None else _conjugate(gradient) for gradient in gradients)
 
     def _count(self, name: str, distance: Tensor) -> None:
         crossed = _physical(distance.real.abs() < distance.imag.abs())
@@ -257,7 +257,12 @@ def _any_complex(values: Iterable[Any]) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _conjugate(tensor: Tensor) -> Tensor:
+    # Neither kind of torch.conj can be batched by torch.vmap everywhere.
+    return torch.complex(tensor.real, -tensor.imag) if tensor.is_complex() else tensor
 
 
 def _physical(tensor: Tensor) -> Tensor:
@@ -271,7 +276,7 @@ def _display_name(func: Operation, policy: Policy | None) -> str:
     owner = getattr(func, "__self__", None)
     if getattr(func, "__name__", "") in ("__get__", "__set__") and owner is not None:
         return f"Tensor.{getattr(owner, '__name__', policy.name if policy else 'property')}"
-    known = resolve_name(func)
+    known: str | None = resolve_name(func)
     if known:
         return known.replace("torch.Tensor.", "Tensor.")
     return policy.name if policy else str(getattr(func, "__qualname__", func))

@@ -12,7 +12,8 @@ from torchdeq_ep.holomorphic.registry import CannotContinueError, Kind, declare,
 _NATIVE = {
     "arithmetic": """
         add sub subtract mul multiply div divide true_divide truediv neg negative positive rsub reciprocal square
-        sum mean cumsum prod cumprod trace diff trapezoid trapz cumulative_trapezoid cross linalg.cross outer ger
+        sum mean cumsum prod cumprod nan_to_num trace gradient diff trapezoid trapz
+        cumulative_trapezoid cross linalg.cross outer ger
     """,
     "elementary functions": """
         exp2 expm1 log log2 log10 sqrt rsqrt sin cos tan sinh cosh asin acos atan asinh acosh atanh
@@ -46,10 +47,10 @@ _NATIVE = {
     "metadata": """
         shape dtype device ndim size dim ndimension numel nelement stride storage_offset element_size itemsize nbytes
         layout requires_grad requires_grad_ retain_grad grad grad_fn is_leaf data data_ptr get_device _version
-        _base output_nr is_complex is_floating_point is_contiguous is_conj is_neg is_signed is_nested is_sparse
-        is_sparse_csr is_quantized is_cuda is_cpu is_meta is_mps is_xpu is_xla is_mkldnn is_vulkan is_ipu is_maia
-        is_mtia is_inference is_same_size is_set_to is_shared is_pinned register_hook cpu cuda __repr__ __format__
-        __hash__ __deepcopy__ isnan isinf isfinite cfloat cdouble result_type
+        _base output_nr is_complex is_contiguous is_conj is_neg is_signed is_nested is_sparse
+        is_sparse_csr is_quantized is_cuda is_cpu is_meta is_mps is_xpu
+        is_inference is_same_size is_set_to is_shared is_pinned register_hook cpu cuda __repr__ __format__
+        __hash__ _make_dual _unpack_dual __deepcopy__ isnan isinf isfinite cfloat cdouble result_type
     """,
 }
 
@@ -61,6 +62,7 @@ _REFUSED = {
     "it depends on the real and imaginary parts separately": """
         real imag angle view_as_real view_as_complex complex polar sgn isreal
     """,
+    "it accumulates conjugate derivatives in z.grad. Use torch.autograd.grad, which is continued": "backward",
     _CONJUGATE: """
         conj conj_physical vdot linalg.vecdot H mH adjoint cov corrcoef cholesky linalg.cholesky linalg.cholesky_ex
         linalg.qr qr linalg.svd svd linalg.svdvals linalg.eigh linalg.eigvalsh pinverse linalg.pinv linalg.lstsq
@@ -96,6 +98,12 @@ for _group, _names in _NATIVE.items():
     declare(_names, Kind.NATIVE, _group)
 for _why, _names in _REFUSED.items():
     declare(_names, Kind.REFUSED, "not analytic", _why)
+
+
+@rule("is_floating_point", "metadata", "true, so that code takes the path it takes at real states")
+def _is_floating_point(input: Tensor) -> bool:  # noqa: A002
+    del input
+    return True
 
 
 @rule(

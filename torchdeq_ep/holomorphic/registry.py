@@ -124,7 +124,7 @@ def gated(names: str, group: str, note: str) -> Callable[[F], F]:
     return register
 
 
-def expanded(name: str, group: str, note: str, **replaced: Operation) -> None:
+def expanded(name: str, group: str, note: str) -> None:
     """A Python function of PyTorch that is made of operations with rules: it runs as it is, inside the mode.
 
     The line at its head that would hand it to the mode once more is switched off, in a copy.
@@ -133,11 +133,10 @@ def expanded(name: str, group: str, note: str, **replaced: Operation) -> None:
         name: Its name in `torch.nn.functional`.
         group: Heading in the table.
         note: What it is made of.
-        replaced: Other globals of the function to replace in the copy.
     """
     function: Any = getattr(functional, name)
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    namespace = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False), **replaced}
+    namespace = {**function.__globals__, **dict.fromkeys(checks, lambda *_: False)}
     body = FunctionType(function.__code__, namespace, name, function.__defaults__)
     body.__kwdefaults__ = function.__kwdefaults__
     declare(name, Kind.EXPANDED, group, note, body)

@@ -46,7 +46,7 @@ def softmax_pool(
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
         >>> softmax_pool(x, 2), softmax_pool(x, 2, temperature=0.01)
-        (tensor([[2.4926]]), tensor([[3.]]))
+        (tensor([[2.4927]]), tensor([[3.]]))
     """
     if has_torch_function_unary(x):
         return handle_torch_function(softmax_pool, (x,), x, kernel_size, stride, padding, temperature, n_dims)
