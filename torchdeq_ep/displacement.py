@@ -67,6 +67,7 @@ class DisplacementMap:
         self.amplitudes = torch.tensor(nudges, dtype=dtype, device=force.device).reshape(
             -1, *(1 for _ in equilibrium.z.shape)
         )
+        self._inverse_amplitudes = 1 / self.amplitudes  # a complex division costs ten products
 
     @property
     def crossings(self) -> tuple[Crossing, ...]:
@@ -78,7 +79,7 @@ class DisplacementMap:
         equilibrium = self._equilibrium
         states = equilibrium.z + self.amplitudes * d
         value = self._holomorphic_value(states) if self.is_complex else self.evaluate(states.to(equilibrium.z.dtype))
-        response = (value - equilibrium.value) / self.amplitudes
+        response = (value - equilibrium.value) * self._inverse_amplitudes
         if self._correction is not None:
             response = response + torch.stack([self._correction(node) for node in d])
         if self._state_force is None:

@@ -113,12 +113,11 @@ class HolomorphicMode(FrozenStatistics):
         if policy.kind is Kind.EXPANDED and policy.apply is not None:
             with self:
                 return policy.apply(*args, **kwargs)
-        name = _display_name(func, policy)
         if policy.kind is Kind.REFUSED or policy.apply is None:
-            self._refuse(name, f"is not holomorphic: {policy.note}")
+            self._refuse(_display_name(func, policy), f"is not holomorphic: {policy.note}")
         if policy.kind is Kind.GATED and self.piecewise is None:
             self._refuse(
-                name,
+                _display_name(func, policy),
                 "is only piecewise analytic",
                 "If no unit crosses its kink, allow it with torchdeq_ep.holomorphic.mode(piecewise='real-part'). ",
             )
@@ -128,7 +127,7 @@ class HolomorphicMode(FrozenStatistics):
             with _suspended(self._around) if self._around else nullcontext():
                 value = policy.apply(*leading, *args, **kwargs)
         except CannotContinueError as error:
-            self._refuse(name, f"cannot be continued to these complex arguments: {error}")
+            self._refuse(_display_name(func, policy), f"cannot be continued to these complex arguments: {error}")
         if policy.is_inplace:
             return args[0].copy_(value)
         return value if out is None else out.copy_(value)
