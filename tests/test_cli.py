@@ -170,7 +170,7 @@ def test_list_names_every_mode_and_solver(capsys: pytest.CaptureFixture[str]) ->
     lines = capsys.readouterr().out.splitlines()
     described = {words[0]: words[1] for line in lines if len(words := line.split(maxsplit=1)) == 2}
     assert {*available_backwards(), "own", "anderson", "broyden"} <= set(described)
-    assert described["aep"] == "symmetric nudges with the asymmetric correction; exact for every Jacobian."
+    assert described["aep"] == "Symmetric nudges with the asymmetric correction; exact for every Jacobian."
 
 
 def test_version_help_and_misspellings_return_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 import torchdeq_ep as tep
 
-BACKWARDS = ["torchdeq", "ift", "ep", "ep-one-sided"]
+BACKWARDS = ["torchdeq", "ift", "ep", "ep-one-sided", "hep:n_points=4", "hep:n_points=8"]
 
 
 class Dense(nn.Module):
