@@ -51,6 +51,10 @@ class NotHolomorphicError(EPError, RuntimeError):
     """A complex nudge was asked of a map that cannot be evaluated at complex states."""
 
 
+class JacobianProductError(EPError, RuntimeError):
+    """A mode needs products with the Jacobian of a map that offers none."""
+
+
 class DoubleBackwardError(EPError, RuntimeError):
     """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchdeq_ep.errors import JacobianProductError
 from torchdeq_ep.evaluation import Map
 
 Product = Callable[[Tensor], Tensor]
@@ -50,7 +51,8 @@ def jvp(f: Map, z: Tensor) -> Product:
         z: Where to differentiate.
 
     Returns:
-        A function from a tensor of the shape of `z` to another. It builds no graph.
+        A function from a tensor of the shape of `z` to another. It builds no graph, and raises JacobianProductError if
+        `f` can be differentiated in neither way.
 
     Example:
         >>> import torch
@@ -84,11 +86,18 @@ def _double_backward(f: Map, z: Tensor) -> Product:
         point = z.detach().requires_grad_()
         value = f(point)
         dummy = torch.zeros_like(value, requires_grad=True)
+        pulled = None
         if value.requires_grad:
-            (pulled,) = torch.autograd.grad(value, point, dummy, create_graph=True, materialize_grads=True)
+            (pulled,) = torch.autograd.grad(value, point, dummy, create_graph=True, allow_unused=True)
+    if pulled is not None and not pulled.requires_grad:
+        raise JacobianProductError(
+            "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a "
+            "custom autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without "
+            "one: 'ift', or a stencil such as 'ep' without the asymmetric correction."
+        )
 
     def product(vector: Tensor) -> Tensor:
-        if not value.requires_grad or not pulled.requires_grad:
+        if pulled is None:  # f does not depend on z
             return torch.zeros_like(vector)
         (result,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
         return result
