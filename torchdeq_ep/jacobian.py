@@ -89,12 +89,6 @@ def _double_backward(f: Map, z: Tensor) -> Product:
         pulled = None
         if value.requires_grad:
             (pulled,) = torch.autograd.grad(value, point, dummy, create_graph=True, allow_unused=True)
-    if pulled is not None and not pulled.requires_grad:
-        raise JacobianProductError(
-            "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a "
-            "custom autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without "
-            "one: 'ift', or a stencil such as 'ep' without the asymmetric correction."
-        )
 
     def product(vector: Tensor) -> Tensor:
         if pulled is None:  # f does not depend on z
@@ -102,6 +96,14 @@ def _double_backward(f: Map, z: Tensor) -> Product:
         (result,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
         return result
 
+    try:
+        product(torch.zeros_like(z))
+    except RuntimeError as error:
+        raise JacobianProductError(
+            "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a "
+            "custom autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without "
+            "one: 'ift', or a stencil such as 'ep' without the asymmetric correction."
+        ) from error
     return product
 
 
