@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchdeq_ep.equilibrium import Packing
-from torchdeq_ep.errors import MapContractError
+from torchdeq_ep.errors import JacobianProductError, MapContractError
 from torchdeq_ep.evaluation import FrozenStatistics, StackedMap
 from torchdeq_ep.jacobian import dense_jacobian, jvp, vjp
 
@@ -141,3 +141,23 @@ def test_products_of_a_constant_map_are_zero():
     z = torch.randn(3)
     for product in (jvp(lambda z: torch.ones(3), z), vjp(lambda z: torch.ones(3), z)):
         assert torch.equal(product(z), torch.zeros(3))
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        return gradient * z.cos()
+
+
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+def test_a_product_that_would_leave_out_a_part_is_refused(rest):
+    z = torch.linspace(-1, 1, 4)
+    with pytest.raises(JacobianProductError, match="no product J u"):
+        jvp(lambda z: _OnceDifferentiable.apply(z) + rest * z.cos(), z)(torch.ones(4))

@@ -13,6 +13,12 @@ from torchdeq_ep.evaluation import Map
 
 Product = Callable[[Tensor], Tensor]
 
+_NO_PRODUCT = (
+    "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a custom "
+    "autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without one: 'ift', or a "
+    "stencil such as 'ep' without the asymmetric correction."
+)
+
 
 def vjp(f: Map, z: Tensor) -> Product:
     """The map `v -> J^T v` at `z`; `f` is evaluated once, now, and its graph is kept.
@@ -96,14 +102,17 @@ def _double_backward(f: Map, z: Tensor) -> Product:
         (result,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
         return result
 
+    # A backward that cannot be differentiated may be left out in silence: only <w, J u> = <J^T w, u> shows it.
+    generator = torch.Generator(z.device).manual_seed(0)
+    u, w = (torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator) for _ in range(2))
     try:
-        product(torch.zeros_like(z))
+        forward = float((w * product(u)).sum())
+        adjoint = float((vjp(f, z)(w) * u).sum())
     except RuntimeError as error:
-        raise JacobianProductError(
-            "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a "
-            "custom autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without "
-            "one: 'ift', or a stencil such as 'ep' without the asymmetric correction."
-        ) from error
+        raise JacobianProductError(_NO_PRODUCT) from error
+    scale = float(w.norm() * product(u).norm()) + abs(adjoint)
+    if abs(forward - adjoint) > torch.finfo(z.dtype).eps ** 0.5 * scale:
+        raise JacobianProductError(_NO_PRODUCT)
     return product
 
 
