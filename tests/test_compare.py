@@ -12,8 +12,8 @@ import torch
 import torchdeq
 from torch import Tensor, nn
 
+from torchdeq_ep import capture as capture_module
 from torchdeq_ep.compare import Comparison, Row, compare
-from torchdeq_ep.compare import measure as measure_module
 from torchdeq_ep.compare.plot import draw, text_box
 from torchdeq_ep.compare.table import to_rich
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, NonFiniteError, UnknownBackwardError
@@ -100,7 +100,7 @@ def test_the_gradient_is_judged_on_the_parameters_that_the_error_vector_reaches(
 def test_large_states_are_compared_with_a_tight_implicit_differentiation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = Linear(), batch()
     dense = compare(model, data, mean_square, ["ep"], repeats=1)
-    monkeypatch.setattr(measure_module, "LARGEST_DENSE", 4)
+    monkeypatch.setattr(capture_module, "LARGEST_DENSE", 4)
     large = compare(model, data, mean_square, ["ep"], repeats=1)
     assert large.reference == "ift"
     assert large.rows[0].adjoint_error == pytest.approx(dense.rows[0].adjoint_error, rel=1e-6)

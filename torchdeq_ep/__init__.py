@@ -10,6 +10,7 @@ from torchdeq_ep.backward import ImplicitDifferentiation as ImplicitDifferentiat
 from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP
 from torchdeq_ep.backward import NudgeReport as NudgeReport
 from torchdeq_ep.compare import compare as compare
+from torchdeq_ep.diagnose import diagnose as diagnose
 from torchdeq_ep.host import add_ep_args as add_ep_args
 from torchdeq_ep.host import nudge_loss as nudge_loss
 from torchdeq_ep.host import use_backward as use_backward

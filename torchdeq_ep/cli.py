@@ -1,4 +1,4 @@
-"""The command line: `torchdeq-ep list`, `torchdeq-ep compare`, and commands that other distributions bring."""
+"""The command line: `torchdeq-ep list`, `compare`, `diagnose`, and commands that other distributions bring."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from torchdeq_ep.compare.files import check_writable, require, write_whole
 from torchdeq_ep.compare.measure import compare, plan
 from torchdeq_ep.compare.plot import check_plot
 from torchdeq_ep.compare.table import Comparison, to_rich
+from torchdeq_ep.diagnose import diagnose, to_rich_parts
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.registry import available_backwards, describe_backward
+from torchdeq_ep.registry import available_backwards, describe_backward, get_backward
 
 COMMAND_GROUP = "torchdeq_ep.commands"
 """Entry points of this group are subcommands: a name, and a callable from the remaining arguments to an exit code."""
@@ -103,6 +104,23 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
     comparing.set_defaults(run=_compare)
 
+    diagnosing = subparsers.add_parser(
+        "diagnose",
+        help="split the error of an EP gradient into its causes, and say what to do about the largest",
+        description="Split the error of an EP gradient into finite nudge, asymmetry and convergence. Without a "
+        "factory, a small model of handwritten digits is trained by equilibrium propagation first.",
+    )
+    diagnosing.add_argument(
+        "factory",
+        nargs="?",
+        metavar="package.module:factory",
+        help="a function without arguments that returns (model, batch, loss_fn)",
+    )
+    diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
+    diagnosing.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    diagnosing.add_argument("--plot", metavar="FILE", help="draw alignment against amplitude (.png, .svg, .pdf)")
+    diagnosing.set_defaults(run=_diagnose)
+
     for name, entry in commands.items():
         origin = entry.dist.name if entry.dist else entry.value
         subparsers.add_parser(name, help=f"from {origin}", add_help=False)
@@ -153,16 +171,31 @@ def _compare(options: argparse.Namespace) -> int:
     console.print("measuring ...")
     table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
     _show(console, table)
-    if options.json is not None:
-        text = json.dumps(table.to_dict(), indent=2, allow_nan=False) + "\n"
-        if options.json == "-":
-            sys.stdout.write(text)
-        else:
-            _write_text(options.json, text)
+    _write_json(options.json, table.to_dict())
     if options.markdown is not None:
         _write_text(options.markdown, f"{table.to_markdown()}\n\n{table.sentence()}\n")
     if options.plot is not None:
         table.plot(options.plot)
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    get_backward(options.backward)
+    if options.json not in (None, "-"):
+        check_writable(options.json)
+    if options.plot is not None:
+        check_plot(options.plot)
+    consoles = require("rich.console", "rich", "The table in the terminal")
+    console = consoles.Console(stderr=options.json == "-")
+    model, batch, loss_fn = _trained_digits(console) if options.factory is None else load_problem(options.factory)
+    console.print("diagnosing ...")
+    diagnosis = diagnose(model, batch, loss_fn, options.backward)
+    console.print(to_rich_parts(diagnosis))
+    for layer in diagnosis.layers:
+        console.print(layer.advice, markup=False, highlight=False)
+    _write_json(options.json, diagnosis.to_dict())
+    if options.plot is not None:
+        diagnosis.plot(options.plot)
     return 0
 
 
@@ -184,6 +217,16 @@ def _show(console: Any, table: Comparison) -> None:
     for note in table.warnings:
         console.print(f"reference: {note}", markup=False, highlight=False, style="dim")
     console.print(table.sentence(), markup=False, highlight=False)
+
+
+def _write_json(target: str | None, figures: dict[str, Any]) -> None:
+    if target is None:
+        return
+    text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        _write_text(target, text)
 
 
 def _write_text(path: str, text: str) -> None:
@@ -259,7 +302,7 @@ def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
     return command(arguments)
 
 
-_BUILT_IN = ("list", "compare")
+_BUILT_IN = ("list", "compare", "diagnose")
 
 
 if __name__ == "__main__":

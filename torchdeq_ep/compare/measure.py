@@ -7,35 +7,27 @@ come from a forward and backward pass of the whole model with that mode.
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdeq_ep.backward import Backward, ImplicitDifferentiation, NudgeReport
+from torchdeq_ep.backward import Backward
+from torchdeq_ep.capture import Capture, Reference, Task, caught_warnings, left_as_found, short
 from torchdeq_ep.compare.table import Comparison, Row
-from torchdeq_ep.equilibrium import Equilibrium, norm
-from torchdeq_ep.errors import EPError, InvalidOptionError, NonFiniteError
-from torchdeq_ep.evaluation import Autocast, Map, undisturbed
-from torchdeq_ep.host import deqs_of, use_backward
-from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.equilibrium import norm
+from torchdeq_ep.errors import EPError, InvalidOptionError
+from torchdeq_ep.evaluation import Map, undisturbed
+from torchdeq_ep.host import deqs_of
 from torchdeq_ep.registry import BackwardRule, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, find_solver
 
-LARGEST_DENSE = 4096
-"""States with more entries than this have no dense reference: the Jacobian would not fit."""
-
 OWN_SOLVER = "own"
-_NOTE_LENGTH = 160
-_REFERENCE_STEPS = 1000
 
 
 def compare(
@@ -99,11 +91,11 @@ def compare(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise InvalidOptionError(f"no parameter of {type(model).__name__} requires a gradient, so there is none.")
-    with _left_as_found(model) as found, torch.enable_grad():
+    with left_as_found(model) as found, torch.enable_grad():
         if not all(deq.training for deq in deqs):
             model.train()
-        task = _Task(model, batch, loss_fn, trained, found)
-        reference = _Reference()
+        task = Task(model, batch, loss_fn, trained, found)
+        reference = Reference()
         exact_gradient, reference_notes = task.gradient(reference)
         if not reference.captures:
             raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
@@ -175,186 +167,11 @@ def _entry(spec: str | BackwardRule, solver: str | Solver | None) -> Entry:
         # Not every mode takes a solver, one from a plugin say.
         return Entry(backward, driver, get_backward(spec) if solver is None else get_backward(spec, solver=solver))
     except EPError as error:
-        return Entry(backward, driver, None, _short(error))
+        return Entry(backward, driver, None, short(error))
 
 
 def _label(choice: Any) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", None) or repr(choice)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Buffers and random state of a model, as they were found."""
-
-    buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]
-    random_state: Tensor
-    random_states_cuda: tuple[Tensor, ...]
-
-    @classmethod
-    def on(cls, model: nn.Module) -> _Found:
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all() if in_use else []
-        return cls(tuple(buffers), torch.get_rng_state(), tuple(cuda))
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.random_state)
-        if self.random_states_cuda:
-            torch.cuda.set_rng_state_all(list(self.random_states_cuda))
-        with torch.no_grad():
-            for module, name, buffer, value in self.buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # writing needlessly would invalidate graphs that saved the buffer
-                    buffer.copy_(value)
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[_Found]:
-    found = _Found.on(model)
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        yield found
-    finally:
-        found.restore()
-        for module, was_training in training:
-            module.training = was_training
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A model with a batch and a loss, which can be differentiated over and over from the same random state."""
-
-    model: nn.Module
-    batch: Any
-    loss_fn: Callable[..., Tensor]
-    parameters: list[nn.Parameter]
-    found: _Found
-
-    def gradient(self, mode: BackwardRule) -> tuple[list[Tensor], tuple[str, ...]]:
-        """The gradient of each parameter under a mode, and what the backward pass warned about."""
-        self.found.restore()
-        with use_backward(self.model, mode):
-            loss = loss_of(self.model, self.batch, self.loss_fn)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise InvalidOptionError(
-                    f"loss_fn must return a scalar that depends on the parameters of the model; got {got}"
-                    f"{' without a gradient' if isinstance(loss, Tensor) and not loss.requires_grad else ''}."
-                )
-            with _caught() as notes:
-                # The graph may be shared with weights that the caller's reset_deq has computed: keep it.
-                gradients = torch.autograd.grad(
-                    loss, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-        return list(gradients), tuple(notes)
-
-
-def loss_of(model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
-    """The loss of a model on a batch, by the rules that [`compare`][torchdeq_ep.compare.compare] documents.
-
-    Args:
-        model: The model.
-        batch: A pair of inputs and targets, or anything else.
-        loss_fn: The loss.
-
-    Returns:
-        What `loss_fn` returns.
-
-    Example:
-        >>> import torch
-        >>> loss_of(torch.nn.Identity(), (torch.ones(2), torch.zeros(2)), torch.nn.functional.mse_loss)
-        tensor(1.)
-        >>> loss_of(torch.nn.Identity(), torch.ones(2), torch.sum)
-        tensor(2.)
-    """
-    if _first_parameter(loss_fn) == "model":
-        return loss_fn(model, batch)
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        return loss_fn(model(batch))
-    inputs, targets = batch
-    if isinstance(inputs, dict):
-        outputs = model(**inputs)
-    elif isinstance(inputs, tuple):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    return loss_fn(outputs, targets)
-
-
-def _first_parameter(function: Callable[..., Any]) -> str | None:
-    try:
-        return next(iter(inspect.signature(function).parameters), None)
-    except (TypeError, ValueError):  # a builtin has no signature
-        return None
-
-
-@dataclass(frozen=True)
-class _Capture:
-    """An equilibrium as the backward pass met it, with its exact adjoint in float64 and how that was found."""
-
-    equilibrium: Equilibrium
-    autocast: Autocast
-    exact: Tensor
-    method: str
-
-
-@dataclass(frozen=True, eq=False)
-class _Reference(Backward):
-    """A backward mode that is exact, and keeps every equilibrium it is given."""
-
-    captures: list[_Capture] = field(default_factory=list)
-
-    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        equilibrium.require_finite()
-        with undisturbed():
-            return self._solve(equilibrium)
-
-    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        if norm(equilibrium.cotangent) == 0.0:
-            return torch.zeros_like(equilibrium.z), NudgeReport("reference")
-        if equilibrium.z.numel() <= LARGEST_DENSE:
-            exact, method = dense_adjoint(equilibrium), "dense"
-        else:
-            tight = ImplicitDifferentiation(max_iter=_REFERENCE_STEPS, tol=equilibrium.eps)
-            exact, method = tight.solve(equilibrium)[0].double(), "ift"
-        autocast = Autocast.current(equilibrium.z.device.type)
-        self.captures.append(_Capture(equilibrium, autocast, exact, method))
-        return exact.to(equilibrium.z.dtype), NudgeReport("reference")
-
-
-def dense_adjoint(equilibrium: Equilibrium) -> Tensor:
-    """`(I - J^T)^-1 g` with the dense Jacobian in the dtype of the state, and the linear system in float64.
-
-    Args:
-        equilibrium: A free equilibrium of moderate size.
-
-    Returns:
-        A float64 tensor of the shape of the state.
-
-    Raises:
-        NonFiniteError: If `I - J` is singular.
-
-    Example:
-        >>> import torch
-        >>> matrix, ones = torch.tensor([[0.0, 0.5], [0.0, 0.0]]), torch.ones(2)
-        >>> dense_adjoint(Equilibrium(lambda z: matrix @ z, torch.zeros(2), torch.zeros(2), ones, 1e-7))
-        tensor([1.0000, 1.5000], dtype=torch.float64)
-    """
-    matrix = dense_jacobian(equilibrium.f, equilibrium.z).double().neg_().T
-    matrix.diagonal().add_(1.0)
-    solution, status = torch.linalg.solve_ex(matrix, equilibrium.cotangent.double().flatten())
-    if int(status) != 0 or not bool(torch.isfinite(solution).all()):
-        raise NonFiniteError(
-            "I - J is singular at the fixed point, so no gradient exists that modes could be compared with. Look for a "
-            "direction that f passes on unchanged, such as a residual connection without a final norm."
-        )
-    adjoint: Tensor = solution.reshape(equilibrium.z.shape)
-    return adjoint
 
 
 def _no_error_vector(f: Map, z_star: Tensor, cotangent: Tensor) -> Tensor:
@@ -379,8 +196,8 @@ class _Solve:
 
 def _measure(
     entries: Sequence[Entry],
-    task: _Task,
-    captures: Sequence[_Capture],
+    task: Task,
+    captures: Sequence[Capture],
     exact_gradient: Sequence[Tensor],
     reached: Sequence[int],
     repeats: int,
@@ -394,7 +211,7 @@ def _measure(
         if entry.mode is None:
             continue
         try:
-            with _caught() as notes:
+            with caught_warnings() as notes:
                 solved = _solve_all(entry.mode, captures)
             gradient, _ = task.gradient(entry.mode)
             error_vector = _joined(solved.error_vectors)
@@ -412,14 +229,14 @@ def _measure(
                 "peak_mib": _peak_mib(entry.mode, captures),
             }
         except Exception as error:  # one mode, perhaps of a plugin, must not cost the others their rows
-            errors[k] = _short(error)
+            errors[k] = short(error)
     modes = {k: entry.mode for k, entry in enumerate(entries) if k in figures and entry.mode is not None}
     for k, milliseconds in _milliseconds(modes, captures, repeats).items():
         figures[k]["milliseconds"] = milliseconds
     return [Row(e.backward, e.solver, error=errors[k], **figures.get(k, {})) for k, e in enumerate(entries)]
 
 
-def _solve_all(mode: BackwardRule, captures: Sequence[_Capture]) -> _Solve:
+def _solve_all(mode: BackwardRule, captures: Sequence[Capture]) -> _Solve:
     vectors, reports = [], []
     calls = 0
     for capture in captures:
@@ -456,11 +273,11 @@ class _Counted:
         return self._f(z)
 
 
-def _milliseconds(modes: dict[int, BackwardRule], captures: Sequence[_Capture], repeats: int) -> dict[int, float]:
+def _milliseconds(modes: dict[int, BackwardRule], captures: Sequence[Capture], repeats: int) -> dict[int, float]:
     """Median time of each mode; all have solved these equilibria before, so nothing is left to warm up."""
     device = captures[0].equilibrium.z.device
     times: dict[int, list[float]] = {k: [] for k in modes}
-    with _caught():
+    with caught_warnings():
         for _ in range(repeats):
             for k, mode in modes.items():
                 _synchronize(device)
@@ -476,10 +293,10 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_mib(mode: BackwardRule, captures: Sequence[_Capture]) -> float:
+def _peak_mib(mode: BackwardRule, captures: Sequence[Capture]) -> float:
     """Largest memory in use during a solve beyond what was in use before; NaN where nothing tells."""
     device = captures[0].equilibrium.z.device
-    with _caught():
+    with caught_warnings():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -502,26 +319,6 @@ def _peak_mib(mode: BackwardRule, captures: Sequence[_Capture]) -> float:
         in_use += change
         peak = max(peak, in_use)
     return peak / 2**20 if changes else math.nan
-
-
-@contextmanager
-def _caught() -> Iterator[list[str]]:
-    """Warnings in short, kept instead of printed; the list is filled on exit."""
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # says nothing about the model
-        yield notes
-    notes.extend(_short(warning.message) for warning in caught)
-
-
-def _short(problem: Warning | Exception | str) -> str:
-    """Class and first sentence of an exception or warning."""
-    first_line = (str(problem).strip().splitlines() or [""])[0]
-    sentence = first_line.partition(". ")[0].rstrip(".")
-    if len(sentence) > _NOTE_LENGTH:
-        sentence = f"{sentence[:_NOTE_LENGTH].rpartition(' ')[0]} ..."
-    return f"{type(problem).__name__}: {sentence}"
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,144 @@
+"""`diagnose` finds the causes that were planted, each by itself."""
+
+import json
+import math
+
+import pytest
+import torch
+import torchdeq
+from problems import contraction
+from torch import nn
+
+import torchdeq_ep as tep
+from torchdeq_ep.diagnose import Part, Parts, _advice
+from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+
+
+class Model(nn.Module):
+    """A descent on an energy, plus `skew` times an antisymmetric field: `skew` alone makes the Jacobian asymmetric."""
+
+    def __init__(self, skew=0.0, f_tol=1e-13, n=6):
+        super().__init__()
+        self.encoder, self.readout = nn.Linear(3, n), nn.Linear(n, 2)
+        self.weight = nn.Parameter(contraction(n, 0, 0.7))
+        matrix = contraction(n, 1, 1.0)
+        self.register_buffer("field", skew * (matrix - matrix.T))
+        self.deq = torchdeq.get_deq(f_tol=f_tol, f_max_iter=500)
+        self.double()
+
+    def forward(self, inputs):
+        x = self.encoder(inputs)
+
+        def f(z):
+            return 0.5 * torch.tanh(z @ self.weight.T) @ self.weight + z @ self.field.T + x
+
+        return self.readout(self.deq(f, torch.zeros_like(x))[0][-1])
+
+
+BATCH = (
+    torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+    torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)),
+)
+
+
+def _parts(backward="ep:beta=0.2", **options):
+    torch.manual_seed(0)
+    (layer,) = tep.diagnose(Model(**options), BATCH, nn.functional.mse_loss, backward).layers
+    return layer
+
+
+def _sizes(layer):
+    parts = layer.error_vector
+    return parts.finite_nudge.relative, parts.asymmetry.relative, parts.convergence.relative
+
+
+def test_a_larger_nudge_moves_only_the_finite_part():
+    small, large = (
+        _sizes(_parts("ep:beta=0.1,tol=1e-12", skew=0.05)),
+        _sizes(_parts("ep:beta=0.2,tol=1e-12", skew=0.05)),
+    )
+    assert large[0] / small[0] == pytest.approx(4, rel=0.1)
+    assert large[1] == pytest.approx(small[1], rel=1e-6)
+    assert max(small[2], large[2]) < 1e-9
+
+
+def test_an_antisymmetric_field_moves_only_the_asymmetry():
+    none, little, more = (_sizes(_parts(skew=skew)) for skew in (0.0, 0.01, 0.02))
+    assert none[1] < 1e-9
+    assert more[1] / little[1] == pytest.approx(2, rel=0.1)
+    assert more[0] == pytest.approx(none[0], rel=0.1)
+
+
+def test_a_loose_tolerance_moves_only_the_convergence():
+    tight, loose = _sizes(_parts(skew=0.05)), _sizes(_parts("ep:beta=0.2,tol=1e-2", skew=0.05, f_tol=1e-1))
+    assert loose[2] > 1e3 * tight[2]
+    assert loose[2] > 1e-4
+    assert loose[0] == pytest.approx(tight[0], rel=0.1)
+    assert loose[1] == pytest.approx(tight[1], rel=0.1)
+
+
+def test_parts_of_the_gradient_and_of_the_error_vector_are_consistent():
+    layer = _parts(skew=0.1)
+    assert set(layer.parameters) == {"encoder.weight", "encoder.bias", "weight"}  # the read-out is not reached
+    for parts in (layer.error_vector, *layer.parameters.values()):
+        together = parts.finite_nudge.relative + parts.asymmetry.relative + parts.convergence.relative
+        assert 0 < parts.total.relative <= together * (1 + 1e-9)
+        assert -1 <= parts.total.cosine <= 1
+    assert layer.error_vector.total.relative == pytest.approx(layer.error_vector.asymmetry.relative, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("backward", "options", "word"),
+    [
+        ("ep-one-sided:beta=0.8", {}, "size of the nudge"),
+        ("ep", {"skew": 0.2}, "asymmetry of the Jacobian"),
+        ("ep", {}, "nothing to mend"),
+        ("aep", {"skew": 0.2}, "nothing to mend"),
+    ],
+)
+def test_advice_names_the_largest_cause(backward, options, word):
+    assert word in _parts(backward, **options).advice
+
+
+def test_advice_about_an_early_stop_names_the_residual():
+    small, large = Part(1e-4, 1.0), Part(0.2, 0.98)
+    advice = _advice(Parts(small, small, large, large), beta=1e-3, best=1e-3, residual=0.05)
+    assert "stopped early (20%; the free phase at a relative residual of 5e-02)" in advice
+
+
+def test_the_sweep_approaches_the_floor_from_below_and_the_best_amplitude_is_on_it():
+    layer = _parts(skew=0.1)
+    assert layer.floor < 0.9999
+    for cosines in layer.sweep.values():
+        assert min(abs(cosine - layer.floor) for cosine in cosines if math.isfinite(cosine)) < 1e-6
+    assert 1e-4 <= layer.best_beta < 0.1
+
+
+def test_the_model_is_left_as_it_was_found():
+    model = Model(skew=0.1).eval()
+    rules, random_state = model.deq.produce_grad, torch.get_rng_state()
+    tep.diagnose(model, BATCH, nn.functional.mse_loss)
+    assert model.deq.produce_grad is rules
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_forms(tmp_path):
+    diagnosis = tep.diagnose(Model(skew=0.1), BATCH, nn.functional.mse_loss)
+    assert json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))["layers"][0]["name"] == "deq"
+    table = diagnosis.to_markdown()
+    assert "| deq: error vector |" in table
+    assert "| encoder.weight |" in table
+    assert table.splitlines()[-1] == diagnosis.layers[0].advice
+    diagnosis.plot(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_what_cannot_be_diagnosed():
+    with pytest.raises(InvalidOptionError, match="only modes of equilibrium propagation"):
+        tep.diagnose(Model(), BATCH, nn.functional.mse_loss, "ift")
+    with pytest.raises(NoDEQError):
+        tep.diagnose(nn.Linear(3, 2).double(), BATCH, nn.functional.mse_loss)
+    with pytest.raises(InvalidOptionError, match="loss has no gradient"):
+        tep.diagnose(Model(), BATCH, lambda model, batch: model.weight.sum())

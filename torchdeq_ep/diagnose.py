@@ -1,0 +1,390 @@
+"""Why is an EP gradient off? Its error, split into the three causes it can have."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdeq_ep.backward import ImplicitDifferentiation, InfinitesimalEP
+from torchdeq_ep.capture import Capture, Reference, Task, caught_warnings, left_as_found
+from torchdeq_ep.compare.files import require, write_whole
+from torchdeq_ep.equilibrium import Equilibrium, norm
+from torchdeq_ep.errors import EPError, EPWarning, InvalidOptionError
+from torchdeq_ep.evaluation import undisturbed
+from torchdeq_ep.host import deqs_of
+from torchdeq_ep.propagation import EquilibriumPropagation
+from torchdeq_ep.registry import BackwardRule, get_backward
+from torchdeq_ep.relaxation import relax
+from torchdeq_ep.stencils import Stencil
+
+GOOD = 0.01
+"""An error vector within this relative error of the exact one needs no advice."""
+
+AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
+"""The amplitudes of the sweep: from 1e-4 to 1, relative to the state."""
+
+_TIGHT_STEPS = 1000
+_HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
+_STENCILS: dict[str, Callable[[float], Stencil]] = {
+    "one-sided": Stencil.one_sided,
+    "symmetric": Stencil.symmetric,
+    "richardson-4": Stencil.richardson,
+    "contour-4": Stencil.contour,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an error.
+
+    Args:
+        relative: Its norm, relative to that of the exact error vector or gradient.
+        cosine: Cosine of the angle between the exact one and the exact one with this part added.
+    """
+
+    relative: float
+    cosine: float
+
+    @classmethod
+    def of(cls, part: Tensor, exact: Tensor) -> Part:
+        """The part `part` of an estimate of `exact`."""
+        scale = norm(exact)
+        spoiled = exact + part
+        lengths = scale * norm(spoiled)
+        cosine = float((exact * spoiled).sum()) / lengths if lengths > 0 else math.nan
+        return cls(norm(part) / scale if scale > 0 else math.nan, cosine)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An error as the sum of three, each measured by itself.
+
+    Args:
+        finite_nudge: What the nudge at a finite amplitude adds to its limit.
+        asymmetry: What the limit differs from the exact adjoint by, because the Jacobian is not symmetric.
+        convergence: What the free and nudged phases add by stopping early.
+        total: All three together.
+    """
+
+    finite_nudge: Part
+    asymmetry: Part
+    convergence: Part
+    total: Part
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """The diagnosis of one DEQ.
+
+    Args:
+        name: Its name in the model.
+        error_vector: The error of the error vector in parts.
+        parameters: The same for the gradient of each parameter that the DEQ reaches, by name.
+        beta: Relative amplitude that the mode used.
+        best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
+        residual: Relative residual of the free phase.
+        sweep: Cosine to the exact adjoint at each of [`AMPLITUDES`][torchdeq_ep.diagnose], by stencil; NaN where a
+            nudge failed.
+        floor: Cosine of the limit of every nudge: what all stencils tend to as the amplitude falls.
+        advice: What to do, in one sentence.
+    """
+
+    name: str
+    error_vector: Parts
+    parameters: dict[str, Parts]
+    beta: float
+    best_beta: float
+    residual: float
+    sweep: dict[str, tuple[float, ...]]
+    floor: float
+    advice: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What [`diagnose`][torchdeq_ep.diagnose.diagnose] returns: one entry for each DEQ that the loss reaches.
+
+    Args:
+        backward: The mode diagnosed.
+        layers: The DEQs, in the order of the backward pass.
+    """
+
+    backward: str
+    layers: tuple[LayerDiagnosis, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain data.
+
+        Returns:
+            Nested dictionaries, ready for JSON: a figure that does not exist is `None`.
+        """
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_markdown(self) -> str:
+        """A table of the parts, and the advice.
+
+        Returns:
+            One row for each DEQ and each of its parameters.
+        """
+        lines = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(self)]
+        table = [f"| {' | '.join(cells)} |" for cells in lines]
+        return "\n".join([*table, "", *(layer.advice for layer in self.layers)])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the cosine to the exact adjoint against the amplitude for each stencil, with the asymmetry floor.
+
+        Args:
+            path: File to write; its suffix chooses the format.
+
+        Raises:
+            MissingDependencyError: If matplotlib is not installed.
+            InvalidOptionError: If the file cannot be written.
+        """
+        from torchdeq_ep.compare.plot import check_plot
+
+        check_plot(path)
+        figure = _draw(self)
+        write_whole(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:], dpi=160))
+
+
+def diagnose(
+    model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor], backward: str | BackwardRule = "ep"
+) -> Diagnosis:
+    """Split the error of an EP gradient into its causes, and say what to do about the largest.
+
+    With `z**` the fixed point solved to rounding error, the estimate `v` of the mode differs from the exact adjoint by
+
+        (v - v_tight) + (v_tight - v_limit) + (v_limit - v_exact)
+
+    which are called *convergence*, *finite nudge* and *asymmetry*: `v_tight` is the same mode at `z**`, solved to
+    rounding error, `v_limit` its limit for a vanishing nudge, and `v_exact` solves `v = J^T v + g`.
+
+    Args:
+        model: A module with at least one torchdeq DEQ; left as it was found.
+        batch: As for [`compare`][torchdeq_ep.compare.compare].
+        loss_fn: As for `compare`.
+        backward: A mode of equilibrium propagation, or the spec of one.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        InvalidOptionError: If `backward` is not a mode of equilibrium propagation, or the loss reaches no DEQ.
+        NoDEQError: If there is no DEQ in the model.
+
+    Example:
+        >>> import torch, torchdeq
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.deq, self.linear = torchdeq.get_deq(f_tol=1e-6), torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return self.deq(lambda z: 0.5 * torch.tanh(self.linear(z)) + x, torch.zeros_like(x))[0][-1]
+        >>> _ = torch.manual_seed(0)
+        >>> batch = torch.randn(2, 4), torch.randn(2, 4)
+        >>> print(diagnose(Model(), batch, torch.nn.functional.mse_loss).layers[0].advice[:56])
+        Most of the error is the asymmetry of the Jacobian, whic
+    """
+    mode = get_backward(backward)
+    if not isinstance(mode, EquilibriumPropagation):
+        raise InvalidOptionError(f"only modes of equilibrium propagation have these errors to diagnose, not {mode!r}.")
+    deqs = deqs_of(model)
+    names = {deq: name for name, deq in model.named_modules() if deq in deqs}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with left_as_found(model) as found, torch.enable_grad():
+        if not all(deq.training for deq in deqs):
+            model.train()
+        reference = Reference()
+        Task(model, batch, loss_fn, list(trained.values()), found).gradient(reference)
+        if not reference.captures:
+            raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
+        labels = [names[deq] for deq in deqs] if len(deqs) == len(reference.captures) else [""] * len(deqs)
+        order = [*reversed(labels), *([""] * len(reference.captures))]
+        layers = [
+            _diagnose_layer(name, mode, capture, trained)
+            for name, capture in zip(order, reference.captures, strict=False)
+        ]
+    return Diagnosis(repr(mode), tuple(layers))
+
+
+def _diagnose_layer(
+    name: str, mode: EquilibriumPropagation, capture: Capture, trained: dict[str, nn.Parameter]
+) -> LayerDiagnosis:
+    given = capture.equilibrium
+    with caught_warnings(), capture.autocast.restored(True):
+        tight = _converged(given)
+        v_mode, report = mode.solve(given)
+        exact = ImplicitDifferentiation(max_iter=_TIGHT_STEPS, tol=10 * given.eps).solve(tight)[0]
+        limit_mode = InfinitesimalEP(
+            metric=mode.metric, correction=mode.correction, max_iter=_TIGHT_STEPS, tol=10 * given.eps
+        )
+        limit = limit_mode.solve(tight)[0]
+        settled = replace(mode, schedule="parallel", max_iter=_TIGHT_STEPS, tol=10 * given.eps)
+        v_tight = settled.solve(tight)[0]
+        sweep = {stencil: _sweep(settled, make, tight) for stencil, make in _STENCILS.items()}
+    errors = {
+        "finite_nudge": v_tight - limit,
+        "asymmetry": limit - exact,
+        "convergence": v_mode - v_tight,
+        "total": v_mode - exact,
+    }
+    exact_gradient = _gradient(tight, exact, trained)
+    in_parts = {part: _gradient(tight, error, trained) for part, error in errors.items()}
+    parameters = {
+        parameter: Parts(**{part: Part.of(in_parts[part][parameter], gradient) for part in errors})
+        for parameter, gradient in exact_gradient.items()
+        if norm(gradient) > 0
+    }
+    whole = Parts(**{part: Part.of(error, exact) for part, error in errors.items()})
+    best = _best_amplitude(settled, tight, limit)
+    advice = _advice(whole, report.beta, best, given.residual)
+    cosines = {name: tuple(_cosine(v, exact) for v in vectors) for name, vectors in sweep.items()}
+    floor = _cosine(limit, exact)
+    return LayerDiagnosis(name, whole, parameters, report.beta, best, given.residual, cosines, floor, advice)
+
+
+def _converged(equilibrium: Equilibrium) -> Equilibrium:
+    """The same layer at its fixed point, solved to rounding error."""
+    with undisturbed(equilibrium.records):
+        result = relax(
+            lambda stack: equilibrium.f(stack[0]).unsqueeze(0),
+            equilibrium.value.detach().unsqueeze(0),
+            scale=norm(equilibrium.value) or 1.0,
+            tol=2 * equilibrium.eps,
+            max_iter=_TIGHT_STEPS,
+            floor=100 * equilibrium.eps,
+        )
+        z = result.displacement[0]
+        return replace(equilibrium, z=z, value=equilibrium.f(z))
+
+
+def _sweep(
+    mode: EquilibriumPropagation, make: Callable[[float], Stencil], equilibrium: Equilibrium
+) -> list[Tensor | None]:
+    vectors: list[Tensor | None] = []
+    for beta in AMPLITUDES:
+        try:
+            vectors.append(replace(mode, stencil=make(beta), on_divergence="raise").solve(equilibrium)[0])
+        except EPError:
+            vectors.append(None)
+    return vectors
+
+
+def _best_amplitude(mode: EquilibriumPropagation, equilibrium: Equilibrium, limit: Tensor) -> float:
+    stencil = mode.stencil
+    if not isinstance(stencil, Stencil):
+        return math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EPWarning)
+        vectors = _sweep(mode, stencil.at, equilibrium)
+    errors = [math.inf if v is None else norm(v - limit) for v in vectors]
+    best: float = AMPLITUDES[errors.index(min(errors))]
+    return best
+
+
+def _gradient(equilibrium: Equilibrium, vector: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """`(df/dtheta)^T v` at the fixed point, for every parameter."""
+    with torch.enable_grad():
+        value = equilibrium.f(equilibrium.z)
+    gradients = torch.autograd.grad(
+        value, list(trained.values()), vector, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(trained, gradients, strict=True))
+
+
+def _cosine(estimate: Tensor | None, exact: Tensor) -> float:
+    if estimate is None:
+        return math.nan
+    lengths = norm(estimate) * norm(exact)
+    return float((estimate * exact).sum()) / lengths if lengths > 0 else math.nan
+
+
+def _advice(parts: Parts, beta: float, best: float, residual: float) -> str:
+    causes = {
+        "finite": parts.finite_nudge.relative,
+        "asymmetry": parts.asymmetry.relative,
+        "convergence": parts.convergence.relative,
+    }
+    cause, size = max(causes.items(), key=lambda item: item[1])
+    if parts.total.relative <= GOOD:
+        return f"The error vector is within {parts.total.relative:.1%} of the exact one: there is nothing to mend."
+    if cause == "finite":
+        return (
+            f"Most of the error is the size of the nudge ({size:.0%}): use beta={best:.0e} instead of {beta:.0e}, or a "
+            "stencil of higher order."
+        )
+    if cause == "asymmetry":
+        return (
+            f"Most of the error is the asymmetry of the Jacobian, which no amplitude removes ({size:.0%}): give the "
+            "metric of the activation, use the mode 'aep', or train with a penalty on the asymmetry."
+        )
+    return (
+        f"Most of the error is that a phase stopped early ({size:.0%}; the free phase at a relative residual of "
+        f"{residual:.0e}): raise f_max_iter, lower f_tol, or lower tol of the mode."
+    )
+
+
+def _rows(diagnosis: Diagnosis) -> list[list[str]]:
+    rows = []
+    for layer in diagnosis.layers:
+        named = {f"{layer.name or 'the DEQ'}: error vector": layer.error_vector, **layer.parameters}
+        for where, parts in named.items():
+            cells = (parts.total, parts.finite_nudge, parts.asymmetry, parts.convergence)
+            rows.append([where, *(f"{part.relative:.1e}" for part in cells)])
+    return rows
+
+
+def to_rich_parts(diagnosis: Diagnosis) -> Any:
+    """The table of parts for a terminal.
+
+    Args:
+        diagnosis: What to show.
+
+    Returns:
+        A `rich.table.Table`.
+
+    Raises:
+        MissingDependencyError: If rich is not installed.
+    """
+    rich_table = require("rich.table", "rich", "A table in the terminal")
+    table = rich_table.Table(box=require("rich.box", "rich", "A table in the terminal").SIMPLE_HEAD, pad_edge=False)
+    for k, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="right" if k else "left")
+    for cells in _rows(diagnosis):
+        table.add_row(*cells)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(diagnosis: Diagnosis) -> Any:
+    pyplot_figure = require("matplotlib.figure", "matplotlib", "A plot")
+    layers: Sequence[LayerDiagnosis] = diagnosis.layers
+    figure = pyplot_figure.Figure(figsize=(6.4 * len(layers), 4.4), layout="constrained", facecolor="#fafafa")
+    colours = ("#56B4E9", "#0072B2", "#009E73", "#D55E00")
+    markers = ("o", "s", "^", "D")
+    for k, layer in enumerate(layers):
+        axes = figure.add_subplot(1, len(layers), k + 1, facecolor="#fafafa")
+        for (stencil, cosines), colour, marker in zip(layer.sweep.items(), colours, markers, strict=True):
+            if any(math.isfinite(cosine) for cosine in cosines):
+                axes.plot(AMPLITUDES, cosines, color=colour, marker=marker, label=stencil)
+        axes.axhline(layer.floor, color="black", linestyle="--", linewidth=1, label="limit of every nudge")
+        axes.set(xscale="log", xlabel="amplitude beta, relative to the state", ylabel="cosine to the exact adjoint")
+        axes.set_title(f"{layer.name or 'DEQ'}: how well is the error vector aligned?", loc="left", fontsize="medium")
+        axes.grid(color="#dddddd")
+        axes.legend(frameon=False)
+    return figure
