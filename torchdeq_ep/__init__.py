@@ -11,9 +11,13 @@ from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP
 from torchdeq_ep.backward import NudgeReport as NudgeReport
 from torchdeq_ep.compare import compare as compare
 from torchdeq_ep.diagnose import diagnose as diagnose
+from torchdeq_ep.homeostasis import register_homeostasis as register_homeostasis
+from torchdeq_ep.homeostasis import symmetry_penalty as symmetry_penalty
+from torchdeq_ep.hooks import register_fixed_point_hook as register_fixed_point_hook
 from torchdeq_ep.host import add_ep_args as add_ep_args
 from torchdeq_ep.host import nudge_loss as nudge_loss
 from torchdeq_ep.host import use_backward as use_backward
+from torchdeq_ep.metric import ActivityMetric as ActivityMetric
 from torchdeq_ep.propagation import EquilibriumPropagation as EquilibriumPropagation
 from torchdeq_ep.propagation import Online as Online
 from torchdeq_ep.registry import available_backwards as available_backwards

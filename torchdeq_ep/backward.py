@@ -12,18 +12,13 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.displacement import (
-    Metric,
-    asymmetric_correction,
-    diagonal_metric,
-    infinitesimal_map,
-)
+from torchdeq_ep.displacement import asymmetric_correction, diagonal_metric, infinitesimal_map
 from torchdeq_ep.equilibrium import Equilibrium, Packing, State, norm, relative_difference
 from torchdeq_ep.errors import (
     ConvergenceWarning,
@@ -34,6 +29,7 @@ from torchdeq_ep.errors import (
 from torchdeq_ep.evaluation import STATEFUL, change_tolerance, undisturbed
 from torchdeq_ep.holomorphic.mode import Crossing
 from torchdeq_ep.jacobian import Product, vjp
+from torchdeq_ep.metric import Metric
 from torchdeq_ep.relaxation import Relaxation, Solver, Step, find_solver, relax
 
 Correction = Literal["asymmetric"]
@@ -251,7 +247,9 @@ class InfinitesimalEP(_LinearBackward):
     """The limit of vanishing nudges, `d = J d + g`, by forward-mode JVPs: the reference value of every EP mode.
 
     Args:
-        metric: Positive diagonal `M` as a function of the state; the result is `M^-1 (I - J)^-1 M g`.
+        metric: Positive diagonal `M` as a function of the state, e.g. an
+            [`ActivityMetric`][torchdeq_ep.metric.ActivityMetric]; the result is `M^-1 (I - J)^-1 M g`. `"auto"` fits
+            one to the Jacobian, see [`automatic_metric`][torchdeq_ep.metric.automatic_metric].
         correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
         solver: Name of a torchdeq solver or a callable; `None` for the package's own.
         max_iter: Largest number of JVPs, by default 100.
@@ -275,19 +273,20 @@ class InfinitesimalEP(_LinearBackward):
         check_metric_and_correction(self.metric, self.correction)
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        metric = diagonal_metric(self.metric, equilibrium.z)
+        metric, metric_calls = diagonal_metric(self.metric, equilibrium.f, equilibrium.z)
         force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
         correction = asymmetric_correction(equilibrium, metric) if self.correction else None
         linear_map = infinitesimal_map(equilibrium, force, correction)
         displacement, report = self._solve_linear(equilibrium, linear_map, force, "the infinitesimal nudge")
+        report = replace(report, calls=report.calls + metric_calls)
         return displacement if metric is None else displacement / metric, report
 
 
 def check_metric_and_correction(metric: object, correction: object) -> None:
     """Raises InvalidOptionError unless both are what the nudged modes accept."""
-    if metric is not None and not callable(metric):
+    if metric not in (None, "auto") and not callable(metric):
         raise InvalidOptionError(
-            f"metric must be a function from the state to the positive diagonal of M, or None, not {metric!r}."
+            f"metric must be a function from the state to the positive diagonal of M, 'auto' or None, not {metric!r}."
         )
     if correction not in (None, "asymmetric"):
         raise InvalidOptionError(f"correction must be None or 'asymmetric', not {correction!r}.")

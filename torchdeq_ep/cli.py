@@ -1,4 +1,4 @@
-"""The command line: `torchdeq-ep list`, `compare`, `diagnose`, and commands that other distributions bring."""
+"""The command line: `torchdeq-ep list`, `compare`, `diagnose` and `experiment`, and commands of other distributions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from torchdeq_ep.compare.plot import check_plot
 from torchdeq_ep.compare.table import Comparison, to_rich
 from torchdeq_ep.diagnose import diagnose, to_rich_parts
 from torchdeq_ep.errors import EPError, InvalidOptionError
+from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
+from torchdeq_ep.experiment.train import Mode
 from torchdeq_ep.registry import available_backwards, describe_backward, get_backward
 
 COMMAND_GROUP = "torchdeq_ep.commands"
@@ -120,11 +122,61 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     diagnosing.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     diagnosing.add_argument("--plot", metavar="FILE", help="draw alignment against amplitude (.png, .svg, .pdf)")
     diagnosing.set_defaults(run=_diagnose)
+    _add_experiment(subparsers)
 
     for name, entry in commands.items():
         origin = entry.dist.name if entry.dist else entry.value
         subparsers.add_parser(name, help=f"from {origin}", add_help=False)
     return parser
+
+
+def _add_experiment(subparsers: Any) -> None:
+    experimenting = subparsers.add_parser("experiment", help="train networks and measure their gradients")
+    experiments = experimenting.add_subparsers(title="experiments", metavar="EXPERIMENT", required=True)
+    parser = experiments.add_parser(
+        "homeostasis",
+        help="exact gradients, EP, and EP with homeostasis where forward and backward weights are not aligned",
+        description="Train a network whose backward weights are independent of its forward weights, with exact "
+        "gradients, with equilibrium propagation, and with homeostasis. A run that has finished is kept in the "
+        "directory of the results, and not repeated.",
+    )
+    preset = Setup()
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder with train.parquet and test.parquet; default: scikit-learn's digits"
+    )
+    parser.add_argument("--out", default="homeostasis", metavar="DIR", help="results (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each mode (default: %(default)s)")
+    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
+    parser.add_argument("--epochs", type=int, default=preset.epochs, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=preset.batch, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--hidden", type=int, nargs="+", default=list(preset.hidden), metavar="N", help="default: 256 256"
+    )
+    parser.add_argument(
+        "--readout", choices=("mse", "softmax"), default=preset.readout, help="output layer (default: %(default)s)"
+    )
+    helps = {
+        "angle": "initial angle between backward and forward weights, 0 to 90",
+        "damping": "share of the old state kept in each step",
+        "feedback": "strength of backward relative to forward weights that the metric takes for symmetric",
+        "gain": "factor of the initial recurrent weights",
+        "lr": "initial learning rate of Adam",
+        "weight": "weight of homeostasis",
+    }
+    for name, text in helps.items():
+        value = getattr(preset, name)
+        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (default: {value:g})")
+    parser.add_argument(
+        "--probes", type=int, default=preset.probes, metavar="N", help="probes of homeostasis (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--align",
+        type=int,
+        default=preset.align,
+        metavar="N",
+        help="steps of homeostasis alone before learning (default: %(default)s)",
+    )
+    parser.set_defaults(run=_homeostasis)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -206,6 +258,26 @@ def _trained_digits(console: Any) -> Problem:
         trained = train_digits("ep", lambda done, total: progress.update(bar, completed=done, total=total))
     console.print(f"A DEQ trained on digits by equilibrium propagation: {trained.accuracy:.1%} right on unseen digits.")
     return trained.model, trained.batch, trained.loss_fn
+
+
+def _homeostasis(options: argparse.Namespace) -> int:
+    progress_module = require("rich.progress", "rich", "The progress bar")
+    require("matplotlib.figure", "matplotlib", "A figure")
+    named = ("epochs", "batch", "angle", "feedback", "readout", "damping", "gain", "lr", "weight", "probes", "align")
+    setup = Setup(hidden=tuple(options.hidden), **{name: getattr(options, name) for name in named})
+    images = load_images(options.data)
+    modes = options.mode or MODES
+    columns = (*progress_module.Progress.get_default_columns(), progress_module.TimeElapsedColumn())
+    with progress_module.Progress(*columns, refresh_per_second=2) as progress:
+
+        def on_run(mode: Mode, seed: int) -> Callable[[int, int], None]:
+            bar = progress.add_task(f"{mode}, seed {seed}", total=None)
+            return lambda done, total: progress.update(bar, completed=done, total=total)
+
+        runs = run_all(setup, images, options.out, modes, options.seeds, on_run)
+        document, picture = write_report(runs, setup, images, options.out)
+    sys.stdout.write(f"{table(runs)}\nwritten: {document}  {picture}\n")
+    return 0
 
 
 def _show(console: Any, table: Comparison) -> None:
@@ -302,7 +374,7 @@ def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
     return command(arguments)
 
 
-_BUILT_IN = ("list", "compare", "diagnose")
+_BUILT_IN = ("list", "compare", "diagnose", "experiment")
 
 
 if __name__ == "__main__":

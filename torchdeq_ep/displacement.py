@@ -20,9 +20,9 @@ from torchdeq_ep.errors import EPError, InvalidOptionError, MapContractError, No
 from torchdeq_ep.evaluation import Batching, Map, StackedMap
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise, holomorphic_map, mode
 from torchdeq_ep.jacobian import Product, jvp, vjp
+from torchdeq_ep.metric import Metric, fit
 from torchdeq_ep.stencils import Node
 
-Metric = Callable[[Tensor], Tensor]
 Force = Callable[[Tensor], Tensor]
 
 _HOLOMORPHIC_ADVICE = (
@@ -153,22 +153,24 @@ def asymmetric_correction(equilibrium: Equilibrium, metric: Tensor | None) -> Pr
     return correction
 
 
-def diagonal_metric(metric: Metric | None, z: Tensor) -> Tensor | None:
+def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | None, int]:
     """The diagonal of `M` at `z*`, checked.
 
     Args:
-        metric: A function from the state to a positive tensor of the same shape, or `None`.
+        metric: A function from the state to a positive tensor of the same shape; `"auto"`, which fits one to the
+            Jacobian of `f`; or `None`.
+        f: The map, on packed states.
         z: The packed free state.
 
     Returns:
-        The diagonal, or `None` for the identity.
+        The diagonal, or `None` for the identity; and the calls of `f` and products with its Jacobian that it took.
 
     Raises:
         InvalidOptionError: If the metric is not positive and finite, or has another shape.
     """
     if metric is None:
-        return None
-    diagonal = metric(z)
+        return None, 0
+    diagonal, calls = fit(f, z) if isinstance(metric, str) else (metric(z), 0)
     if not isinstance(diagonal, Tensor) or diagonal.shape != z.shape:
         got = tuple(diagonal.shape) if isinstance(diagonal, Tensor) else type(diagonal).__name__
         raise InvalidOptionError(f"metric(z*) must be a tensor of the state's shape {tuple(z.shape)}, not {got}.")
@@ -177,7 +179,7 @@ def diagonal_metric(metric: Metric | None, z: Tensor) -> Tensor | None:
             "metric(z*) must be positive and finite everywhere: it is the diagonal of M in v = M^-1 (I - J)^-1 M g. "
             "Clamp it away from zero, e.g. metric=lambda z: phi_prime(z).clamp_min(1e-3)."
         )
-    return diagonal.detach()
+    return diagonal.detach(), calls
 
 
 def loss_force(

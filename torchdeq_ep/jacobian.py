@@ -1,15 +1,20 @@
-"""Products with the Jacobian `J = df/dz` of a map at a state, and the dense Jacobian of a small one."""
+"""Products with the Jacobian `J = df/dz` of a map at a state, measures of it, and the dense Jacobian of a small one."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchdeq_ep.errors import JacobianProductError
-from torchdeq_ep.evaluation import Map
+from torchdeq_ep.equilibrium import Packing, State, norm
+from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, JacobianProductError
+from torchdeq_ep.evaluation import Map, undisturbed
 
 Product = Callable[[Tensor], Tensor]
 
@@ -144,3 +149,342 @@ def dense_jacobian(f: Map, z: Tensor, chunk_size: int = 64) -> Tensor:
             products = torch.stack([product(vector) for vector in vectors])
         rows.append(products.reshape(len(chunk), -1))
     return torch.cat(rows)
+
+
+class Linearization:
+    """`f` near one state: stacks of products with `J` and with `J^T`, all from one evaluation of `f`.
+
+    Both come from reverse mode, the product with `J` by differentiating `w -> J^T w`, which is linear. Nothing needs a
+    forward-mode formula, and `J` and `J^T` are those of the same value of `f` to the last bit. A stack is one batched
+    call where `vmap` allows it and a loop where it does not.
+
+    Args:
+        f: A map of one real tensor that keeps its shape.
+        z: Where to differentiate.
+        batched: Whether to try `vmap`.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+        >>> local = Linearization(lambda z: matrix @ z, torch.zeros(2))
+        >>> local.forward(torch.eye(2))
+        tensor([[0., 0.],
+                [1., 0.]])
+        >>> local.adjoint(torch.eye(2))
+        tensor([[0., 1.],
+                [0., 0.]])
+    """
+
+    def __init__(self, f: Map, z: Tensor, batched: bool = True) -> None:
+        self.batched = batched
+        """Whether stacks are evaluated by `vmap`; false from its first failure on."""
+        # The fused attention kernels have no second derivative; the plain one has.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            self._point = z.detach().clone().requires_grad_()
+            self.value = f(self._point)
+            """`f(z)`, with its graph."""
+        self._cotangent: Tensor | None = None
+        self._pulled: Tensor | None = None
+
+    def adjoint(self, vectors: Tensor, create_graph: bool = False) -> Tensor:
+        """`J^T v` for every `v` of a stack of shape `(K, *shape)`.
+
+        Args:
+            vectors: The stack.
+            create_graph: Whether the result can be differentiated by the parameters of `f`.
+
+        Returns:
+            A stack of the same shape.
+        """
+        return self._products(self.value, self._point, vectors, create_graph)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """`J v` for every `v` of a stack; it builds no graph.
+
+        Args:
+            vectors: A stack of shape `(K, *shape)`.
+
+        Returns:
+            A stack of the same shape.
+        """
+        if not self.value.requires_grad:
+            return torch.zeros_like(vectors)
+        if self._cotangent is None:
+            self._cotangent = torch.zeros_like(self.value, requires_grad=True)
+            with torch.enable_grad():
+                (self._pulled,) = torch.autograd.grad(
+                    self.value, self._point, self._cotangent, create_graph=True, allow_unused=True
+                )
+        return self._products(self._pulled, self._cotangent, vectors, create_graph=False)
+
+    def _products(self, output: Tensor | None, source: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
+        if output is None or not output.requires_grad:
+            return torch.zeros_like(vectors)
+
+        def gradient(vector: Tensor, batched: bool) -> Tensor:
+            (result,) = torch.autograd.grad(
+                output,
+                source,
+                vector,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+            return torch.zeros_like(vector) if result is None else result
+
+        if self.batched and len(vectors) > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # still right, only slower
+                    return gradient(vectors, batched=True)
+            except Exception:  # whatever vmap cannot do; the loop raises again what is an error of f itself
+                self.batched = False
+        return torch.stack([gradient(vector, batched=False) for vector in vectors])
+
+
+def spectral_radius(
+    f: Callable[..., Any],
+    z: State,
+    *,
+    max_iter: int = 100,
+    tol: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> float:
+    """The largest modulus of an eigenvalue of `J`: below 1 where plain iteration of `f` converges.
+
+    By Arnoldi's method, which finds complex pairs as well as real eigenvalues, and takes fewer products than power
+    iteration.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state: a tensor of any shape, or a tuple or list of tensors.
+        max_iter: Largest number of products with `J`, and of vectors of the size of the state kept.
+        tol: Residual of the eigenpair, relative to the eigenvalue, at which to stop.
+        generator: Draws the first vector.
+
+    Returns:
+        The spectral radius.
+
+    Raises:
+        MapContractError: If `f` changes shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> turn = torch.tensor([[0.0, -0.9], [0.9, 0.0]])  # eigenvalues 0.9i and -0.9i
+        >>> round(spectral_radius(lambda z: turn @ z, torch.zeros(2)), 4)
+        0.9
+    """
+    packed, point = _packed(f, z)
+    with undisturbed():
+        values = _ritz_values(jvp(packed, point), point, _largest_modulus, max_iter, tol, generator)
+    return max(abs(value) for value in values)
+
+
+@dataclass(frozen=True)
+class FieldOfValues:
+    """A box around the field of values `x^H J x / x^H x` of a Jacobian, each side of which it touches.
+
+    Args:
+        real_min: Smallest real part: the smallest eigenvalue of `(J + J^T) / 2`.
+        real_max: Largest real part. Below 1, the continuous-time dynamics `dz/dt = f(z) - z` contracts.
+        imag_max: Largest imaginary part: the largest modulus of an eigenvalue of `(J - J^T) / 2`. Zero for symmetric
+            `J`.
+    """
+
+    real_min: float
+    real_max: float
+    imag_max: float
+
+
+def field_of_values(
+    f: Callable[..., Any],
+    z: State,
+    *,
+    max_iter: int = 100,
+    tol: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> FieldOfValues:
+    """The extent of the field of values of `J`, which bounds what its eigenvalues do not when `J` is not normal.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state: a tensor of any shape, or a tuple or list of tensors.
+        max_iter: Largest number of products with the symmetric and with the antisymmetric part.
+        tol: Residual of the eigenpairs, relative to the largest, at which to stop.
+        generator: Draws the first vectors.
+
+    Returns:
+        The box around it.
+
+    Raises:
+        MapContractError: If `f` changes shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> shear = torch.tensor([[0.0, 1.0], [0.0, 0.0]])  # both eigenvalues are 0
+        >>> box = field_of_values(lambda z: shear @ z, torch.zeros(2))
+        >>> round(box.real_min, 4), round(box.real_max, 4), round(box.imag_max, 4)
+        (-0.5, 0.5, 0.5)
+    """
+    packed, point = _packed(f, z)
+    with undisturbed():
+        local = Linearization(packed, point)
+
+        def part(sign: float) -> Product:
+            def product(vector: Tensor) -> Tensor:
+                stack = vector.unsqueeze(0)
+                return (local.forward(stack) + sign * local.adjoint(stack))[0] / 2
+
+            return product
+
+        real = [value.real for value in _ritz_values(part(1.0), point, _both_ends, max_iter, tol, generator)]
+        imag = _ritz_values(part(-1.0), point, _largest_modulus, max_iter, tol, generator)
+    return FieldOfValues(min(real), max(real), max(abs(value) for value in imag))
+
+
+def symmetry_score(
+    f: Callable[..., Any], z: State, probes: int = 20, *, generator: torch.Generator | None = None
+) -> float:
+    """How symmetric `J` is: `|S| / (|S| + |A|)`, with its symmetric and antisymmetric parts in Frobenius norm.
+
+    1 is symmetric, 0 antisymmetric; independent entries of mean zero give about 1/2.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state: a tensor of any shape, or a tuple or list of tensors.
+        probes: Number of Gaussian probes; each costs a product with `J` and one with `J^T`.
+        generator: Draws the probes.
+
+    Returns:
+        The estimated score. [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] with `weight=0.0`
+        gives it with a standard error, at every training step.
+
+    Raises:
+        MapContractError: If `f` changes shape or dtype.
+        InvalidOptionError: If `probes` is not a positive whole number.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[0.0, 0.5], [0.5, 0.2]])
+        >>> symmetry_score(lambda z: matrix @ z, torch.zeros(2))
+        1.0
+    """
+    packed, point = _packed(f, z)
+    with undisturbed():
+        vectors = gaussian_probes(point, probes, generator)
+        local = Linearization(packed, point)
+        forward, adjoint = local.forward(vectors), local.adjoint(vectors)
+    symmetric, antisymmetric = norm(forward + adjoint), norm(forward - adjoint)
+    return symmetric / (symmetric + antisymmetric) if symmetric else float(antisymmetric == 0.0)
+
+
+def weight_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
+    """The angle between forward and backward weights, in degrees: 0 aligned, 90 unrelated, 180 opposed.
+
+    Args:
+        forward_weight: A weight of any shape.
+        backward_weight: The weight that should equal it, in the same layout: `.weight` of a `ConvTranspose2d` beside
+            that of a `Conv2d`, but `.weight.T` of a `Linear` that goes back beside the `.weight` of one that goes
+            forth.
+
+    Returns:
+        An angle between 0 and 180.
+
+    Raises:
+        InvalidOptionError: If the shapes differ, or a weight is zero.
+
+    Example:
+        >>> import torch
+        >>> weight_angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+        45.0
+    """
+    if forward_weight.shape != backward_weight.shape:
+        raise InvalidOptionError(
+            f"weights of shapes {tuple(forward_weight.shape)} and {tuple(backward_weight.shape)} have no angle: bring "
+            "both into one layout, e.g. weight_angle(forward.weight, backward.weight.T) for two linear layers."
+        )
+    pair = [weight.detach().flatten().double() for weight in (forward_weight, backward_weight)]
+    sizes = [norm(weight) for weight in pair]
+    if not all(sizes):
+        raise InvalidOptionError("a weight that is zero everywhere has no direction, so there is no angle to it.")
+    one, other = (weight / size for weight, size in zip(pair, sizes, strict=True))
+    # Exact at small angles, where the arc cosine of the product is not.
+    return math.degrees(2 * math.atan2(norm(one - other), norm(one + other)))
+
+
+def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
+    """A stack of standard normal tensors of the shape of `z`.
+
+    Args:
+        z: Gives shape, dtype and device.
+        probes: How many.
+        generator: Draws them; torch's own where it is `None`.
+
+    Returns:
+        Tensor of shape `(probes, *z.shape)`.
+
+    Raises:
+        InvalidOptionError: If `probes` is not a positive whole number.
+    """
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise InvalidOptionError(f"probes must be a whole number of at least 1, not {probes!r}.")
+    return torch.randn(probes, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+
+def _packed(f: Callable[..., Any], z: State) -> tuple[Map, Tensor]:
+    packing = Packing.of(z)
+    return packing.map(f), packing.pack(z, "z").detach()
+
+
+def _largest_modulus(values: list[complex]) -> list[int]:
+    return [max(range(len(values)), key=lambda i: abs(values[i]))]
+
+
+def _both_ends(values: list[complex]) -> list[int]:
+    order = sorted(range(len(values)), key=lambda i: values[i].real)
+    return [order[0], order[-1]]
+
+
+def _ritz_values(
+    product: Product,
+    z: Tensor,
+    wanted: Callable[[list[complex]], list[int]],
+    max_iter: int,
+    tol: float,
+    generator: torch.Generator | None,
+) -> list[complex]:
+    """The eigenvalues that `wanted` picks, from a Krylov space grown until their residuals are below `tol`."""
+    n = z.numel()
+    steps = min(max_iter, n)
+    start = gaussian_probes(z, 1, generator).reshape(1, n)
+    basis = start / norm(start)
+    hessenberg = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    eps = torch.finfo(z.dtype).eps
+    for j in range(steps):
+        vector = product(basis[j].reshape(z.shape)).reshape(n)
+        for _ in range(2):  # once more, because rounding spoils the first orthogonalisation
+            overlaps = basis @ vector
+            vector = vector - overlaps @ basis
+            hessenberg[: j + 1, j] += overlaps.double().cpu()
+        size = norm(vector)
+        hessenberg[j + 1, j] = size
+        last = j + 1 == steps
+        exhausted = size <= 10 * eps * norm(hessenberg)
+        if exhausted or last or j % 5 == 4:
+            spectrum, vectors = torch.linalg.eig(hessenberg[: j + 1, : j + 1])
+            values: list[complex] = spectrum.tolist()
+            picked = wanted(values)
+            residual = size * max(float(vectors[-1, i].abs()) for i in picked)
+            converged = exhausted or residual <= tol * max(abs(value) for value in values)
+            if converged or last:
+                break
+        basis = torch.cat([basis, (vector / size).unsqueeze(0)])
+    if not converged and steps < n:
+        warnings.warn(
+            f"the eigenvalues of the Jacobian have a residual of {residual:.1e} after {steps} products (tolerance "
+            f"{tol:.1e} relative to the largest): raise max_iter, or loosen tol.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return [values[i] for i in picked]

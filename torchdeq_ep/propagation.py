@@ -18,7 +18,7 @@ from torchdeq_ep.backward import (
     RelaxedBackward,
     check_metric_and_correction,
 )
-from torchdeq_ep.displacement import DisplacementMap, Metric, asymmetric_correction, diagonal_metric, loss_force
+from torchdeq_ep.displacement import DisplacementMap, asymmetric_correction, diagonal_metric, loss_force
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import (
     FallbackWarning,
@@ -33,6 +33,7 @@ from torchdeq_ep.errors import (
 from torchdeq_ep.evaluation import Batching
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise
 from torchdeq_ep.jacobian import Product
+from torchdeq_ep.metric import Metric
 from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.stencils import Node, Stencil
 
@@ -90,8 +91,10 @@ class EquilibriumPropagation(RelaxedBackward):
     Args:
         stencil: A [`Stencil`][torchdeq_ep.Stencil], or the name of one with `beta="auto"`: `"one-sided"`,
             `"symmetric"`, `"richardson"` or `"contour"`.
-        metric: Positive diagonal `M` as a function of the state; the estimate is `M^-1 (I - J)^-1 M g`, which is exact
-            when `J M` is symmetric.
+        metric: Positive diagonal `M` as a function of the state, e.g. an
+            [`ActivityMetric`][torchdeq_ep.metric.ActivityMetric]; the estimate is `M^-1 (I - J)^-1 M g`, which is exact
+            when `J M` is symmetric. `"auto"` fits one to the Jacobian, see
+            [`automatic_metric`][torchdeq_ep.metric.automatic_metric].
         correction: `"asymmetric"` adds `J^T d - J d` to the map; the limit is then exact for every `J` (arXiv
             2602.03670).
         scale: `"relative"` multiplies the amplitude by `|z*| / |M g|`, one number for the whole batch; `"absolute"`
@@ -176,7 +179,8 @@ class EquilibriumPropagation(RelaxedBackward):
                     raise NudgeDivergedError(f"{error}{tried}") from error
                 stencil = stencil.at(float(stencil.beta) / 2)
         v = displacement if problem.metric is None else displacement / problem.metric
-        return v.to(equilibrium.z.dtype), replace(report, calls=report.calls + advance, retries=retry)
+        calls = report.calls + advance + problem.metric_calls
+        return v.to(equilibrium.z.dtype), replace(report, calls=calls, retries=retry)
 
     def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
         chosen = cast(Stencil, self.stencil)
@@ -230,6 +234,7 @@ class _NudgedProblem:
 
     equilibrium: Equilibrium
     metric: Tensor | None
+    metric_calls: int
     force: Tensor
     correction: Product | None
     state_force: Callable[[Tensor], Tensor] | None
@@ -237,7 +242,7 @@ class _NudgedProblem:
 
     @classmethod
     def pose(cls, mode: EquilibriumPropagation, equilibrium: Equilibrium) -> _NudgedProblem:
-        metric = diagonal_metric(mode.metric, equilibrium.z)
+        metric, metric_calls = diagonal_metric(mode.metric, equilibrium.f, equilibrium.z)
         wide = torch.promote_types(equilibrium.z.dtype, torch.float32)
         force = (equilibrium.cotangent if metric is None else metric * equilibrium.cotangent).to(wide)
         state_force = None
@@ -254,7 +259,7 @@ class _NudgedProblem:
         correction = asymmetric_correction(equilibrium, metric) if mode.correction else None
         # A fixed point at zero has no scale of its own: one per entry then stands for it.
         state_norm = norm(equilibrium.z) or equilibrium.z.numel() ** 0.5
-        return cls(equilibrium, metric, force, correction, state_force, state_norm / norm(force))
+        return cls(equilibrium, metric, metric_calls, force, correction, state_force, state_norm / norm(force))
 
 
 class _NudgedSolve:

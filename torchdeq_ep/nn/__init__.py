@@ -4,7 +4,10 @@ from torchdeq_ep.nn.activations import DSiLU as DSiLU
 from torchdeq_ep.nn.activations import ShiftedSigmoid as ShiftedSigmoid
 from torchdeq_ep.nn.activations import dsilu as dsilu
 from torchdeq_ep.nn.activations import shifted_sigmoid as shifted_sigmoid
+from torchdeq_ep.nn.energy import EnergyMap as EnergyMap
 from torchdeq_ep.nn.pooling import SoftmaxPool1d as SoftmaxPool1d
 from torchdeq_ep.nn.pooling import SoftmaxPool2d as SoftmaxPool2d
 from torchdeq_ep.nn.pooling import SoftmaxPool3d as SoftmaxPool3d
 from torchdeq_ep.nn.pooling import softmax_pool as softmax_pool
+from torchdeq_ep.nn.vector_field import VectorFieldCNN as VectorFieldCNN
+from torchdeq_ep.nn.vector_field import VectorFieldMLP as VectorFieldMLP

@@ -1,0 +1,88 @@
+"""What homeostasis adds to a training step, beside the products with the Jacobian that it is made of.
+
+Nothing is asserted about time. `extra_info` holds the ratios: the time added, over that of `probes` products with `J`,
+with `J^T`, and their backward pass; and over a training step without homeostasis.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchdeq
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from torchdeq_ep.homeostasis import register_homeostasis
+
+PROBES = 5
+
+
+class Block(nn.Module):
+    """A DEQ over one layer: dense, or two convolutions with a group norm between them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "dense":
+            self.start = torch.randn(50, 522)
+            self.layer: nn.Module = nn.Sequential(nn.Linear(522, 522), nn.Tanh())
+        else:
+            c = 32
+            self.start = torch.randn(8, c, 16, 16)
+            convolutions = [nn.Conv2d(c, c, 3, padding=1) for _ in range(2)]
+            self.layer = nn.Sequential(convolutions[0], nn.GroupNorm(8, c), nn.Softplus(), convolutions[1], nn.Tanh())
+        self.deq = torchdeq.get_deq(ift=True, f_max_iter=20, f_tol=1e-5, b_max_iter=20, b_tol=1e-5)
+
+    def f(self, z: Tensor) -> Tensor:
+        value: Tensor = 0.3 * self.layer(z) + 0.1 * self.start
+        return value
+
+    def forward(self) -> Tensor:
+        states, _ = self.deq(self.f, torch.zeros_like(self.start))
+        state: Tensor = states[-1]
+        return state
+
+
+def products(model: Block) -> None:
+    """The naive parts: `probes` times a product with `J`, one with `J^T`, and the backward pass through both."""
+    z = torch.zeros_like(model.start)
+    total = torch.zeros(())
+    for _ in range(PROBES):
+        probe = torch.randn_like(z)
+        _, forward = torch.func.jvp(model.f, (z,), (probe,))
+        point = z.clone().requires_grad_()
+        (adjoint,) = torch.autograd.grad(model.f(point), point, probe, create_graph=True)
+        total = total + (forward - adjoint).square().sum()
+    total.backward()
+
+
+def seconds(call: Callable[[], None], rounds: int = 5) -> float:
+    """The shortest of a few runs."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["dense", "convolutional"])
+def test_training_step(benchmark: BenchmarkFixture, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Block(kind)
+
+    def plain() -> None:
+        model().square().mean().backward()
+
+    without, parts = seconds(plain), seconds(lambda: products(model))
+    with register_homeostasis(model, probes=PROBES) as homeostasis:
+
+        def regularised() -> None:
+            (model().square().mean() + homeostasis.penalty()).backward()
+
+        benchmark.pedantic(regularised, rounds=5, warmup_rounds=1)
+        added = seconds(regularised) - without
+    benchmark.extra_info.update(added_to_products=added / parts, added_to_step=added / without)

@@ -1,0 +1,233 @@
+"""Vector-field networks and energy maps: weights, wiring, and what follows for the bias of equilibrium propagation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchdeq_ep as tep
+from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP
+from torchdeq_ep.nn.vector_field import angle_between, weight_at_angle
+
+SIZES = {"in": 5, "l1": 7, "l2": 6, "out": 3}
+TIGHT = {"f_tol": 1e-12, "f_max_iter": 500}
+Network = VectorFieldMLP | VectorFieldCNN
+
+
+@pytest.fixture(autouse=True)
+def _double() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def cnn(**options: object) -> VectorFieldCNN:
+    return VectorFieldCNN((1, 8, 8), (3, 4), 3, **(TIGHT | options))  # type: ignore[arg-type]
+
+
+def equilibrium(model: Network, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        f, u = model.map(x), model.initial_state(len(x))
+        for _ in range(500):
+            u = f(u)
+    return u
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-3, 30.0, 60.0, 90.0])
+def test_weights_are_at_the_angle_asked_for_and_have_equal_norms(degrees: float) -> None:
+    weight = torch.randn(20, 30)
+    other = weight_at_angle(weight, degrees)
+    cosine = float((weight * other).sum() / weight.norm() ** 2)
+    assert cosine == pytest.approx(math.cos(math.radians(degrees)), abs=1e-12)
+    assert float(other.norm()) == pytest.approx(float(weight.norm()), rel=1e-12)
+    assert angle_between(weight, other) == pytest.approx(degrees, abs=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [0.0, 45.0, 90.0])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_every_reciprocal_pair_starts_at_the_angle(kind: str, degrees: float) -> None:
+    model: Network = VectorFieldMLP(SIZES, angle=degrees) if kind == "mlp" else cnn(angle=degrees)
+    assert set(model.connection_angles()) == ({"l1-l2", "l2-out"} if kind == "mlp" else {"l1-l2"})
+    assert list(model.connection_angles().values()) == pytest.approx([degrees] * len(model.connection_angles()))
+
+
+def test_map_is_that_of_the_connections_written_out() -> None:
+    model = VectorFieldMLP(SIZES, ["in-l1", "in-out", "l1-l2", "l2-out", "out-l1", "l2-l2"], damping=0.25)
+    x, u = torch.randn(4, 5), torch.randn(4, 16)
+    with torch.no_grad():
+        for bias in model.biases.values():
+            bias.normal_()
+    w, b = model.weights, model.biases
+    s1, s2, s3 = model.phi(u).split([7, 6, 3], dim=1)
+    fields = (
+        x @ w["in-l1"].T + s3 @ w["out-l1"].T + b["l1"],
+        s1 @ w["l1-l2"].T + s2 @ w["l2-l2"].T + b["l2"],
+        x @ w["in-out"].T + s2 @ w["l2-out"].T + b["out"],
+    )
+    torch.testing.assert_close(model.map(x)(u), 0.25 * u + 0.75 * torch.cat(fields, dim=1))
+
+
+def test_loop_network_has_no_reciprocal_pair_and_learns() -> None:
+    model = VectorFieldMLP(SIZES, ["in-l1", "l1-l2", "l2-out", "out-l1"], **TIGHT)
+    weight = model.dense_weight().detach()
+    assert model.connection_angles() == {}
+    assert float((weight * weight.T).abs().sum()) == 0
+    with tep.use_backward(model, "aep", tol=1e-8):
+        model.loss(model(torch.randn(4, 5)), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("readout", ["mse", "softmax"])
+def test_readout_decides_whether_the_output_is_in_the_state(readout: str) -> None:
+    model = VectorFieldMLP(SIZES, readout=readout, **TIGHT)  # type: ignore[arg-type]
+    x, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    assert model.state_size == (16 if readout == "mse" else 13)
+    assert model.initial_state(4).shape == (4, model.state_size)
+    logits = model(x)
+    assert logits.shape == (4, 3)
+    torch.testing.assert_close(logits, model.read_out(equilibrium(model, x)), rtol=1e-8, atol=1e-8)
+    expected = (
+        torch.nn.functional.cross_entropy(logits, labels)
+        if readout == "softmax"
+        else torch.nn.functional.mse_loss(logits, torch.eye(3)[labels]) * 3 / 2
+    )
+    torch.testing.assert_close(model.loss(logits, labels), expected)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_metric_makes_ep_exact_at_zero_degrees_and_only_there(kind: str) -> None:
+    def error(degrees: float, with_metric: bool) -> float:
+        model: Network = VectorFieldMLP(SIZES, angle=degrees, gain=1.0) if kind == "mlp" else cnn(angle=degrees)
+        x = 0.3 * torch.randn(2, 5) if kind == "mlp" else torch.randn(2, 1, 8, 8)
+        with torch.no_grad():
+            f, u = model.map(x), equilibrium(model, x)
+        cotangent = torch.randn_like(u)
+        metric = model.metric if with_metric else None
+        found = tep.InfinitesimalEP(metric=metric, tol=1e-10)(f, u, cotangent)
+        exact = tep.ImplicitDifferentiation(tol=1e-10)(f, u, cotangent)
+        return float((found - exact).norm() / exact.norm())
+
+    assert error(0.0, with_metric=True) < 1e-7
+    assert error(0.0, with_metric=False) > 1e-3
+    assert error(90.0, with_metric=True) > 1e-3
+
+
+def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:
+    model = VectorFieldMLP(SIZES, feedback=0.3, damping=0.0)
+    with torch.no_grad():
+        for backward in ("l2-l1", "out-l2"):
+            model.weights[backward] *= 0.3
+        f = model.map(torch.randn(1, 5))
+    u = torch.randn(1, 16)
+    product = dense_jacobian(f, u) * model.metric(u)
+    torch.testing.assert_close(product, product.T)
+    assert model.connection_angles() == {"l1-l2": 0.0, "l2-out": 0.0}
+
+
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden"])
+def test_every_solver_of_torchdeq_finds_the_equilibrium(solver: str) -> None:
+    options = {"f_tol": 1e-9, "f_max_iter": 100, "f_solver": solver}
+    model = VectorFieldMLP(SIZES, angle=90.0, damping=0.0, **options)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(model(x), model.read_out(equilibrium(model, x)), rtol=1e-5, atol=1e-6)
+
+
+def test_holomorphic_nudge_reaches_the_real_one() -> None:
+    model = VectorFieldMLP(SIZES, angle=90.0)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        f, u = model.map(x), equilibrium(model, x)
+    cotangent = torch.randn_like(u)
+
+    def continued(z: Tensor) -> Tensor:
+        with tep.holomorphic.mode():
+            return f(z)
+
+    holomorphic = tep.get_backward("hep:n_points=6", tol=1e-9)(continued, u, cotangent)
+    torch.testing.assert_close(holomorphic, tep.InfinitesimalEP(tol=1e-10)(f, u, cotangent), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"connections": ["in-l1", "l1-l3"]}, "unknown layer 'l3'"),
+        ({"connections": ["in-l1", "l1l2"]}, "source-target"),
+        ({"connections": ["in-l1", "l1-in"]}, "input is not part"),
+        ({"connections": ["in-l1", "l1-l2"]}, "leads to 'out'"),
+        ({"connections": ["l1-out", "l1-out"]}, "twice"),
+        ({"connections": ["l1-out", "out-l1"], "readout": "softmax"}, "outside the state"),
+        ({"readout": "hinge"}, "unknown readout"),
+        ({"damping": 1.0}, "damping"),
+        ({"gain": 0.0}, "gain"),
+        ({"feedback": 0.0}, "feedback"),
+        ({"angle": 120.0}, "angle"),
+        ({"sizes": {"in": 5, "out": 3}}, "at least one hidden"),
+        ({"sizes": {"in": 5, "l1": 0, "out": 3}}, "at least 1 unit"),
+        ({"sizes": {"in": 5, "l-1": 4, "out": 3}}, "must not contain"),
+    ],
+)
+def test_impossible_networks_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(tep.errors.InvalidOptionError, match=message):
+        VectorFieldMLP(**({"sizes": SIZES} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 2}, {"channels": (4, 4, 4, 4)}])
+def test_impossible_convolutional_networks_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(tep.errors.InvalidOptionError):
+        VectorFieldCNN((1, 8, 8), **options)  # type: ignore[arg-type]
+
+
+def test_cnn_learns_by_ep_with_gradients_for_every_parameter() -> None:
+    model = cnn(angle=90.0)
+    with tep.use_backward(model, tep.EquilibriumPropagation(metric=model.metric)):
+        model.loss(model(torch.randn(2, 1, 8, 8)), torch.tensor([0, 2])).backward()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in model.parameters() if parameter.grad is not None)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Energy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.couplings = torch.nn.Parameter(0.1 * torch.randn(5, 5))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z**4 / 4 + z**2 / 2).sum(-1) + ((z @ self.couplings) * z).sum(-1) + z.sum(-1)
+
+
+def test_energy_map_descends_with_a_symmetric_jacobian_under_every_transform() -> None:
+    energy = Energy()
+    f, z = EnergyMap(energy, step=0.2), torch.randn(2, 5)
+    couplings = energy.couplings + energy.couplings.T
+    torch.testing.assert_close(f(z), z - 0.2 * (z**3 + z + z @ couplings + 1))
+    jacobian = dense_jacobian(f, z)
+    torch.testing.assert_close(jacobian, jacobian.T)
+    u = torch.randn_like(z)
+    torch.testing.assert_close(torch.func.jvp(f, (z,), (u,))[1], (jacobian @ u.flatten()).reshape(2, 5))
+    torch.testing.assert_close(torch.vmap(f)(torch.stack([z, u])), torch.stack([f(z), f(u)]))
+
+
+def test_energy_map_at_complex_states_is_the_holomorphic_one() -> None:
+    f = EnergyMap(lambda z: (z**4).sum() / 4, step=0.5)
+    z = torch.randn(3, dtype=torch.complex128)
+    torch.testing.assert_close(f(z), z - 0.5 * z**3)
+
+
+def test_ep_of_an_energy_map_is_exact_and_reaches_its_parameters() -> None:
+    energy = Energy()
+    f, z = EnergyMap(energy, step=0.2), torch.zeros(2, 5)
+    with torch.no_grad():
+        for _ in range(300):
+            z = f(z)
+    gradients = []
+    for backward in ("ift", "ep-richardson"):
+        tep.attach(f, z, backward).square().sum().backward()
+        gradients.append(energy.couplings.grad.clone())  # type: ignore[union-attr]
+        energy.couplings.grad = None
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+def test_energy_map_refuses_a_step_that_is_not_positive() -> None:
+    with pytest.raises(tep.errors.InvalidOptionError, match="step"):
+        EnergyMap(lambda z: z.sum(), step=0.0)

@@ -1,0 +1,302 @@
+"""One run of the experiment: a vector-field MLP trained with one kind of gradient, measured after every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchdeq_ep.backward import ImplicitDifferentiation
+from torchdeq_ep.errors import ConvergenceWarning, EPError, InvalidOptionError
+from torchdeq_ep.experiment.data import Images
+from torchdeq_ep.homeostasis import Homeostasis, register_homeostasis
+from torchdeq_ep.host import use_backward
+from torchdeq_ep.nn.vector_field import Readout, VectorFieldMLP
+from torchdeq_ep.propagation import EquilibriumPropagation
+
+Mode = Literal["ift", "ep", "ep-homeostasis"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+OnStep = Callable[[int, int], None]
+
+_MEASURED = 200
+_TEST_BATCH = 500
+_TRAINING_TOL = 1e-3
+_ADJOINT_TOL = 1e-2
+_MEASURING_TOL = 1e-5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of an experiment share.
+
+    Args:
+        epochs: Passes over the training images.
+        batch: Images per step.
+        hidden: Sizes of the hidden layers.
+        angle: Initial angle in degrees between backward and transposed forward weights.
+        feedback: Strength of backward relative to forward weights that the metric takes for symmetric.
+        readout: `"mse"` (output layer in the state) or `"softmax"`.
+        damping: Share of the old state kept in each step of the map.
+        gain: Factor of the initial recurrent weights.
+        lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
+        weight: Weight of the homeostasis penalty.
+        probes: Probe vectors of the penalty, per step.
+        align: Steps of homeostasis alone, without labels, before the first epoch of a run with homeostasis.
+
+    Raises:
+        InvalidOptionError: If a number is out of range.
+    """
+
+    epochs: int = 20
+    batch: int = 50
+    hidden: tuple[int, ...] = (256, 256)
+    angle: float = 90.0
+    feedback: float = 0.5
+    readout: Readout = "softmax"
+    damping: float = 0.3
+    gain: float = 0.5
+    lr: float = 2e-3
+    weight: float = 50.0
+    probes: int = 1
+    align: int = 150
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "probes"):
+            if getattr(self, name) < 1:
+                raise InvalidOptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.align < 0:
+            raise InvalidOptionError(f"align must be at least 0, not {self.align}.")
+        for name in ("lr", "weight"):
+            if not getattr(self, name) > 0:
+                raise InvalidOptionError(f"{name} must be positive, not {getattr(self, name)}.")
+
+    def model(self, images: Images) -> VectorFieldMLP:
+        """An untrained network for these images, drawn from torch's random state."""
+        hidden = {f"l{k}": size for k, size in enumerate(self.hidden, start=1)}
+        return VectorFieldMLP(
+            {"in": images.train_x.shape[1], **hidden, "out": images.n_classes},
+            damping=self.damping,
+            gain=self.gain,
+            angle=self.angle,
+            feedback=self.feedback,
+            readout=self.readout,
+            f_max_iter=60,
+            f_tol=_TRAINING_TOL,
+        )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Measurements after an epoch; number 0 is before learning, and after the alignment.
+
+    Args:
+        epoch: Its number.
+        loss: Mean loss over its steps; `None` before training.
+        test_error: Share of the test images that are classified wrongly, in percent.
+        cosine: Between the error vectors of EP and of the exact adjoint, on test images.
+        symmetry: `tr(A^2) / |A|_F^2` of the off-diagonal part `A` of `J M`: 1 if symmetric, 0 if unrelated.
+        angle: Mean angle between backward and transposed forward weights, in degrees.
+        residual: Relative residual of the free phase as in training, on test images.
+        unconverged: Steps of the epoch in which a phase did not reach its tolerance.
+        seconds: Time since the start of training.
+    """
+
+    epoch: int
+    loss: float | None
+    test_error: float
+    cosine: float
+    symmetry: float
+    angle: float
+    residual: float
+    unconverged: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what it was, its epochs, and why it ended early, if it did."""
+
+    mode: Mode
+    seed: int
+    epochs: tuple[Epoch, ...]
+    failure: str = ""
+
+    @classmethod
+    def of_json(cls, plain: dict[str, Any]) -> Run:
+        """The run that `asdict` was made of."""
+        return cls(**(plain | {"epochs": tuple(Epoch(**epoch) for epoch in plain["epochs"])}))
+
+
+def run_name(setup: Setup, mode: Mode, seed: int, images: Images) -> str:
+    """A name by which the result of a run is found again: one for each mode, seed, setup and data.
+
+    Args:
+        setup: The setup; what only homeostasis uses counts only for that mode.
+        mode: The kind of gradient.
+        seed: The seed.
+        images: The data.
+
+    Returns:
+        A file name without suffix.
+    """
+    if mode != "ep-homeostasis":
+        setup = replace(setup, weight=Setup.weight, probes=Setup.probes, align=Setup.align)
+    described = json.dumps([asdict(setup), images.digest()], sort_keys=True)
+    return f"{mode}-seed{seed}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+
+
+def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep | None = None) -> Run:
+    """Train one network.
+
+    Initial weights and the order of the images depend on the seed alone. A nudged phase that diverges ends the run;
+    a phase that misses its tolerance is counted.
+
+    Args:
+        setup: What to train.
+        mode: `"ift"`: exact gradients. `"ep"`: equilibrium propagation with the network's metric and a symmetric nudge.
+            `"ep-homeostasis"`: the same, with the penalty on the asymmetry of `J M`, which is also all there is to learn in
+            `setup.align` steps before the first epoch.
+        seed: Any whole number.
+        images: The data.
+        on_step: Called after each step with the number of steps done and their total.
+
+    Returns:
+        The measurements. The caller's random state is left alone.
+
+    Example:
+        >>> from torchdeq_ep.experiment.data import load_images
+        >>> run = train(Setup(epochs=1, batch=200, hidden=(16,)), "ep", 0, load_images())
+        >>> [epoch.epoch for epoch in run.epochs]
+        [0, 1]
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        torch.manual_seed(seed)
+        order, sample = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        model = setup.model(images)
+        homeostasis = _homeostasis(model, setup, seed) if mode == "ep-homeostasis" else None
+        optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr)
+        per_epoch = -(-len(images.train_x) // setup.batch)
+        total = setup.epochs * per_epoch
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        start = time.perf_counter()
+        if homeostasis is not None:
+            _align(model, homeostasis, setup, images, sample)
+        epochs = [_measure(model, setup, images, Epoch(0, None, 0, 0, 0, 0, 0, 0, 0.0))]
+        failure = ""
+        backward = ImplicitDifferentiation(tol=_ADJOINT_TOL) if mode == "ift" else _ep(model, _ADJOINT_TOL)
+        with use_backward(model, backward):
+            for epoch in range(1, setup.epochs + 1):
+                caught.clear()
+                losses: list[float] = []
+                unconverged = 0
+                rows = torch.randperm(len(images.train_x), generator=order)
+                try:
+                    for batch in torch.split(rows, setup.batch):
+                        losses.append(
+                            _step(model, optimizer, homeostasis, images.train_x[batch], images.train_y[batch])
+                        )
+                        scheduler.step()
+                        unconverged += bool(caught)
+                        caught.clear()
+                        if on_step is not None:
+                            on_step((epoch - 1) * per_epoch + len(losses), total)
+                except EPError as error:
+                    failure = f"epoch {epoch}, step {len(losses) + 1}: {type(error).__name__}: {error}"
+                    break
+                done = Epoch(epoch, sum(losses) / per_epoch, 0, 0, 0, 0, 0, unconverged, time.perf_counter() - start)
+                epochs.append(_measure(model, setup, images, done))
+        return Run(mode, seed, tuple(epochs), failure)
+
+
+def _homeostasis(model: VectorFieldMLP, setup: Setup, seed: int) -> Homeostasis:
+    return register_homeostasis(model, setup.weight, setup.probes, metric=model.metric, seed=seed)
+
+
+def _align(
+    model: VectorFieldMLP, homeostasis: Homeostasis, setup: Setup, images: Images, sample: torch.Generator
+) -> None:
+    """Steps down the penalty alone; what the optimiser has gathered on the way is forgotten."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr)
+    for _ in range(setup.align):
+        rows = torch.randint(len(images.train_x), (setup.batch,), generator=sample)
+        optimizer.zero_grad()
+        model(images.train_x[rows])
+        torch.autograd.backward(homeostasis.penalty())
+        optimizer.step()
+
+
+def _ep(model: VectorFieldMLP, tol: float) -> EquilibriumPropagation:
+    return EquilibriumPropagation("symmetric", metric=model.metric, tol=tol)
+
+
+def _step(
+    model: VectorFieldMLP, optimizer: torch.optim.Optimizer, homeostasis: Homeostasis | None, x: Tensor, y: Tensor
+) -> float:
+    optimizer.zero_grad()
+    loss = model.loss(model(x), y)
+    torch.autograd.backward(loss if homeostasis is None else loss + homeostasis.penalty())
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _measure(model: VectorFieldMLP, setup: Setup, images: Images, epoch: Epoch) -> Epoch:
+    """The epoch with what is measured on test images filled in."""
+    model.eval()  # homeostasis looks at training batches only
+    with torch.no_grad():
+        answers = torch.cat([model(x).argmax(1) for x in torch.split(images.test_x, _TEST_BATCH)])
+        weight = model.dense_weight()
+        weight = weight * model.layer_metric(weight)
+        f = model.map(images.test_x[:_MEASURED])
+        rough = free_phase(f, model.initial_state(len(images.test_x[:_MEASURED])), 60, _TRAINING_TOL)
+        state = free_phase(f, rough, 500, _MEASURING_TOL)
+        residual = float((f(rough) - rough).norm() / rough.norm())
+    model.train()
+    angles = model.connection_angles().values()
+    return replace(
+        epoch,
+        test_error=100 * float((answers != images.test_y).float().mean()),
+        cosine=_cosine(model, f, state, images.test_y[:_MEASURED]),
+        symmetry=float((weight * weight.T).sum() / weight.square().sum()),
+        angle=sum(angles) / len(angles),
+        residual=residual,
+    )
+
+
+def free_phase(f: Callable[[Tensor], Tensor], u: Tensor, max_iter: int, tol: float) -> Tensor:
+    """Plain iteration to a relative residual.
+
+    Args:
+        f: The map.
+        u: First state.
+        max_iter: Largest number of steps.
+        tol: Relative residual at which to stop.
+
+    Returns:
+        The last state.
+    """
+    for _ in range(max_iter):
+        last, u = u, f(u)
+        if float((u - last).norm()) <= tol * float(u.norm()):
+            break
+    return u
+
+
+def _cosine(model: VectorFieldMLP, f: Callable[[Tensor], Tensor], state: Tensor, labels: Tensor) -> float:
+    """Of the error vectors of EP and of the exact adjoint; not a number where either diverges."""
+    point = state.clone().requires_grad_()
+    (cotangent,) = torch.autograd.grad(model.loss(model.read_out(point), labels), point)
+    modes = (_ep(model, _TRAINING_TOL), ImplicitDifferentiation(tol=_TRAINING_TOL))
+    try:
+        ep, exact = (mode(f, state, cotangent) for mode in modes)
+    except EPError:
+        return float("nan")
+    return float(functional.cosine_similarity(torch.as_tensor(ep).flatten(), torch.as_tensor(exact).flatten(), dim=0))

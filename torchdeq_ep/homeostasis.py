@@ -1,0 +1,573 @@
+"""Jacobian homeostasis: a penalty on the asymmetry of the Jacobian at the fixed point, `|J M - (J M)^T|_F^2 / 2 n`.
+
+What nudging computes differs from the gradient by the asymmetry of `J` (Laborieux & Zenke, arXiv 2309.02214, eq. 14).
+With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, the two estimators are
+
+    paper:          |u|^2 - e^T (J M)^2 e  =  |u|^2 - w . u
+    antisymmetric:  |u - w|^2 / 2
+
+Both are unbiased. The second is never negative, and its standard deviation is second order in the asymmetry where that
+of the first is first order.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torchdeq.core import DEQBase
+
+from torchdeq_ep.displacement import diagonal_metric
+from torchdeq_ep.equilibrium import Packing, State
+from torchdeq_ep.errors import DoubleBackwardError, EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.evaluation import Autocast, FrozenStatistics
+from torchdeq_ep.hooks import FixedPointHandle, fixed_point
+from torchdeq_ep.host import deqs_of
+from torchdeq_ep.jacobian import Linearization, gaussian_probes
+from torchdeq_ep.metric import Metric
+
+Estimator = Literal["antisymmetric", "paper"]
+Schedule = Callable[[int], float]
+Weight = float | Schedule | Mapping[str, float | Schedule]
+
+_ESTIMATORS = ("antisymmetric", "paper")
+_MANY_UNCOLLECTED = 100
+
+
+def symmetry_penalty(
+    f: Callable[..., Any],
+    z: State,
+    probes: int = 5,
+    estimator: Estimator = "antisymmetric",
+    metric: Metric | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """An unbiased estimate of `|J M - (J M)^T|_F^2 / 2 n`, with `n` entries in the state, to be minimised.
+
+    It can be differentiated, once, by whatever `f` depends on; `z` and `M` are held fixed. `f` is evaluated once, and
+    running statistics do not move.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state, usually a fixed point: a tensor of any shape, or a tuple or list of tensors.
+        probes: Number of Gaussian probes; each costs one product with `J` and two with `J^T`.
+        estimator: `"antisymmetric"`, or `"paper"`, which may be negative and has the larger variance.
+        metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
+        generator: Draws the probes; torch's own where it is `None`.
+
+    Returns:
+        A scalar, with a graph where autograd is on and `f` depends on something that requires a gradient.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+        MapContractError: If `f` changes shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[0.0, 0.4], [0.2, 0.0]], requires_grad=True)
+        >>> penalty = symmetry_penalty(lambda z: torch.tanh(weight @ z), torch.zeros(2), probes=100)
+        >>> penalty.backward()  # |W - W^T|^2 / 4 = 0.02 in expectation
+        >>> bool(weight.grad[0, 1] > 0), bool(weight.grad[1, 0] < 0)
+        (True, True)
+    """
+    _check_choice("estimator", estimator, _ESTIMATORS)
+    autocast = _autocast_of(z)
+    vectors = gaussian_probes(_pack(z, autocast)[1], probes, generator)
+    create_graph = torch.is_grad_enabled()
+    return _probe(f, z, vectors, estimator, metric, autocast, batched=True, create_graph=create_graph).penalty
+
+
+@dataclass(frozen=True)
+class SymmetryMeasurement:
+    """How symmetric a Jacobian `J M` is, from probes. `*_se` are standard errors over them, NaN for a single probe.
+
+    Args:
+        penalty: `|J M - (J M)^T|_F^2 / 2 n`, before any weight.
+        penalty_se: Its standard error.
+        symmetry: `|S| / (|S| + |A|)`, with the symmetric and antisymmetric parts in Frobenius norm: 1 is symmetric.
+        symmetry_se: Its standard error.
+        asymmetry: `|A| / |J M|`: 0 is symmetric.
+        asymmetry_se: Its standard error.
+    """
+
+    penalty: float
+    penalty_se: float
+    symmetry: float
+    symmetry_se: float
+    asymmetry: float
+    asymmetry_se: float
+
+
+@dataclass(frozen=True)
+class HomeostasisReport(SymmetryMeasurement):
+    """The last measurements of a homeostasis: over all DEQs together, and of each.
+
+    The inherited numbers are those of all Jacobians side by side: `penalty` is the sum of the DEQs' penalties.
+
+    Args:
+        weighted: The sum of the penalties times their weights, which is what the loss is made larger by.
+        deqs: The measurement of each DEQ, by its name in `module.named_modules()`; `""` if the module is the DEQ.
+    """
+
+    weighted: float
+    deqs: dict[str, SymmetryMeasurement]
+
+
+class Homeostasis:
+    """What [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] returns.
+
+    Example:
+        >>> import torch, torchdeq, torchdeq_ep
+        >>> from torchdeq_ep.homeostasis import register_homeostasis
+        >>> linear, deq = torch.nn.Linear(3, 3), torchdeq.get_deq(ift=True)
+        >>> with register_homeostasis(deq, weight=0.1) as homeostasis:
+        ...     (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
+        ...     (z.sum() + homeostasis.penalty()).backward()
+        >>> 0 < homeostasis.last.symmetry < 1
+        True
+    """
+
+    def __init__(self, regulators: list[_Regulator], options: _Options) -> None:
+        self._regulators = regulators
+        self._options = options
+        self._total: Tensor | None = None
+        self._uncollected = 0
+        self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
+
+    @property
+    def deqs(self) -> tuple[DEQBase, ...]:
+        """The DEQs that are regularised, in the order of `module.modules()`."""
+        return self._handle.deqs
+
+    @property
+    def last(self) -> HomeostasisReport | None:
+        """The latest measurements of each DEQ; `None` before the first. Reading it does not consume the penalty."""
+        samples = {r.name: (r.last_weight, r.last) for r in self._regulators if r.last is not None}
+        if not samples:
+            return None
+        each = {name: _Moments.of(sample) for name, (_, sample) in samples.items()}
+        together = _Moments.sum(list(each.values()))
+        return HomeostasisReport(
+            **vars(together.measurement()),
+            weighted=sum(weight * each[name].penalty for name, (weight, _) in samples.items()),
+            deqs={name: moments.measurement() for name, moments in each.items()},
+        )
+
+    def penalty(self) -> Tensor:
+        """The weighted penalties of every forward pass since the last call of this method, to be added to the loss.
+
+        Returns:
+            A scalar with a graph; zero if there was none (no forward pass in training mode, or none measured in this
+            period). Without a graph if it is injected, or if autograd was off.
+        """
+        total, self._total, self._uncollected = self._total, None, 0
+        return torch.zeros(()) if total is None else total
+
+    def remove(self) -> None:
+        """Stop measuring; a second call does nothing."""
+        self._handle.remove()
+
+    def __enter__(self) -> Homeostasis:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _collect(self, term: Tensor) -> None:
+        self._total = term if self._total is None else self._total + term.to(self._total.device)
+        if term.requires_grad:
+            self._uncollected += 1
+            if self._uncollected == _MANY_UNCOLLECTED:
+                warnings.warn(
+                    f"{_MANY_UNCOLLECTED} forward passes have left a penalty that nobody has asked for, and their "
+                    "graphs stay in memory. Add handle.penalty() to the loss, or register_homeostasis(..., "
+                    "inject=True), or weight=0.0 to measure only.",
+                    EPWarning,
+                    stacklevel=2,
+                )
+
+
+Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
+
+
+def register_homeostasis(
+    module: nn.Module,
+    weight: Weight = 0.1,
+    probes: int = 5,
+    estimator: Estimator = "antisymmetric",
+    every: int | float = 1,
+    *,
+    metric: Metric | None = None,
+    inject: Inject = False,
+    seed: int = 0,
+) -> Homeostasis:
+    """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
+
+    `(loss + homeostasis.penalty()).backward()` is all that a training loop needs. It does not depend on the backward
+    pass of the DEQs. In evaluation mode nothing is measured. The forward result, buffers and torch's random state stay
+    as they are. A copy or a pickle of the module is without homeostasis.
+
+    Args:
+        module: A model that contains torchdeq DEQs, or such a DEQ.
+        weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ; or a
+            dict of these by DEQ name, as in `module.named_modules()`, which leaves out the DEQs it does not name. With
+            0 the Jacobian is measured, but no graph is built.
+        probes: Number of Gaussian probes at each forward pass.
+        estimator: `"antisymmetric"`, or `"paper"`; see [`symmetry_penalty`][torchdeq_ep.homeostasis.symmetry_penalty].
+        every: A whole number `k`: measure at every `k`-th forward pass of a DEQ. A number between 0 and 1: measure with
+            that probability. The penalty is not scaled up in return.
+        metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
+        inject: Whether the gradient of the penalty reaches the parameters by itself, in each backward pass that comes
+            through the last state that the DEQ returned. The gradient is then multiplied by this: `True` is 1. The
+            factor that multiplies your loss cannot be seen from here: give a `torch.amp.GradScaler` if one scales the
+            loss, and a number or a function `() -> factor` if you divide the loss, e.g. by the number of accumulation
+            steps; it is asked in the backward pass. `penalty()` is then without a graph.
+        seed: Seed of the probes, and of the draws of a probability.
+
+    Returns:
+        A handle with `penalty()`, `last` and `remove()`, which is also a context manager.
+
+    Raises:
+        NoDEQError: If there is no DEQ in the module.
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> import torch, torchdeq, torchdeq_ep
+        >>> from torchdeq_ep.homeostasis import register_homeostasis
+        >>> linear, deq = torch.nn.Linear(3, 3), torchdeq.get_deq(ift=True)
+        >>> homeostasis = register_homeostasis(deq, weight=lambda step: min(1.0, 0.01 * step), every=2)
+        >>> (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
+        >>> loss = z.sum() + homeostasis.penalty()
+    """
+    _check_choice("estimator", estimator, _ESTIMATORS)
+    if isinstance(every, bool) or not (
+        (isinstance(every, int) and every >= 1) or (isinstance(every, float) and 0 < every < 1)
+    ):
+        raise InvalidOptionError(
+            f"every must be a whole number of at least 1, or a probability between 0 and 1, not {every!r}."
+        )
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise InvalidOptionError(f"probes must be a whole number of at least 1, not {probes!r}.")
+    if metric not in (None, "auto") and not callable(metric):
+        raise InvalidOptionError(
+            f"metric must be a function from the state to the positive diagonal of M, 'auto' or None, not {metric!r}."
+        )
+    deqs = deqs_of(module)
+    weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
+    options = _Options(probes, estimator, every, metric, _factor(inject), _Randomness(seed))
+    regulators = [_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()]
+    homeostasis = Homeostasis(regulators, options)
+    for regulator in regulators:
+        regulator.collect = homeostasis._collect
+    return homeostasis
+
+
+def _weights_by_name(weight: Weight, deqs: dict[str, Any]) -> dict[str, tuple[Any, float | Schedule]]:
+    if not isinstance(weight, Mapping):
+        _check_weight(weight)
+        return {name: (deq, weight) for name, deq in deqs.items()}
+    for name, value in weight.items():
+        if name not in deqs:
+            raise NoDEQError(f"weight: {unknown_name('DEQ', name, deqs)}")
+        _check_weight(value)
+    return {name: (deqs[name], value) for name, value in weight.items()}
+
+
+def _check_weight(weight: object) -> None:
+    if callable(weight):
+        return
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise InvalidOptionError(
+            f"weight must be a number of at least 0, a function of the step, or a dict of these, not {weight!r}."
+        )
+
+
+def _factor(inject: Inject) -> Callable[[], float] | None:
+    if isinstance(inject, bool):
+        return (lambda: 1.0) if inject else None
+    if isinstance(inject, (int, float)):
+        factor = float(inject)
+        return lambda: factor
+    if isinstance(inject, torch.amp.GradScaler):
+        return inject.get_scale
+    if callable(inject):
+        return inject
+    raise InvalidOptionError(
+        f"inject must be True or False, a factor, a function that returns one, or a GradScaler, not {inject!r}."
+    )
+
+
+class _Randomness:
+    """The generators of one homeostasis, one for each device, so that torch's own stay untouched."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._coin = torch.Generator().manual_seed(seed)
+
+    def on(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def happens(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self._coin)) < probability
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    probes: int
+    estimator: Estimator
+    every: int | float
+    metric: Metric | None
+    factor: Callable[[], float] | None
+    randomness: _Randomness
+
+
+class _Regulator:
+    """The forward hook of one DEQ. A copy or pickle of it does nothing."""
+
+    def __init__(self, name: str, deq: DEQBase, weight: float | Schedule, options: _Options) -> None:
+        self.name, self.deq, self.last_weight = name, deq, 0.0
+        self.last: _Sample | None = None
+        self.collect: Callable[[Tensor], None]
+        self._weight, self._options = weight, options
+        self._calls = 0
+        self._batched = True
+
+    def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not deq.training:
+            return None
+        step, self._calls = self._calls, self._calls + 1
+        options = self._options
+        if isinstance(options.every, int) and step % options.every:
+            return None
+        if isinstance(options.every, float) and not options.randomness.happens(options.every):
+            return None
+        weight = self._weight
+        if callable(weight):
+            weight = weight(step)
+            _check_weight(weight)
+        f, state = fixed_point(args, kwargs, output)
+        states, info = output
+        autocast = _autocast_of(state)
+        packed = _pack(state, autocast)[1]
+        vectors = gaussian_probes(packed, options.probes, options.randomness.on(packed.device))
+        # A state without a gradient is one of a map that nothing can change.
+        trainable = any(t.requires_grad for t in (states[-1] if isinstance(state, Sequence) else states[-1:]))
+        create_graph = weight > 0 and torch.is_grad_enabled() and trainable
+        sample = _probe(
+            f, state, vectors, options.estimator, options.metric, autocast, self._batched, create_graph=create_graph
+        )
+        self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
+        term = weight * sample.penalty
+        if options.factor is None:
+            self.collect(term)
+            return None
+        self.collect(term.detach())
+        if not term.requires_grad:
+            return None
+        return [*states[:-1], _with_gradient(states[-1], term, options.factor)], info
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def _with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
+    if isinstance(state, Tensor):
+        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
+    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
+
+
+class _Inject(torch.autograd.Function):
+    """The identity on a state, whose backward pass also starts one from a penalty.
+
+    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor
+        ctx.like = term.detach()
+        ctx.set_materialize_grads(False)
+        # A view of several tensors could not be written to by its user.
+        return tuple(tensor.clone() for tensor in state)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """What the probes saw: a penalty with its graph, and for each probe the penalty, `|S e|^2` and `|A e|^2`."""
+
+    penalty: Tensor
+    rows: Tensor
+    batched: bool
+
+    def detached(self) -> _Sample:
+        return _Sample(self.penalty.detach(), self.rows, self.batched)
+
+
+def _autocast_of(state: State) -> Autocast:
+    first = state if isinstance(state, Tensor) else state[0]
+    return Autocast.current(first.device.type)
+
+
+def _pack(state: State, autocast: Autocast) -> tuple[Packing, Tensor]:
+    packing = Packing.of(state, lenient=autocast.enabled)
+    return packing, packing.pack(state, "z").detach()
+
+
+def _linearize(f: Callable[[Tensor], Tensor], z: Tensor, autocast: Autocast, batched: bool) -> Linearization:
+    # Autocast rounds J by as much as a small asymmetry: measure in full precision wherever f allows it.
+    if autocast.enabled:
+        try:
+            with autocast.restored(False):
+                return Linearization(f, z, batched)
+        except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
+            pass
+    with autocast.restored(True):
+        return Linearization(f, z, batched)
+
+
+def _probe(
+    f: Callable[..., Any],
+    state: State,
+    vectors: Tensor,
+    estimator: Estimator,
+    metric: Metric | None,
+    autocast: Autocast,
+    batched: bool,
+    *,
+    create_graph: bool,
+) -> _Sample:
+    packing, z = _pack(state, autocast)
+    packed = packing.map(f)
+    with FrozenStatistics():
+        local = _linearize(packed, z, autocast, batched)
+        diagonal, _ = diagonal_metric(metric, packed, z)
+    m = torch.ones((), dtype=z.dtype, device=z.device) if diagonal is None else diagonal.to(z.dtype)
+    with autocast.restored(False):
+        weighed = m * vectors
+        u = local.forward(weighed)
+        pulled = local.adjoint(vectors, create_graph)  # w = M J^T e
+        w = m * pulled.detach()
+        symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
+        paper = estimator == "paper"
+        penalties = (_squares(u) - _dots(u, w) if paper else 2 * antisymmetric) / z.numel()
+        penalty = penalties.mean()
+        if create_graph and pulled.requires_grad:
+            # With A = J M, the differential of |A e - A^T e|^2 / 2 is r . dA e - e . dA r, where r = A e - A^T e, and
+            # that of |A e|^2 - e . A A e is (2 u - w) . dA e - e . dA u. So products of J^T with vectors that are held
+            # fixed have the penalty's gradient. Differentiating J e itself takes derivatives that torch (2.13) gets
+            # wrong for batch, instance and layer norm, in forward mode as well as by double backward.
+            left, right = (2 * u - w, u) if paper else (u - w, u - w)
+            bilinear = _dots(local.adjoint(left, create_graph), weighed) - _dots(pulled, m * right)
+            with torch.enable_grad():
+                penalty = cast(Tensor, _Penalty.apply(penalty, bilinear.mean() / z.numel()))  # type: ignore[no-untyped-call]
+    return _Sample(penalty, torch.stack([penalties, symmetric, antisymmetric]), local.batched)
+
+
+class _Penalty(torch.autograd.Function):
+    """The value of one scalar with the first derivative of another, and no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
+        (cotangent,) = cotangents
+        if torch.is_grad_enabled():
+            cotangent = _FirstDerivativeOnly.apply(cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, cotangent
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cotangent: Tensor, source: Tensor) -> Tensor:
+        return cotangent.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
+        raise DoubleBackwardError(
+            "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave "
+            "the penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its "
+            "own."
+        )
+
+
+def _squares(stack: Tensor) -> Tensor:
+    return _dots(stack, stack)
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Means over the probes of the penalty, `|S e|^2` and `|A e|^2`, and the covariances of these means."""
+
+    penalty: float
+    symmetric: float
+    antisymmetric: float
+    penalty_variance: float
+    symmetric_variance: float
+    antisymmetric_variance: float
+    covariance: float
+
+    @classmethod
+    def of(cls, sample: _Sample) -> _Moments:
+        rows = sample.rows.double().cpu()
+        count = rows.shape[1]
+        covariances = torch.cov(rows) / count if count > 1 else torch.full((3, 3), math.nan)
+        pairs = ((0, 0), (1, 1), (2, 2), (1, 2))
+        return cls(*rows.mean(1).tolist(), *(float(covariances[i, j]) for i, j in pairs))
+
+    @classmethod
+    def sum(cls, terms: Sequence[_Moments]) -> _Moments:
+        return cls(*(math.fsum(column) for column in zip(*(vars(term).values() for term in terms), strict=True)))
+
+    def measurement(self) -> SymmetryMeasurement:
+        s, a = self.symmetric, self.antisymmetric
+        penalty_se = math.sqrt(self.penalty_variance)
+        if s <= 0 or a <= 0:  # exactly symmetric, exactly antisymmetric, or zero (which is symmetric)
+            symmetry = 0.0 if a > 0 else 1.0
+            return SymmetryMeasurement(self.penalty, penalty_se, symmetry, 0.0, 1.0 - symmetry, 0.0)
+        ratio = math.sqrt(a / s)
+        # The delta method: both are functions of log(a / s), whose variance this is.
+        variance = self.symmetric_variance / s**2 + self.antisymmetric_variance / a**2 - 2 * self.covariance / (s * a)
+        spread = math.sqrt(variance) if not variance < 0 else 0.0
+        asymmetry = math.sqrt(a / (s + a))
+        return SymmetryMeasurement(
+            self.penalty,
+            penalty_se,
+            1 / (1 + ratio),
+            spread * ratio / (2 * (1 + ratio) ** 2),
+            asymmetry,
+            spread * asymmetry * s / (2 * (s + a)),
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidOptionError(unknown_name(f"value of {name}", value, choices))
