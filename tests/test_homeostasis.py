@@ -206,6 +206,22 @@ def test_an_operation_without_vmap_or_forward_mode():
         torch.testing.assert_close(one, other)
 
 
+def test_an_operation_that_can_be_differentiated_only_once_is_named():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return 2 * grad
+
+    with pytest.raises(RuntimeError, match="once_differentiable") as caught:
+        symmetry_penalty(Once.apply, torch.ones(3))
+    assert "differentiates f twice" in caught.value.__notes__[0]
+
+
 def test_the_state_is_held_fixed_and_nothing_else_is():
     weight = _misaligned(4, 0.5).requires_grad_()
     z, x = _random(4).requires_grad_(), _random(4, seed=1).requires_grad_()
@@ -289,7 +305,7 @@ class Model(nn.Module):
 
         self.f = f
         start = torch.zeros_like(x)
-        states, info = deq(f, start if self.tensors == 1 else [start[:, :2], start[:, 2:]])
+        states, _ = deq(f, start if self.tensors == 1 else [start[:, :2], start[:, 2:]])
         self.states = states
         return states[-1] if self.tensors == 1 else torch.cat(states[-1], 1)
 
@@ -613,7 +629,7 @@ def test_under_autocast_a_small_asymmetry_is_still_seen(mixed):
                 return functional.linear(z, weight, drive[0]).float()
             return functional.linear(z, weight) + drive
 
-        states, _ = deq(f, torch.zeros_like(x))
+        deq(f, torch.zeros_like(x))
         penalty = homeostasis.penalty()
     assert penalty.dtype == torch.float32
     penalty.backward()

@@ -206,17 +206,17 @@ def test_several_hooks_run_in_order_and_go_one_by_one():
 
 
 def test_exceptions_pass_through_unchanged():
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
-    error = Stop("here")
+    error = StopError("here")
 
     def hook(f, z_star, deq):
         raise error
 
     model = _model()
     with register_fixed_point_hook(model, hook):
-        with pytest.raises(Stop) as caught:
+        with pytest.raises(StopError) as caught:
             model(INPUTS)
         assert caught.value is error
     model(INPUTS)

@@ -133,11 +133,12 @@ class Homeostasis:
         True
     """
 
-    def __init__(self, regulators: list[_Regulator], options: _Options) -> None:
+    def __init__(self, regulators: list[_Regulator]) -> None:
         self._regulators = regulators
-        self._options = options
         self._total: Tensor | None = None
         self._uncollected = 0
+        for regulator in regulators:
+            regulator.collect = self._collect
         self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
 
     @property
@@ -263,14 +264,10 @@ def register_homeostasis(
     deqs = deqs_of(module)
     weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
     options = _Options(probes, estimator, every, metric, _factor(inject), _Randomness(seed))
-    regulators = [_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()]
-    homeostasis = Homeostasis(regulators, options)
-    for regulator in regulators:
-        regulator.collect = homeostasis._collect
-    return homeostasis
+    return Homeostasis([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
 
 
-def _weights_by_name(weight: Weight, deqs: dict[str, Any]) -> dict[str, tuple[Any, float | Schedule]]:
+def _weights_by_name(weight: Weight, deqs: dict[str, DEQBase]) -> dict[str, tuple[DEQBase, float | Schedule]]:
     if not isinstance(weight, Mapping):
         _check_weight(weight)
         return {name: (deq, weight) for name, deq in deqs.items()}

@@ -19,6 +19,7 @@ from torchdeq_ep.equilibrium import State
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.host import deqs_of
 
+Container = type[list[Tensor]] | type[tuple[Tensor, ...]]
 FixedPointHook = Callable[[Callable[[Any], Any], Any, DEQBase], object]
 
 
@@ -71,8 +72,8 @@ def register_fixed_point_hook(module: nn.Module, hook: FixedPointHook, *, in_eva
         module: A model that contains torchdeq DEQs, or such a DEQ.
         hook: Called as `hook(f, z_star, deq)`. `f` is the map the DEQ was given, with its parameters and inputs open to
             autograd. `z_star` is the last state the DEQ returned, detached: a tensor, or a list or tuple of tensors.
-            `f` takes and returns that form. In training it is one call of `f` past the state where the solver stopped (that is
-            what torchdeq returns), in evaluation it is that state.
+            `f` takes and returns that form. In training the state is one call of `f` past the one where the solver
+            stopped (that is what torchdeq returns), in evaluation it is that one.
         in_eval: Whether the hook also runs in evaluation mode.
 
     Returns:
@@ -113,8 +114,8 @@ def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> 
     state = output[0][-1]
     if isinstance(state, Tensor):
         return func, state.detach()
-    container = tuple if isinstance(state, tuple) else list
-    return _SequenceMap(func, container), container(tensor.detach() for tensor in state)
+    container: Container = tuple if isinstance(state, tuple) else list
+    return _SequenceMap(func, container), container([tensor.detach() for tensor in state])
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ class _SequenceMap:
     """A map of several tensors, `f(*state)`, as a map of one list or tuple of them."""
 
     func: Callable[..., Any]
-    container: type[list[Tensor]] | type[tuple[Tensor, ...]]
+    container: Container
 
     def __call__(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.container(self.func(*state))

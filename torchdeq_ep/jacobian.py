@@ -181,8 +181,7 @@ class Linearization:
         # The fused attention kernels have no second derivative; the plain one has.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             self._point = z.detach().clone().requires_grad_()
-            self.value = f(self._point)
-            """`f(z)`, with its graph."""
+            self._value = f(self._point)
         self._cotangent: Tensor | None = None
         self._pulled: Tensor | None = None
 
@@ -196,7 +195,7 @@ class Linearization:
         Returns:
             A stack of the same shape.
         """
-        return self._products(self.value, self._point, vectors, create_graph)
+        return self._products(self._value, self._point, vectors, create_graph)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """`J v` for every `v` of a stack; it builds no graph.
@@ -207,13 +206,13 @@ class Linearization:
         Returns:
             A stack of the same shape.
         """
-        if not self.value.requires_grad:
+        if not self._value.requires_grad:
             return torch.zeros_like(vectors)
         if self._cotangent is None:
-            self._cotangent = torch.zeros_like(self.value, requires_grad=True)
+            self._cotangent = torch.zeros_like(self._value, requires_grad=True)
             with torch.enable_grad():
                 (self._pulled,) = torch.autograd.grad(
-                    self.value, self._point, self._cotangent, create_graph=True, allow_unused=True
+                    self._value, self._point, self._cotangent, create_graph=True, allow_unused=True
                 )
         return self._products(self._pulled, self._cotangent, vectors, create_graph=False)
 
@@ -240,7 +239,14 @@ class Linearization:
                     return gradient(vectors, batched=True)
             except Exception:  # whatever vmap cannot do; the loop raises again what is an error of f itself
                 self.batched = False
-        return torch.stack([gradient(vector, batched=False) for vector in vectors])
+        try:
+            return torch.stack([gradient(vector, batched=False) for vector in vectors])
+        except RuntimeError as error:
+            error.add_note(
+                "torchdeq_ep differentiates f twice here, for products with its Jacobian and their gradient. An "
+                "operation that torch can differentiate only once has to be replaced by one made of others."
+            )
+            raise
 
 
 def spectral_radius(

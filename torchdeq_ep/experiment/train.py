@@ -72,6 +72,11 @@ class Setup:
         for name in ("epochs", "batch", "probes"):
             if getattr(self, name) < 1:
                 raise InvalidOptionError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if len(self.hidden) < (2 if self.readout == "softmax" else 1):
+            raise InvalidOptionError(
+                f"with readout={self.readout!r} and hidden={self.hidden} no two layers of the state are connected both "
+                "ways, so there is nothing to align: add a hidden layer."
+            )
         if self.align < 0:
             raise InvalidOptionError(f"align must be at least 0, not {self.align}.")
         for name in ("lr", "weight"):
@@ -162,8 +167,8 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
     Args:
         setup: What to train.
         mode: `"ift"`: exact gradients. `"ep"`: equilibrium propagation with the network's metric and a symmetric nudge.
-            `"ep-homeostasis"`: the same, with the penalty on the asymmetry of `J M`, which is also all there is to learn in
-            `setup.align` steps before the first epoch.
+            `"ep-homeostasis"`: the same, with the penalty on the asymmetry of `J M`; before the first epoch,
+            `setup.align` steps go down the penalty alone.
         seed: Any whole number.
         images: The data.
         on_step: Called after each step with the number of steps done and their total.
@@ -173,7 +178,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
 
     Example:
         >>> from torchdeq_ep.experiment.data import load_images
-        >>> run = train(Setup(epochs=1, batch=200, hidden=(16,)), "ep", 0, load_images())
+        >>> run = train(Setup(epochs=1, batch=200, hidden=(16, 16)), "ep", 0, load_images())
         >>> [epoch.epoch for epoch in run.epochs]
         [0, 1]
     """
