@@ -257,7 +257,10 @@ def test_report_holds_the_setup(tmp_path: Path) -> None:
     assert picture.exists()
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"weight": -1.0}, {"probes": 0}, {"align": -1}, {"hidden": (8,)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"weight": -1.0}, {"probes": 0}, {"align": -1}, {"hidden": (8,)}],
+)
 def test_impossible_setups_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(errors.InvalidOptionError, match=next(iter(options))):
         Setup(**options)

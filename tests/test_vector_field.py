@@ -96,7 +96,7 @@ def test_readout_decides_whether_the_output_is_in_the_state(readout: str) -> Non
     torch.testing.assert_close(model.loss(logits, labels), expected)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_metric_makes_ep_exact_at_zero_degrees_and_only_there(kind: str) -> None:
     def error(degrees: float, with_metric: bool) -> float:
         model: Network = VectorFieldMLP(SIZES, angle=degrees, gain=1.0) if kind == "mlp" else cnn(angle=degrees)

@@ -114,7 +114,7 @@ def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> 
     state = output[0][-1]
     if isinstance(state, Tensor):
         return func, state.detach()
-    container: Container = tuple if isinstance(state, tuple) else list
+    container: Container = tuple if isinstance(state, tuple) else list  # type: ignore[assignment]
     return _SequenceMap(func, container), container([tensor.detach() for tensor in state])
 
 
