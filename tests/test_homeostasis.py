@@ -14,9 +14,9 @@ from torch.nn import functional
 from torchdeq.norm import apply_norm
 
 import torchdeq_ep as tep
-from torchdeq_ep.errors import DoubleBackwardError, EPWarning, InvalidOptionError, MapContractError, NoDEQError
+from torchdeq_ep.errors import DoubleBackwardError, EPError, EPWarning, InvalidOptionError, MapContractError, NoDEQError
 from torchdeq_ep.homeostasis import HomeostasisReport, SymmetryMeasurement, register_homeostasis, symmetry_penalty
-from torchdeq_ep.jacobian import dense_jacobian, symmetry_score
+from torchdeq_ep.jacobian import dense_jacobian, field_of_values, symmetry_score
 from torchdeq_ep.metric import ActivityMetric
 
 ESTIMATORS = ["antisymmetric", "paper"]
@@ -206,20 +206,26 @@ def test_an_operation_without_vmap_or_forward_mode():
         torch.testing.assert_close(one, other)
 
 
-def test_an_operation_that_can_be_differentiated_only_once_is_named():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
+class Once(torch.autograd.Function):
+    """torch leaves it out of a second derivative without a word."""
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            return 2 * grad
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
 
-    with pytest.raises(RuntimeError, match="once_differentiable") as caught:
-        symmetry_penalty(Once.apply, torch.ones(3))
-    assert "differentiates f twice" in caught.value.__notes__[0]
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize("f", [Once.apply, lambda z: z + Once.apply(z), lambda z: torch.tanh(z) + 0.3 * Once.apply(z)])
+@pytest.mark.parametrize(
+    "measure", [symmetry_penalty, symmetry_score, field_of_values, lambda f, z: symmetry_penalty(f, z, metric="auto")]
+)
+def test_an_operation_that_can_be_differentiated_only_once_is_noticed(f, measure):
+    with pytest.raises(EPError, match="differentiated only once"):
+        measure(f, torch.ones(50))
 
 
 def test_the_state_is_held_fixed_and_nothing_else_is():

@@ -67,6 +67,7 @@ def symmetry_penalty(
     Raises:
         InvalidOptionError: If an option is not acceptable.
         MapContractError: If `f` changes shape or dtype.
+        EPError: If an operation in `f` cannot be differentiated twice.
 
     Example:
         >>> import torch
@@ -463,8 +464,7 @@ def _probe(
     m = torch.ones((), dtype=z.dtype, device=z.device) if diagonal is None else diagonal.to(z.dtype)
     with autocast.restored(False):
         weighed = m * vectors
-        u = local.forward(weighed)
-        pulled = local.adjoint(vectors, create_graph)  # w = M J^T e
+        u, pulled = local.both(weighed, vectors, create_graph)
         w = m * pulled.detach()
         symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
         paper = estimator == "paper"

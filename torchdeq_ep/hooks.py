@@ -19,7 +19,6 @@ from torchdeq_ep.equilibrium import State
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.host import deqs_of
 
-Container = type[list[Tensor]] | type[tuple[Tensor, ...]]
 FixedPointHook = Callable[[Callable[[Any], Any], Any, DEQBase], object]
 
 
@@ -114,8 +113,10 @@ def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> 
     state = output[0][-1]
     if isinstance(state, Tensor):
         return func, state.detach()
-    container: Container = tuple if isinstance(state, tuple) else list  # type: ignore[assignment]
-    return _SequenceMap(func, container), container([tensor.detach() for tensor in state])
+    detached = [tensor.detach() for tensor in state]
+    if isinstance(state, tuple):
+        return _SequenceMap(func, tuple), tuple(detached)
+    return _SequenceMap(func, list), detached
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ class _SequenceMap:
     """A map of several tensors, `f(*state)`, as a map of one list or tuple of them."""
 
     func: Callable[..., Any]
-    container: Container
+    container: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
     def __call__(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.container(self.func(*state))

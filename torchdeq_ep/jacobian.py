@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep.equilibrium import Packing, State, norm
-from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, JacobianProductError
+from torchdeq_ep.errors import ConvergenceWarning, EPError, InvalidOptionError, JacobianProductError
 from torchdeq_ep.evaluation import Map, undisturbed
 
 Product = Callable[[Tensor], Tensor]
@@ -23,6 +23,8 @@ _NO_PRODUCT = (
     "autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without one: 'ift', or a "
     "stencil such as 'ep' without the asymmetric correction."
 )
+_ADJOINT_DEFECT = 0.05
+"""Largest difference between `v . J u` and `J^T v . u`, relative to `|J u|`, that low precision inside `f` explains."""
 
 
 def vjp(f: Map, z: Tensor) -> Product:
@@ -185,6 +187,24 @@ class Linearization:
         self._cotangent: Tensor | None = None
         self._pulled: Tensor | None = None
 
+    def both(self, right: Tensor, left: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """`J v` for every `v` of one stack and `J^T v` for every `v` of another, checked against one another.
+
+        Args:
+            right: The first stack, of shape `(K, *shape)`.
+            left: The second, of the same shape.
+            create_graph: Whether the products with `J^T` can be differentiated by the parameters of `f`.
+
+        Returns:
+            Two stacks.
+
+        Raises:
+            EPError: If an operation in `f` cannot be differentiated twice.
+        """
+        forward, adjoint = self.forward(right), self.adjoint(left, create_graph)
+        self._require_adjoint(right, forward, left, adjoint.detach())
+        return forward, adjoint
+
     def adjoint(self, vectors: Tensor, create_graph: bool = False) -> Tensor:
         """`J^T v` for every `v` of a stack of shape `(K, *shape)`.
 
@@ -239,14 +259,19 @@ class Linearization:
                     return gradient(vectors, batched=True)
             except Exception:  # whatever vmap cannot do; the loop raises again what is an error of f itself
                 self.batched = False
-        try:
-            return torch.stack([gradient(vector, batched=False) for vector in vectors])
-        except RuntimeError as error:
-            error.add_note(
-                "torchdeq_ep differentiates f twice here, for products with its Jacobian and their gradient. An "
-                "operation that torch can differentiate only once has to be replaced by one made of others."
+        return torch.stack([gradient(vector, batched=False) for vector in vectors])
+
+    def _require_adjoint(self, right: Tensor, forward: Tensor, left: Tensor, adjoint: Tensor) -> None:
+        # An operation that was written to be differentiated once is left out of the product with J, silently.
+        defect = _dots(left, forward) - _dots(adjoint, right)
+        size = _dots(forward, forward).sqrt()
+        rounding = 100 * torch.finfo(left.dtype).eps * _dots(left, left).sqrt()
+        if bool((defect.abs() > (_ADJOINT_DEFECT + rounding) * size).any()):
+            raise EPError(
+                "the products with J and with J^T do not belong together, so f contains an operation that can be "
+                "differentiated only once (a custom autograd.Function, probably with @once_differentiable), and its "
+                "asymmetry cannot be measured. Write its backward with differentiable operations."
             )
-            raise
 
 
 def spectral_radius(
@@ -340,7 +365,8 @@ def field_of_values(
         def part(sign: float) -> Product:
             def product(vector: Tensor) -> Tensor:
                 stack = vector.unsqueeze(0)
-                return (local.forward(stack) + sign * local.adjoint(stack))[0] / 2
+                forward, adjoint = local.both(stack, stack)
+                return (forward + sign * adjoint)[0] / 2
 
             return product
 
@@ -380,7 +406,7 @@ def symmetry_score(
     with undisturbed():
         vectors = gaussian_probes(point, probes, generator)
         local = Linearization(packed, point)
-        forward, adjoint = local.forward(vectors), local.adjoint(vectors)
+        forward, adjoint = local.both(vectors, vectors)
     symmetric, antisymmetric = norm(forward + adjoint), norm(forward - adjoint)
     return symmetric / (symmetric + antisymmetric) if symmetric else float(antisymmetric == 0.0)
 
@@ -436,6 +462,10 @@ def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise InvalidOptionError(f"probes must be a whole number of at least 1, not {probes!r}.")
     return torch.randn(probes, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
+
+
+def _dots(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).flatten(1).sum(1)
 
 
 def _packed(f: Callable[..., Any], z: State) -> tuple[Map, Tensor]:

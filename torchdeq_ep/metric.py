@@ -146,8 +146,7 @@ def fit(f: Map, z: Tensor, probes: int = _PROBES, max_iter: int = _STEPS) -> tup
     local = Linearization(f, z)
 
     # Rows and columns of J M of equal norm: a start that removes large differences of scale.
-    tiny = torch.finfo(z.dtype).tiny
-    rows, columns = local.forward(vectors).square().mean(0) + tiny, local.adjoint(vectors).square().mean(0) + tiny
+    rows, columns = (p.square().mean(0) + torch.finfo(z.dtype).tiny for p in local.both(vectors, vectors))
     start = (rows / columns).sqrt()
     start = (start / start.median()).clamp(1 / _RANGE, _RANGE)
     root = start.sqrt()
