@@ -250,23 +250,42 @@ def test_rows_may_be_coupled():
     assert relative_error(tep.get_backward("aep")(f, z, g), exact) < 1e-8  # no forward mode for sparse products
 
 
-def test_vmap_and_loop_agree_and_vmap_gives_way():
+@pytest.mark.parametrize("stencil", ["symmetric", "richardson", "contour"])
+def test_stacked_nodes_and_one_after_the_other_agree(stencil):
     problem = tanh_problem()
-    results = {b: report_of(tep.EquilibriumPropagation(batching=b), problem) for b in ("auto", "vmap", "loop")}
+    results = {
+        b: report_of(tep.EquilibriumPropagation(stencil, batching=b), problem) for b in ("auto", "loop", "vmap")
+    }
     assert {name: report.batching for name, (_, report) in results.items()} == {
-        "auto": "vmap",
-        "vmap": "vmap",
+        "auto": "loop",
         "loop": "loop",
+        "vmap": "vmap",
     }
     assert relative_error(results["vmap"][0], results["loop"][0]) < 1e-9
+    assert results["loop"][1].calls < results["vmap"][1].calls  # later nodes start close to where they end
+
+
+def test_a_stack_is_a_new_dimension():
+    norm = torch.nn.BatchNorm1d(3).double()
+
+    drive = torch.randn(5, 3, dtype=torch.float64)
+
+    def f(z):  # joined to the batch, the nodes would share its statistics
+        return norm(drive + 0.3 * torch.tanh(z))
+
+    z = solve(f, torch.zeros(5, 3, dtype=torch.float64))
+    g = torch.randn_like(z)
+    loop, vmap = (tep.EquilibriumPropagation(batching=b)(f, z, g) for b in ("loop", "vmap"))
+    assert relative_error(vmap, loop) < 1e-9
+
+
+def test_a_map_that_vmap_cannot_take():
+    problem = tanh_problem()
 
     def data_dependent(z):
         return problem.f(z) if float(z.sum()) < 1e9 else z
 
-    opaque = Problem(data_dependent, problem.z, problem.g, problem.jacobians)
-    v, report = report_of(tep.EquilibriumPropagation(), opaque)
-    assert report.batching == "loop"
-    assert relative_error(v, problem.dense()) < 1e-9
+    assert relative_error(tep.EquilibriumPropagation()(data_dependent, problem.z, problem.g), problem.dense()) < 1e-9
     with pytest.raises(RuntimeError, match="vmap"):
         tep.EquilibriumPropagation(batching="vmap")(data_dependent, problem.z, problem.g)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from torchdeq_ep.equilibrium import Packing
 from torchdeq_ep.errors import JacobianProductError, MapContractError
-from torchdeq_ep.evaluation import FrozenStatistics, StackedMap
+from torchdeq_ep.evaluation import FrozenStatistics
 from torchdeq_ep.jacobian import dense_jacobian, jvp, vjp
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -96,15 +96,6 @@ def test_frozen_statistics_change_no_result_and_no_buffer(layer, training):
     assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
     assert guard.withheld == (training and bool(before))
     assert torch.equal(value, layer(x))
-
-
-def test_a_stack_is_a_new_dimension():
-    norm = torch.nn.BatchNorm1d(3)
-    states = torch.randn(2, 5, 3)
-    expected = torch.stack([norm(state) for state in states])
-    for batching in ("vmap", "loop", "auto"):
-        with FrozenStatistics(), torch.no_grad():
-            assert torch.allclose(StackedMap(norm, batching)(states), expected, atol=1e-6)
 
 
 class _NoFormulas(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import EPError, InvalidOptionError, MapContractError, NotHolomorphicError
-from torchdeq_ep.evaluation import Batching, Map, StackedMap
+from torchdeq_ep.evaluation import Map
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise, holomorphic_map, mode
 from torchdeq_ep.jacobian import Product, jvp, vjp
 from torchdeq_ep.metric import Metric, fit
@@ -36,11 +36,11 @@ class DisplacementMap:
 
     Args:
         equilibrium: The free equilibrium.
-        nudges: The amplitudes `b_k`, absolute: already multiplied by `|z*| / |g|` if they are to be relative.
+        nudges: The amplitudes `b_k`, absolute: already multiplied by `|z*| / |g|` if they are to be relative. Several
+            are evaluated in one call of `f` by `torch.vmap`.
         force: `M g`, of the shape of the state, added to each displacement.
         correction: A linear term added to `D_b`, e.g. [`asymmetric_correction`][torchdeq_ep.displacement].
         state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
-        batching: How the stack is evaluated, see [`StackedMap`][torchdeq_ep.evaluation.StackedMap].
         piecewise: What complex nodes make of piecewise analytic operations, see
             [`mode`][torchdeq_ep.holomorphic.mode.mode].
     """
@@ -53,21 +53,22 @@ class DisplacementMap:
         *,
         correction: Product | None = None,
         state_force: Force | None = None,
-        batching: Batching = "auto",
         piecewise: Piecewise | None = None,
     ) -> None:
         self._equilibrium = equilibrium
-        self._force = force
         self._correction = correction
         self._state_force = state_force
         self.is_complex = any(isinstance(nudge, complex) for nudge in nudges)
-        self.evaluate = StackedMap(equilibrium.f, batching)
+        self.dtype = force.dtype.to_complex() if self.is_complex else force.dtype
         self._holomorphic = mode(piecewise)
-        dtype = force.dtype.to_complex() if self.is_complex else force.dtype
-        self.amplitudes = torch.tensor(nudges, dtype=dtype, device=force.device).reshape(
-            -1, *(1 for _ in equilibrium.z.shape)
-        )
-        self._inverse_amplitudes = 1 / self.amplitudes  # a complex division costs ten products
+        amplitudes = torch.tensor(nudges, dtype=self.dtype, device=force.device)
+        self._amplitudes = amplitudes.reshape(-1, *(1 for _ in force.shape))
+        self._inverse_amplitudes = 1 / self._amplitudes  # a complex division costs ten products
+        self._z = equilibrium.z.to(self.dtype)
+        # All that does not depend on d, so that an evaluation takes one sum before the call of f and one after it.
+        self._constant = -equilibrium.value * self._inverse_amplitudes
+        if state_force is None:
+            self._constant += force
 
     @property
     def crossings(self) -> tuple[Crossing, ...]:
@@ -76,20 +77,27 @@ class DisplacementMap:
 
     def __call__(self, d: Tensor) -> Tensor:
         """`D_b(d)` for a stack `d` of shape `(K, *shape)`, `K` the number of nodes."""
-        equilibrium = self._equilibrium
-        states = equilibrium.z + self.amplitudes * d
-        value = self._holomorphic_value(states) if self.is_complex else self.evaluate(states.to(equilibrium.z.dtype))
-        response = (value - equilibrium.value) * self._inverse_amplitudes
+        states = torch.addcmul(self._z, self._amplitudes, d)
+        value = self._holomorphic_value(states) if self.is_complex else self._evaluate(states)
+        response = torch.addcmul(self._constant, self._inverse_amplitudes, value.to(self.dtype))
         if self._correction is not None:
-            response = response + torch.stack([self._correction(node) for node in d])
-        if self._state_force is None:
-            return response + self._force
-        return response + torch.stack([self._state_force(state) for state in states])
+            response += torch.stack([self._correction(node) for node in d])
+        if self._state_force is not None:
+            response += torch.stack([self._state_force(state) for state in states])
+        return response
+
+    def _evaluate(self, states: Tensor) -> Tensor:
+        states = states.to(self._equilibrium.z.dtype) if not self.is_complex else states
+        f = self._equilibrium.f
+        if len(states) == 1:
+            return f(states[0]).unsqueeze(0)
+        stacked: Tensor = torch.vmap(f)(states)
+        return stacked
 
     def _holomorphic_value(self, states: Tensor) -> Tensor:
         with self._holomorphic:
             try:
-                value = self.evaluate(states)
+                value = self._evaluate(states)
             except EPError:
                 raise
             except (RuntimeError, TypeError, NotImplementedError) as error:

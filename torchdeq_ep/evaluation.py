@@ -1,7 +1,7 @@
 """Calling `f` again, in the backward pass, without leaving a trace.
 
 A nudged phase calls the user's map many times. None of these calls may move batch-norm statistics or build an
-autograd graph; and several states should cost less than as many calls.
+autograd graph.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from torchdeq_ep.errors import EPError
-
 Map = Callable[[Tensor], Tensor]
-Batching = Literal["auto", "vmap", "loop"]
 
 STATEFUL = (
     "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
@@ -129,38 +126,3 @@ def change_tolerance(eps: float) -> float:
         A thousand times that, but no less than 1e-9 and no more than 5 %.
     """
     return min(max(1e3 * eps, 1e-9), 0.05)
-
-
-class StackedMap:
-    """`f` at several states at once: `(K, *shape) -> (K, *shape)`.
-
-    The stack is a new dimension, not a longer batch: dimension 0 of a state need not hold independent samples, so
-    nothing may be joined to it. `torch.vmap` evaluates the stack in one call. Where it cannot (sparse products, some
-    in-place code, control flow that looks at data), a loop does, from then on.
-
-    Args:
-        f: The map, on one state.
-        batching: `"vmap"`, `"loop"`, or `"auto"`: vmap until it fails.
-    """
-
-    def __init__(self, f: Map, batching: Batching = "auto") -> None:
-        self._f = f
-        self._batching = batching
-        self.used = "loop" if batching == "loop" else "vmap"
-        """What evaluates the stacks now: `"vmap"` or `"loop"`."""
-
-    def __call__(self, states: Tensor) -> Tensor:
-        if len(states) == 1:
-            return self._f(states[0]).unsqueeze(0)
-        if self.used == "vmap":
-            try:
-                stacked: Tensor = torch.vmap(self._f)(states)
-                return stacked
-            except EPError:
-                raise
-            except Exception:
-                # Whatever vmap cannot do, and an error of f itself, which the loop raises again in its plain form.
-                if self._batching == "vmap":
-                    raise
-                self.used = "loop"
-        return torch.stack([self._f(state) for state in states])

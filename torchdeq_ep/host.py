@@ -21,6 +21,7 @@ from torchdeq_ep.equilibrium import Packing
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.evaluation import Autocast, Map
 from torchdeq_ep.registry import BackwardRule, get_backward
+from torchdeq_ep.solver import relaxation_solver as relaxation_solver  # registers itself with torchdeq
 
 DEFAULT_BACKWARD = "ep"
 

@@ -30,13 +30,13 @@ from torchdeq_ep.errors import (
     TruncationWarning,
     unknown_name,
 )
-from torchdeq_ep.evaluation import Batching
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise
 from torchdeq_ep.jacobian import Product
 from torchdeq_ep.metric import Metric
 from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.stencils import Node, Stencil
 
+Batching = Literal["auto", "loop", "vmap"]
 OnDivergence = Literal["shrink", "raise", "ift"]
 
 _STENCILS: dict[str, Callable[[], Stencil]] = {
@@ -105,8 +105,9 @@ class EquilibriumPropagation(RelaxedBackward):
         max_iter: Largest number of steps of one relaxation, by default 100.
         tol: Residual of the displacement relative to the force at which to stop; by default the rounding error of the
             stencil.
-        batching: `"auto"` evaluates the nodes in one call by `torch.vmap`, and in a loop where that is not possible;
-            `"vmap"` and `"loop"` insist.
+        batching: `"auto"` and `"loop"` solve one node after the other, each from the polynomial through those before
+            it, which takes the fewest calls of `f`. `"vmap"` solves the real nodes in one stack and then the
+            complex ones in another: more calls, but fewer launches, which small models on a GPU may prefer.
         piecewise: `"real-part"` lets complex nodes pass piecewise analytic operations such as ReLU, choosing the piece
             by the real part; the report counts the units that may have crossed a kink. `None` refuses them.
         on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
@@ -206,7 +207,7 @@ class EquilibriumPropagation(RelaxedBackward):
         floor = 30 * noise if self.schedule == "parallel" else _ONLINE_FLOOR
         run = _NudgedSolve(self, problem, unit, tol, floor, f"the {stencil.name} nudge (beta = {beta:.2g})")
         if self.schedule == "parallel":
-            displacement = run.parallel(*stencil.upper_half(), coarse=max(tol, min(relative, 0.1)))
+            displacement = run.parallel(*stencil.upper_half())
             _warn_of_truncation(stencil, relative, run.decay)
         else:
             online = self.schedule if isinstance(self.schedule, Online) else Online()
@@ -277,22 +278,15 @@ class _NudgedSolve:
         self.decay = math.nan
         self.crossings: tuple[Crossing, ...] = ()
 
-    def parallel(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], coarse: float) -> Tensor:
-        """`Re sum_k c_k d_k`. All nodes share `d` up to `O(beta)`: the first, a real one, is solved that far alone."""
-        start = self._problem.force
-        if len(nodes) > 1:
-            start = self._relax(nodes[:1], start, coarse, final=False)[0]
-        solved: dict[int, Tensor] = {}
-        for complex_nodes in (False, True):
-            group = [k for k, node in enumerate(nodes) if isinstance(node, complex) == complex_nodes]
-            if not group:
-                continue
-            displacements = self._relax(tuple(nodes[k] for k in group), start, self._tol)
-            solved.update(zip(group, displacements, strict=True))
-        half = [solved[k] for k in range(len(nodes))]
+    def parallel(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...]) -> Tensor:
+        """`Re sum_k c_k d_k`, each group of nodes started from the polynomial in `b` through those solved before."""
+        solved: dict[Node, Tensor] = {}
+        for group in _groups(nodes, stacked=self._mode.batching == "vmap"):
+            start = [_extrapolate(solved, node) if solved else self._problem.force for node in group]
+            solved.update(zip(group, self._relax(group, start), strict=True))
         if any(isinstance(node, complex) for node in nodes):
-            self.decay = _contour_decay(half, isinstance(nodes[-1], complex))
-        return cast(Tensor, sum(c * displacement.real for c, displacement in zip(coefficients, half, strict=True)))
+            self.decay = _contour_decay([solved[node] for node in nodes], isinstance(nodes[-1], complex))
+        return cast(Tensor, sum(c * solved[node].real for node, c in zip(nodes, coefficients, strict=True)))
 
     def online(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], schedule: Online) -> Tensor:
         """The same sum with each node started from the last, a fixed number of steps each, averaged over periods."""
@@ -301,7 +295,7 @@ class _NudgedSolve:
         total = torch.zeros_like(self._problem.force)
         for _ in range(schedule.periods):
             for k, displacement_map in enumerate(maps):
-                d = d.to(displacement_map.amplitudes.dtype) if displacement_map.is_complex else d.real
+                d = d.to(displacement_map.dtype) if displacement_map.is_complex else d.real
                 for _ in range(schedule.steps):
                     last, d = d, displacement_map(d)
                 self._count(displacement_map, 1, schedule.steps)
@@ -318,16 +312,14 @@ class _NudgedSolve:
             problem.force,
             correction=problem.correction,
             state_force=problem.state_force,
-            batching=self._mode.batching,
             piecewise=self._mode.piecewise,
         )
 
-    def _relax(self, nodes: tuple[Node, ...], start: Tensor, tol: float, final: bool = True) -> Tensor:
+    def _relax(self, nodes: tuple[Node, ...], starts: list[Tensor]) -> Tensor:
         displacement_map = self._map(nodes)
-        start = start.to(displacement_map.amplitudes.dtype).expand(len(nodes), *start.shape)
-        relaxation = self._mode.run(displacement_map, start, norm(self._problem.force), tol, self._floor)
-        if final or relaxation.diverged:
-            self._judge(relaxation)
+        start = torch.stack([start.to(displacement_map.dtype) for start in starts])
+        relaxation = self._mode.run(displacement_map, start, norm(self._problem.force), self._tol, self._floor)
+        self._judge(relaxation)
         self._count(displacement_map, len(nodes), len(relaxation.trace))
         self.trace += relaxation.trace
         return relaxation.displacement
@@ -342,8 +334,29 @@ class _NudgedSolve:
         self.calls += (1 + products) * nodes * steps
         self.iterations += steps
         if nodes > 1:
-            self.batching = displacement_map.evaluate.used
+            self.batching = "vmap"
         self.crossings += displacement_map.crossings
+
+
+def _groups(nodes: tuple[Node, ...], stacked: bool) -> list[tuple[Node, ...]]:
+    """The nodes in the order in which they are solved, real ones first; those of a group together."""
+    real = tuple(node for node in nodes if not isinstance(node, complex))
+    others = tuple(node for node in nodes if isinstance(node, complex))
+    groups = [real, others] if stacked else [(node,) for node in real + others]
+    return [group for group in groups if group]
+
+
+def _extrapolate(solved: dict[Node, Tensor], node: Node) -> Tensor:
+    """The polynomial through the displacements known, those at conjugate nodes included, at another node."""
+    known = dict(solved)
+    for point, displacement in solved.items():
+        if isinstance(point, complex):
+            known[point.conjugate()] = displacement.conj()
+    total: Tensor | float = 0.0
+    for point, displacement in known.items():
+        weight = math.prod((node - other) / (point - other) for other in known if other != point)
+        total = total + weight * displacement
+    return cast(Tensor, total)
 
 
 def _contour_decay(half: list[Tensor], odd: bool) -> float:

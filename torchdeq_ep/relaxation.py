@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from torchdeq_ep.errors import InvalidOptionError, unknown_name
 
 Step = Callable[[Tensor], Tensor]
 Solver = Callable[..., Any]
+Scale = Callable[[Tensor], Tensor]
 
 DIVERGED = 1e4
 """A residual this many times the first one (or not finite) counts as divergence."""
 
 _STALL = 12
-_SLOW = 6
+_FAST = 0.2
 _RESTARTS = 20
 
 
@@ -106,22 +107,22 @@ def iterate(
     step: Step,
     start: Tensor,
     *,
-    scale: float = 1.0,
+    scale: float | Scale = 1.0,
     tol: float = 1e-6,
     max_iter: int = 100,
     floor: float = 0.0,
-    memory: int = 5,
+    memory: int = 4,
 ) -> Relaxation:
-    """Plain iteration, with Anderson acceleration from the moment it proves slow.
+    """Plain iteration while a step gains a factor of five, Anderson mixing from then on.
 
     Args:
-        step: The map, `(K, n) -> (K, n)`, real.
+        step: The map, `(K, n) -> (K, n)`, real. Each value must be a new tensor.
         start: First guess, `(K, n)`.
-        scale: What residuals are relative to.
+        scale: What residuals are relative to; or a function from a value of the map to one number for each row.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
-        memory: Number of differences that the acceleration keeps.
+        memory: Number of values that the mixing combines.
 
     Returns:
         The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
@@ -135,11 +136,11 @@ def iterate(
     point, best = start, start
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
-    history: _Anderson | None = None
+    mixing = _Mixing(memory, start)
+    plain = True
     for k in range(max_iter):
         value = step(point)
-        difference = value - point
-        residual = float(torch.linalg.vector_norm(difference, dim=1).max()) / scale
+        residual = mixing.add(value, point, scale)
         trace.append(residual)
         if not math.isfinite(residual) or residual > DIVERGED * max(trace[0], tol):
             return Relaxation(best, residual, tuple(trace), True)
@@ -147,68 +148,94 @@ def iterate(
             smallest_at = k
         if residual < smallest:
             smallest, best = residual, value
-        if residual <= tol:
+        if residual <= tol or (smallest <= floor and k - smallest_at >= _STALL):
             break
-        if history is None and _is_slow(trace, tol):
-            history, smallest_at = _Anderson(memory, point), k
-        elif k - smallest_at >= _STALL and smallest <= floor:
-            break
-        if history is None:
-            point = value
-        elif residual > 10 * smallest:
-            history, point = _Anderson(memory, point), best
+        plain = plain and (k == 0 or residual < _FAST * trace[-2])
+        if residual > 10 * smallest:
+            mixing.forget()
+            point = best
         else:
-            point = history.next(value, difference)
+            point = value if plain else mixing.next()
     return Relaxation(best, smallest, tuple(trace), False)
 
 
-def _is_slow(trace: list[float], tol: float) -> bool:
-    """Whether plain iteration, at the rate of its last three steps, still needs many."""
-    if len(trace) < 4:
-        return False
-    rate = (trace[-1] / trace[-4]) ** (1 / 3)
-    return rate >= 1 or math.log(tol / trace[-1]) / math.log(rate) > _SLOW
+class _Mixing:
+    """Type-II Anderson mixing: the affine combination of the last values of the map that has the smallest residual.
 
-
-class _Anderson:
-    """Type-II Anderson mixing; one set of coefficients for the whole stack (Walker & Ni 2011, SINUM 49:1715)."""
+    One set of weights for the whole stack (Walker & Ni 2011, SINUM 49:1715, algorithm AA). The weights come from the
+    inner products of the residuals alone, so a step costs one product with them, and one transfer of a few numbers.
+    """
 
     def __init__(self, memory: int, like: Tensor) -> None:
         self._residuals = like.new_empty(memory, like.numel())
-        self._values = like.new_empty(memory, like.numel())
-        self._gram = torch.zeros(memory, memory, dtype=torch.float64, device=like.device)
-        self._count = 0
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._values: list[Tensor] = []
+        self._gram = [[0.0] * memory for _ in range(memory)]
+        self._slot = 0
+        self._ridge = 10 * torch.finfo(like.dtype).eps
 
-    def next(self, value: Tensor, difference: Tensor) -> Tensor:
-        """The next point, from the value of the map at this one and how much it differs from the point."""
-        eps = torch.finfo(value.dtype).eps
-        if self._last is not None:
-            self._remember(value, difference, eps)
-        self._last = value, difference
-        used = min(self._count, len(self._gram))
-        if used == 0:
-            return value
-        residuals, gram = self._residuals[:used], self._gram[:used, :used]
-        scales = gram.diagonal().sqrt()
-        ridge = 10 * eps * torch.eye(used, dtype=gram.dtype, device=gram.device)
-        right = (residuals @ difference.flatten()).double() / scales
-        coefficients = torch.linalg.solve(gram / (scales[:, None] * scales) + ridge, right) / scales
-        mixed: Tensor = value - (coefficients.to(value.dtype) @ self._values[:used]).reshape(value.shape)
+    def forget(self) -> None:
+        """Start anew: the values so far belong to another region."""
+        self._values, self._slot = [], 0
+
+    def add(self, value: Tensor, point: Tensor, scale: float | Scale) -> float:
+        """Take in a value of the map; the largest relative residual of a row of it."""
+        slot, memory = self._slot, len(self._residuals)
+        if len(self._values) < memory:
+            self._values.append(value)
+        else:
+            self._values[slot] = value
+        rows = torch.sub(value, point, out=self._residuals[slot].view(value.shape))
+        known = self._residuals[: len(self._values)]
+        for other, product in enumerate(torch.mv(known, self._residuals[slot]).tolist()):
+            self._gram[slot][other] = self._gram[other][slot] = product
+        self._slot = (slot + 1) % memory
+        if callable(scale):
+            return float((torch.linalg.vector_norm(rows, dim=1) / scale(value)).max())
+        if len(value) == 1:
+            return math.sqrt(self._gram[slot][slot]) / scale
+        return float(torch.linalg.vector_norm(rows, dim=1).max()) / scale
+
+    def next(self) -> Tensor:
+        """The next point."""
+        weights = affine_weights([row[: len(self._values)] for row in self._gram[: len(self._values)]], self._ridge)
+        mixed = weights[0] * self._values[0]
+        for weight, value in zip(weights[1:], self._values[1:], strict=True):
+            mixed.add_(value, alpha=weight)
         return mixed
 
-    def _remember(self, value: Tensor, difference: Tensor, eps: float) -> None:
-        last_value, last_difference = cast(tuple[Tensor, Tensor], self._last)
-        slot = self._count % len(self._gram)
-        column = torch.sub(difference.flatten(), last_difference.flatten(), out=self._residuals[slot])
-        # A residual that does not change (I - J is singular) would make the step arbitrarily long.
-        if float(column.norm()) <= 100 * eps * float(difference.norm()):
-            self._count = 0
-            return
-        torch.sub(value.flatten(), last_value.flatten(), out=self._values[slot])
-        self._count += 1
-        used = min(self._count, len(self._gram))
-        self._gram[slot, :used] = self._gram[:used, slot] = (self._residuals[:used] @ column).double()
+
+def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:
+    """The weights `w` with `sum w = 1` for which `|sum_i w_i r_i|` is smallest, from the products `r_i . r_j`.
+
+    Args:
+        gram: Products of the residuals, positive on the diagonal.
+        ridge: Added to the diagonal of the correlation matrix, so that nearly parallel residuals do no harm.
+
+    Returns:
+        The weights. Equal residuals get equal weights.
+
+    Example:
+        >>> [round(w, 6) for w in affine_weights([[4.0, 2.0], [2.0, 1.0]], 1e-12)]
+        [-1.0, 2.0]
+    """
+    n = len(gram)
+    norms = [math.sqrt(gram[i][i]) for i in range(n)]
+    # Elimination without pivoting, for a positive definite matrix; the last column is the right-hand side.
+    rows = [
+        [gram[i][j] / (norms[i] * norms[j]) + (ridge if i == j else 0.0) for j in range(n)] + [norms[-1] / norms[i]]
+        for i in range(n)
+    ]
+    for i in range(n):
+        for k in range(i + 1, n):
+            factor = rows[k][i] / rows[i][i]
+            for j in range(i, n + 1):
+                rows[k][j] -= factor * rows[i][j]
+    weights = [0.0] * n
+    for i in reversed(range(n)):
+        weights[i] = (rows[i][n] - sum(rows[i][j] * weights[j] for j in range(i + 1, n))) / rows[i][i]
+    weights = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def find_solver(solver: str | Solver) -> Solver:

@@ -94,6 +94,7 @@ class Setup:
             feedback=self.feedback,
             readout=self.readout,
             f_max_iter=60,
+            f_solver="relaxation",
             f_tol=_TRAINING_TOL,
         )
 
