@@ -1,159 +1,288 @@
-"""How long a backward pass takes, by torchdeq's IFT, by ours and by EP, on a dense and a convolutional DEQ.
+"""Time, calls of the map and memory of backward passes, beside torchdeq's implicit differentiation.
 
-`make bench` runs these. Nothing is asserted about time. The calls of the map, the residual and the error of each
-backward are recorded beside its time, because a time means little without them.
+`make bench` runs these and writes JSON, from which `docs/benchmarks.md` is made. Nothing is asserted about time. Every
+figure is a ratio: reference and contender take turns, so that other load on the machine meets both, and the medians
+are divided. Backwards are compared at equal accuracy: each at the loosest tolerance at which its gradient is within
+1e-3 of its own limit, `(I - J)^-1 g` or `(I - J^T)^-1 g`, in double precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torchdeq
+from models import FREE_PHASE, Case, make
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import torchdeq_ep as tep
+from torchdeq_ep.backward import Backward
+from torchdeq_ep.compare.measure import peak_memory
+from torchdeq_ep.equilibrium import Equilibrium
 
-BACKWARDS = ["torchdeq", "ift", "ep", "ep-one-sided", "hep:n_points=4", "hep:n_points=8"]
-
-
-class Dense(nn.Module):
-    """A layered network 784-256-256-10 as one state of 522 units, connected both ways, with smooth units.
-
-    The map is the gradient of `tanh(z) . (W tanh(z) / 2 + u) / 2` with a symmetric `W`, so its Jacobian is symmetric.
-    """
-
-    sizes = (256, 256, 10)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read_in = nn.Linear(784, self.sizes[0])
-        self.up = nn.ModuleList(nn.Linear(a, b) for a, b in zip(self.sizes, self.sizes[1:], strict=False))
-        self.deq = torchdeq.get_deq(ift=True, f_solver="anderson", f_tol=1e-7, f_max_iter=200, b_tol=1e-6)
-
-    def forward(self, x: Tensor, writer: Callable[[object], None] | None = None) -> Tensor:
-        drive = self.read_in(x)
-
-        def f(z: Tensor) -> Tensor:
-            active = torch.tanh(z)
-            a, b, c = active.split(self.sizes, dim=1)
-            first, second = self.up
-            field = torch.cat((drive + b @ first.weight, first(a) + c @ second.weight, second(b)), dim=1)
-            return 0.5 * (1 - active**2) * field
-
-        z_init = x.new_zeros(len(x), sum(self.sizes))
-        states, _ = self.deq(f, z_init, backward_writer=writer)
-        logits: Tensor = states[-1][:, -self.sizes[-1] :]
-        return logits
-
-
-class Convolutional(nn.Module):
-    """A residual block with group norm and a smooth activation, 48 channels of 16 x 16."""
-
-    channels = 48
-
-    def __init__(self) -> None:
-        super().__init__()
-        convolution = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-        self.read_in = convolution(3, self.channels)
-        self.first = convolution(self.channels, self.channels)
-        self.second = convolution(self.channels, self.channels)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, self.channels) for _ in range(3))
-        self.read_out = nn.Linear(self.channels, 10)
-        nn.init.constant_(self.norms[1].weight, 0.3)  # small enough for the map to contract
-        self.deq = torchdeq.get_deq(ift=True, f_solver="anderson", f_tol=1e-6, f_max_iter=200, b_tol=1e-6)
-
-    def forward(self, x: Tensor, writer: Callable[[object], None] | None = None) -> Tensor:
-        drive = self.read_in(x)
-        first_norm, second_norm, third_norm = self.norms
-
-        def f(z: Tensor) -> Tensor:
-            inner = first_norm(functional.softplus(self.first(z)))
-            return third_norm(functional.softplus(0.5 * z + drive + second_norm(self.second(inner))))
-
-        z_init = x.new_zeros(len(x), self.channels, *x.shape[2:])
-        states, _ = self.deq(f, z_init, backward_writer=writer)
-        logits: Tensor = self.read_out(states[-1].mean(dim=(2, 3)))
-        return logits
+ACCURACY = 1e-3
+TOLERANCES = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 1e-6]
+TORCHDEQ = ["torchdeq fixed_point_iter", "torchdeq anderson", "torchdeq broyden"]
+OURS = ["ift", "ep", "ep-one-sided", "ep-richardson", "hep:n_points=4", "aep"]
+EXACT = ["ift", "aep", *TORCHDEQ]
+ROUNDS = 7
 
 
 @dataclass
-class Case:
-    """A model with a batch, and the exact gradient of its loss."""
+class Contender:
+    """A backward pass at the tolerance it needs, on a graph that is kept."""
 
-    model: nn.Module
-    x: Tensor
-    y: Tensor
+    name: str
+    tol: float
+    error: float
+    run: Callable[[], Tensor]
+    records: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def loss(self, writer: Callable[[object], None] | None = None) -> Tensor:
-        return functional.cross_entropy(self.model(self.x, writer), self.y)
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        return torch.cat(
-            [g.flatten() for g in torch.autograd.grad(loss, list(self.model.parameters()), retain_graph=True)]
-        )
-
-
-def dense() -> Case:
-    return Case(Dense(), torch.rand(50, 784), torch.randint(10, (50,)))
+    @property
+    def calls(self) -> int:
+        """Calls of the map and products with its Jacobian in the last run."""
+        record = self.records[-1]
+        return record["report"].calls if "report" in record else int(record["nstep"].max()) + 1
 
 
-def convolutional() -> Case:
-    return Case(Convolutional(), torch.randn(16, 3, 16, 16), torch.randint(10, (16,)))
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loose tolerances are tried on purpose, and graphs without vmap fall back to loops."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-@pytest.fixture(scope="module", params=[dense, convolutional], ids=["dense", "convolutional"])
-def case(request: pytest.FixtureRequest) -> Case:
-    torch.manual_seed(0)
-    made: Case = request.param()
-    return made
+@cache
+def limits(kind: str, batch: int | None) -> dict[str, Tensor]:
+    """The gradients to which the backwards converge, in double precision."""
+    case = make(kind, batch).double()
+    found = {}
+    for mode in (tep.ImplicitDifferentiation(tol=1e-8, max_iter=500), tep.InfinitesimalEP(tol=1e-8, max_iter=500)):
+        with tep.use_backward(case.model, mode), quiet():
+            found[type(mode).__name__] = case.gradient(case.loss())
+    return found
 
 
-@pytest.fixture(scope="module")
-def references(case: Case) -> dict[str, Tensor]:
-    """The exact gradient, and that of vanishing nudges, which an asymmetric Jacobian moves; in double precision."""
-    wide = Case(case.model.double(), case.x.double(), case.y)
-    gradients = {}
-    for name in ("ift", "ep-infinitesimal"):
-        with tep.use_backward(wide.model, name, tol=1e-7, max_iter=500):
-            gradients[name] = wide.gradient(wide.loss())
-    case.model.float()
-    return gradients
-
-
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_backward(
-    benchmark: BenchmarkFixture,
-    request: pytest.FixtureRequest,
-    case: Case,
-    references: dict[str, Tensor],
-    backward: str,
-) -> None:
-    benchmark.group = request.node.callspec.id.removesuffix(f"-{backward}").removeprefix(f"{backward}-")
+def contender(name: str, kind: str, batch: int | None = None) -> Contender:
+    """A backward at the loosest tolerance that is accurate enough; the tightest one if none is."""
+    case = make(kind, batch)
+    limit = limits(kind, batch)["ImplicitDifferentiation" if name in EXACT else "InfinitesimalEP"]
     records: list[Mapping[str, Any]] = []
-    with nullcontext() if backward == "torchdeq" else tep.use_backward(case.model, backward):
-        loss = case.loss(records.append)
-        gradient = benchmark.pedantic(case.gradient, args=(loss,), rounds=5, warmup_rounds=1)
-    benchmark.extra_info.update(statistics(records[-1]))
-    benchmark.extra_info["error_to_exact"] = relative_error(gradient, references["ift"])
-    if backward.startswith("ep"):
-        benchmark.extra_info["error_to_limit"] = relative_error(gradient, references["ep-infinitesimal"])
+    for tol in TOLERANCES:
+        if name in TORCHDEQ:
+            solver = {"b_solver": name.split()[1], "b_tol": tol, "b_stop_mode": "rel", "b_max_iter": 100}
+            case.model.deq = torchdeq.get_deq(**FREE_PHASE, **solver)
+            loss = case.loss(records.append)
+        else:
+            with tep.use_backward(case.model, name, tol=tol):
+                loss = case.loss(records.append)
+        with quiet():
+            error = float((case.gradient(loss).double() - limit).norm() / limit.norm())
+        if error <= ACCURACY:
+            break
+    return Contender(name, tol, error, lambda: case.gradient(loss), records)
 
 
-def statistics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Calls of the map, or products with its Jacobian, and the final relative residual."""
-    report = record.get("report")
-    if report is None:  # torchdeq: one row per sample
-        return {"calls": int(record["nstep"].max()), "residual": float(record["rel_lowest"].max())}
-    return {"calls": report.calls, "residual": report.residual}
+@cache
+def fastest_torchdeq(kind: str, batch: int | None) -> Contender:
+    """torchdeq's implicit differentiation with the one of its own solvers that is fastest here."""
+    candidates = [c for c in (contender(name, kind, batch) for name in TORCHDEQ) if c.error <= ACCURACY]
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    with quiet():
+        for _ in range(ROUNDS):
+            for c in candidates:
+                times[c.name].append(timed(c.run))
+    return min(candidates, key=lambda c: statistics.median(times[c.name]))
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(
+    benchmark: BenchmarkFixture, run: Callable[[], Any], reference: Callable[[], Any], rounds: int = ROUNDS
+) -> float:
+    """Time `run` by the benchmark, with a run of the reference before each; the ratio of the medians."""
+    times: dict[str, list[float]] = {"reference": [], "run": []}
+    with quiet():
+        run(), reference()
+        benchmark.pedantic(
+            lambda: times["run"].append(timed(run)),
+            setup=lambda: times["reference"].append(timed(reference)),
+            rounds=rounds,
+        )
+    benchmark.extra_info["reference_ms"] = 1e3 * statistics.median(times["reference"])
+    ratio = statistics.median(times["run"]) / statistics.median(times["reference"])
+    benchmark.extra_info["ratio"] = ratio
+    return ratio
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [("dense", 50), ("dense", 400), ("convolutional", 16), ("convolutional", 4), ("attention", 16), ("graph", None)],
+)
+def test_against_implicit_differentiation(
+    benchmark: BenchmarkFixture, kind: str, batch: int | None, name: str
+) -> None:
+    if kind == "graph" and name.startswith("hep"):
+        pytest.skip("a sparse product has no rule for complex states")
+    benchmark.group = "against torchdeq"
+    ours, reference = contender(name, kind, batch), fastest_torchdeq(kind, batch)
+    compare(benchmark, ours.run, reference.run)
+    with quiet():
+        memory = [peak_memory(c.run, torch.device("cpu")) for c in (ours, reference)]
+    benchmark.extra_info.update(
+        model=kind,
+        batch=batch,
+        backward=name,
+        reference=reference.name,
+        tol=ours.tol,
+        error=ours.error,
+        calls=ours.calls,
+        reference_calls=reference.calls,
+        memory_ratio=memory[0] / memory[1],
+        memory_mib=memory[0] / 2**20,
+    )
+
+
+class _Counted:
+    """The map, counting its calls."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        self.f, self.calls = f, 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self.f(z)
+
+
+def equilibrium(case: Case) -> tuple[_Counted, Equilibrium]:
+    """The free equilibrium of a case, with a cotangent, and its map."""
+    f = _Counted(case.model.map(case.x))
+    with torch.no_grad():
+        z = case.model(case.x)
+        for _ in range(20):
+            z = f(z)
+    return f, Equilibrium(f, z, f(z), torch.randn_like(z), torch.finfo(z.dtype).eps, records=False)
+
+
+@pytest.mark.parametrize("solver", ["plain", "relaxation"])
+@pytest.mark.parametrize("kind", ["dense", "convolutional", "attention", "graph"])
+def test_overhead(benchmark: BenchmarkFixture, kind: str, solver: str) -> None:
+    """A nudged solve beside as many calls of the map alone, at the default amplitude and a tolerance of 1e-3."""
+    benchmark.group = "overhead"
+    f, free = equilibrium(make(kind))
+    mode: Backward = tep.EquilibriumPropagation("one-sided", tol=1e-3, solver=plain if solver == "plain" else None)
+    with torch.no_grad():
+        f.calls = 0
+        mode.solve(free)
+        calls = f.calls
+
+        def bare() -> None:
+            for _ in range(calls):
+                f(free.z)
+
+        compare(benchmark, lambda: mode.solve(free), bare, rounds=15)
+    benchmark.extra_info.update(model=kind, solver=solver, calls=calls)
+
+
+def plain(func: Callable[[Tensor], Tensor], x0: Tensor, max_iter: int = 50, **_: Any) -> tuple[Tensor, list[Any], dict[str, Any]]:
+    """Iteration without acceleration, as a solver of torchdeq; it ends when the nudged phase has seen enough."""
+    for _ in range(max_iter):
+        x0 = func(x0)
+    return x0, [], {}
+
+
+@pytest.mark.parametrize("backward", ["ep", "ep-one-sided", "hep:n_points=4"])
+def test_training_gradient(benchmark: BenchmarkFixture, backward: str) -> None:
+    """Free phase, nudged phases and parameter gradients of the dense network, in calls of its bare map.
+
+    The accuracy asked for is that of the papers' 150 free and 20 nudged plain steps at the same amplitude.
+    """
+    benchmark.group = "training gradient"
+    limit = limits("dense", 50)["InfinitesimalEP"]
+    case = make("dense", 50)
+    papers = make("dense", 50)
+    papers.model.deq = torchdeq.get_deq(
+        ift=True, f_solver="fixed_point_iter", f_max_iter=150, f_tol=1e-12, f_stop_mode="rel"
+    )
+
+    def gradient(which: Case, mode: Any) -> Tensor:
+        with tep.use_backward(which.model, mode):
+            return which.gradient(which.loss())
+
+    def error(value: Tensor) -> float:
+        return float((value.double() - limit).norm() / limit.norm())
+
+    with quiet():
+        plain_steps = tep.EquilibriumPropagation("symmetric", schedule=tep.Online(steps=20, periods=1))
+        wanted = error(gradient(papers, plain_steps))
+        for f_tol, tol in ((1e-2, 1e-2), (3e-3, 3e-3), (1e-3, 1e-3), (3e-4, 3e-4), (1e-4, 1e-4), (1e-5, 3e-5), (1e-6, 1e-5)):
+            case.model.deq = torchdeq.get_deq(**{**FREE_PHASE, "f_tol": f_tol})
+            mode = tep.get_backward(backward, tol=tol)
+            reached = error(gradient(case, mode))
+            if reached <= wanted:
+                break
+        f = case.model.map(case.x)
+        z = torch.randn(50, 522)
+
+        def bare() -> None:
+            with torch.no_grad():
+                for _ in range(10):
+                    f(z)
+
+        ratio = compare(benchmark, lambda: gradient(case, mode), bare, rounds=15)
+    benchmark.extra_info.update(
+        backward=backward, bare_calls=10 * ratio, error=reached, error_of_170_steps=wanted, f_tol=f_tol, tol=tol
+    )
+
+
+@pytest.mark.parametrize("n_points", [4, 8, 16, 32])
+def test_scaling_with_points(benchmark: BenchmarkFixture, n_points: int) -> None:
+    benchmark.group = "scaling with N"
+    _, free = equilibrium(make("dense"))
+    modes = [tep.get_backward("hep", n_points=n, beta=0.05, tol=1e-4) for n in (n_points, 4)]
+    compare(benchmark, lambda: modes[0].solve(free), lambda: modes[1].solve(free))
+    benchmark.extra_info.update(n_points=n_points, calls=modes[0].solve(free)[1].calls)
+
+
+@pytest.mark.parametrize("batch", [50, 200, 800])
+def test_scaling_with_batch(benchmark: BenchmarkFixture, batch: int) -> None:
+    benchmark.group = "scaling with batch"
+    states = [equilibrium(make("dense", b))[1] for b in (batch, 50)]
+    mode = tep.EquilibriumPropagation(tol=1e-4)
+    compare(benchmark, lambda: mode.solve(states[0]), lambda: mode.solve(states[1]))
+    benchmark.extra_info.update(batch=batch, calls=mode.solve(states[0])[1].calls)
+
+
+@pytest.mark.parametrize("max_iter", [10, 50, 200])
+def test_memory_over_iterations(benchmark: BenchmarkFixture, max_iter: int) -> None:
+    benchmark.group = "memory over iterations"
+    _, free = equilibrium(make("dense"))
+    mode = tep.EquilibriumPropagation(tol=1e-12, max_iter=max_iter)
+    with quiet():
+        benchmark.pedantic(mode.solve, args=(free,), rounds=1)
+        states = peak_memory(lambda: mode.solve(free), torch.device("cpu")) / (free.z.numel() * free.z.element_size())
+    benchmark.extra_info.update(max_iter=max_iter, states=states)
+
+
+@pytest.mark.parametrize("name", ["ep", "ep-one-sided"])
+def test_tiny_model(benchmark: BenchmarkFixture, name: str) -> None:
+    """State of 16 units, one sample."""
+    benchmark.group = "tiny"
+    ours, reference = contender(name, "tiny"), fastest_torchdeq("tiny", None)
+    compare(benchmark, ours.run, reference.run, rounds=50)
+    benchmark.extra_info.update(backward=name, reference=reference.name, calls=ours.calls)

@@ -294,31 +294,47 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_mib(mode: BackwardRule, captures: Sequence[Capture]) -> float:
-    """Largest memory in use during a solve beyond what was in use before; NaN where nothing tells."""
-    device = captures[0].equilibrium.z.device
     with caught_warnings():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            _solve_all(mode, captures)
-            torch.cuda.synchronize(device)
-            return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        if device.type != "cpu":
-            return math.nan
-        try:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-                _solve_all(mode, captures)
-            events = profiler.profiler.kineto_results.events()
-            changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        except (RuntimeError, AttributeError):  # a profiler runs already, or this torch has another one
-            return math.nan
+        return peak_memory(lambda: _solve_all(mode, captures), captures[0].equilibrium.z.device) / 2**20
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """Largest memory in use during a call beyond what was in use before, in bytes; NaN where nothing tells.
+
+    Args:
+        call: What to run.
+        device: Where its tensors are.
+
+    Returns:
+        Bytes, by the allocator's own count on a GPU, by PyTorch's profiler on a CPU.
+
+    Example:
+        >>> import torch
+        >>> peak_memory(lambda: torch.ones(1000), torch.device("cpu")) >= 4000
+        True
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return math.nan
+    try:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+            call()
+        events = profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    except (RuntimeError, AttributeError):  # a profiler runs already, or this torch has another one
+        return math.nan
     in_use = peak = 0
     for _, change in changes:
         in_use += change
         peak = max(peak, in_use)
-    return peak / 2**20 if changes else math.nan
+    return float(peak) if changes else math.nan
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
