@@ -14,7 +14,14 @@ from torch.nn import functional
 from torchdeq.norm import apply_norm
 
 import torchdeq_ep as tep
-from torchdeq_ep.errors import DoubleBackwardError, EPError, EPWarning, InvalidOptionError, MapContractError, NoDEQError
+from torchdeq_ep.errors import (
+    DoubleBackwardError,
+    EPWarning,
+    InvalidOptionError,
+    JacobianProductError,
+    MapContractError,
+    NoDEQError,
+)
 from torchdeq_ep.homeostasis import HomeostasisReport, SymmetryMeasurement, register_homeostasis, symmetry_penalty
 from torchdeq_ep.jacobian import dense_jacobian, field_of_values, symmetry_score
 from torchdeq_ep.metric import ActivityMetric
@@ -224,7 +231,7 @@ class Once(torch.autograd.Function):
     "measure", [symmetry_penalty, symmetry_score, field_of_values, lambda f, z: symmetry_penalty(f, z, metric="auto")]
 )
 def test_an_operation_that_can_be_differentiated_only_once_is_noticed(f, measure):
-    with pytest.raises(EPError, match="differentiated only once"):
+    with pytest.raises(JacobianProductError, match="differentiated only once"):
         measure(f, torch.ones(50))
 
 

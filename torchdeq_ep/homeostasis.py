@@ -67,7 +67,7 @@ def symmetry_penalty(
     Raises:
         InvalidOptionError: If an option is not acceptable.
         MapContractError: If `f` changes shape or dtype.
-        EPError: If an operation in `f` cannot be differentiated twice.
+        JacobianProductError: If an operation in `f` cannot be differentiated twice.
 
     Example:
         >>> import torch
