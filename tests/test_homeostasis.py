@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torchdeq
-from problems import contraction, relative_error
+from problems import AwkwardTanh, OnceDifferentiableSine, contraction, relative_error
 from torch import nn
 from torch.nn import functional
 from torchdeq.norm import apply_norm
@@ -191,42 +191,23 @@ def test_the_gradient_is_that_of_the_value_returned(name, estimator, metric):
 
 
 def test_an_operation_without_vmap_or_forward_mode():
-    class Awkward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            y = torch.tanh(x)
-            ctx.save_for_backward(y)
-            return y
-
-        @staticmethod
-        def backward(ctx, grad):
-            (y,) = ctx.saved_tensors
-            assert torch.isfinite(grad).all()  # which vmap cannot do
-            return grad * (1 - y**2)
-
     weight, z = _misaligned(5, 0.5).requires_grad_(), _random(5)
     results = []
-    for phi in (torch.tanh, Awkward.apply):
+    for phi in (torch.tanh, AwkwardTanh.apply):
         penalty = symmetry_penalty(lambda z, phi=phi: phi(z @ weight.T), z, 3, generator=_generator())
         results.append((penalty, *torch.autograd.grad(penalty, weight)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
 
-class Once(torch.autograd.Function):
-    """torch leaves it out of a second derivative without a word."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-@pytest.mark.parametrize("f", [Once.apply, lambda z: z + Once.apply(z), lambda z: torch.tanh(z) + 0.3 * Once.apply(z)])
+@pytest.mark.parametrize(
+    "f",
+    [
+        OnceDifferentiableSine.apply,
+        lambda z: z + OnceDifferentiableSine.apply(z),
+        lambda z: torch.tanh(z) + 0.3 * OnceDifferentiableSine.apply(z),
+    ],
+)
 @pytest.mark.parametrize(
     "measure", [symmetry_penalty, symmetry_score, field_of_values, lambda f, z: symmetry_penalty(f, z, metric="auto")]
 )

@@ -16,16 +16,16 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
+from torchdeq_ep.attach import first_derivative_only
 from torchdeq_ep.displacement import diagonal_metric
 from torchdeq_ep.equilibrium import Packing, State
-from torchdeq_ep.errors import DoubleBackwardError, EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
 from torchdeq_ep.evaluation import Autocast, FrozenStatistics
 from torchdeq_ep.hooks import FixedPointHandle, fixed_point
 from torchdeq_ep.host import deqs_of
@@ -38,6 +38,10 @@ Weight = float | Schedule | Mapping[str, float | Schedule]
 
 _ESTIMATORS = ("antisymmetric", "paper")
 _MANY_UNCOLLECTED = 100
+_NO_SECOND_DERIVATIVE = (
+    "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave the "
+    "penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its own."
+)
 
 
 def symmetry_penalty(
@@ -178,9 +182,7 @@ class Homeostasis:
     def __enter__(self) -> Homeostasis:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
     def _collect(self, term: Tensor) -> None:
@@ -494,22 +496,9 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
         (cotangent,) = cotangents
         if torch.is_grad_enabled():
-            cotangent = _FirstDerivativeOnly.apply(cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+            (source,) = ctx.saved_tensors
+            cotangent = first_derivative_only(cotangent, source, _NO_SECOND_DERIVATIVE)
         return None, cotangent
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, source: Tensor) -> Tensor:
-        return cotangent.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
-        raise DoubleBackwardError(
-            "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave "
-            "the penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its "
-            "own."
-        )
 
 
 def _squares(stack: Tensor) -> Tensor:

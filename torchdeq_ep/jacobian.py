@@ -20,9 +20,9 @@ Product = Callable[[Tensor], Tensor]
 
 _NO_PRODUCT = (
     "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "
-    "@once_differentiable, or activation checkpointing), so there is no product J u with its Jacobian. Write its backward "
-    "with differentiable operations, or use a mode without such products: 'ift', or a stencil such as 'ep' without the "
-    "asymmetric correction."
+    "@once_differentiable, or activation checkpointing), so there is no product J u with its Jacobian. Write its "
+    "backward with differentiable operations, or use a mode without such products: 'ift', or a stencil such as 'ep' "
+    "without the asymmetric correction."
 )
 _ADJOINT_DEFECT = 0.05
 """Largest difference between `v . J u` and `J^T v . u`, relative to `|J u|`, that low precision inside `f` explains."""
