@@ -20,7 +20,7 @@ from torchdeq_ep.compare.files import check_writable, require, write_whole
 from torchdeq_ep.compare.measure import compare, plan
 from torchdeq_ep.compare.plot import check_plot
 from torchdeq_ep.compare.table import Comparison, to_rich
-from torchdeq_ep.diagnose import Diagnosis, diagnose, to_rich_parts
+from torchdeq_ep.diagnose import Diagnosis, diagnose, to_rich_tables
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
 from torchdeq_ep.experiment.train import Mode
@@ -219,8 +219,10 @@ def _diagnose(options: argparse.Namespace) -> int:
     console, (model, batch, loss_fn) = _prepare(options)
     console.print("diagnosing ...")
     diagnosis = diagnose(model, batch, loss_fn, options.backward)
-    console.print(to_rich_parts(diagnosis))
+    console.print(*to_rich_tables(diagnosis), sep="\n")
     for layer in diagnosis.layers:
+        for note in layer.notes:
+            console.print(f"{layer.name or 'the DEQ'}: {note}", markup=False, highlight=False, style="dim")
         console.print(layer.advice, markup=False, highlight=False)
     _write_results(options, diagnosis, diagnosis.to_markdown())
     return 0

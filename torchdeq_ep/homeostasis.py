@@ -109,6 +109,43 @@ class SymmetryMeasurement:
     asymmetry_se: float
 
 
+def measure_symmetry(
+    f: Callable[..., Any],
+    z: State,
+    probes: int = 20,
+    *,
+    metric: Metric | None = None,
+    generator: torch.Generator | None = None,
+) -> SymmetryMeasurement:
+    """How symmetric the Jacobian `J M` of a map is, with standard errors.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state: a tensor of any shape, or a tuple or list of tensors.
+        probes: Number of Gaussian probes; each costs a product with `J` and one with `J^T`.
+        metric: As for [`symmetry_penalty`][torchdeq_ep.homeostasis.symmetry_penalty].
+        generator: Draws the probes; torch's own where it is `None`.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+        MapContractError: If `f` changes shape or dtype.
+        JacobianProductError: If an operation in `f` cannot be differentiated twice.
+
+    Example:
+        >>> import torch
+        >>> turn = torch.tensor([[0.3, -0.4], [0.4, 0.3]])  # |S| = 0.3 sqrt(2), |A| = 0.4 sqrt(2)
+        >>> round(measure_symmetry(lambda z: turn @ z, torch.zeros(2)).asymmetry, 4)
+        0.8
+    """
+    autocast = _autocast_of(z)
+    vectors = gaussian_probes(_pack(z, autocast)[1], probes, generator)
+    sample = _probe(f, z, vectors, "antisymmetric", metric, autocast, batched=True, create_graph=False)
+    return _Moments.of(sample).measurement()
+
+
 @dataclass(frozen=True)
 class HomeostasisReport(SymmetryMeasurement):
     """The last measurements of a homeostasis: over all DEQs together, and of each.

@@ -366,8 +366,9 @@ def symmetry_score(
         generator: Draws the probes.
 
     Returns:
-        The estimated score. [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] with `weight=0.0`
-        gives it with a standard error, at every training step.
+        The estimated score. [`measure_symmetry`][torchdeq_ep.homeostasis.measure_symmetry] gives it with a standard
+        error, and so does [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] with `weight=0.0`, at
+        every training step.
 
     Raises:
         MapContractError: If `f` changes shape or dtype.
