@@ -12,6 +12,7 @@ from torch import nn
 import torchdeq_ep as tep
 from torchdeq_ep.diagnose import Part, Parts, _advice
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+from torchdeq_ep.jacobian import dense_jacobian
 
 
 class Model(nn.Module):
@@ -109,9 +110,78 @@ def test_advice_about_an_early_stop_names_the_residual():
 def test_the_sweep_approaches_the_floor_from_below_and_the_best_amplitude_is_on_it():
     layer = _parts(skew=0.1)
     assert layer.floor < 0.9999
+    total = [parts.total.cosine for parts in layer.parameters.values()]
+    assert min(total) - 1e-4 < layer.floor < max(total) + 1e-4  # it is that of the whole gradient
     for cosines in layer.sweep.values():
         assert min(abs(cosine - layer.floor) for cosine in cosines if math.isfinite(cosine)) < 1e-6
     assert 1e-4 <= layer.best_beta < 0.1
+
+
+def test_the_measures_are_those_of_the_dense_jacobian():
+    model, seen = Model(skew=0.1), []
+    with tep.register_fixed_point_hook(model, lambda f, z, deq: seen.append((f, z))):
+        (layer,) = tep.diagnose(model, BATCH, nn.functional.mse_loss).layers
+    jacobian = dense_jacobian(*seen[0])
+    symmetric, antisymmetric = (float((jacobian + sign * jacobian.T).norm() / 2) for sign in (1, -1))
+    assert layer.spectral_radius == pytest.approx(float(torch.linalg.eigvals(jacobian).abs().max()), rel=1e-3)
+    found = layer.symmetry
+    assert abs(found.symmetry - symmetric / (symmetric + antisymmetric)) < 4 * found.symmetry_se < 0.1
+    assert abs(found.asymmetry - antisymmetric / float(jacobian.norm())) < 4 * found.asymmetry_se < 0.1
+
+
+def test_symmetry_is_that_of_the_product_with_the_metric_of_the_mode():
+    diagonal = torch.tensor([1.0, 10.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    mode = tep.EquilibriumPropagation(metric=lambda z: diagonal.expand_as(z))
+    with_it, without = _parts(mode), _parts()
+    assert without.symmetry.symmetry == pytest.approx(1.0, abs=1e-9)
+    assert with_it.symmetry.symmetry < 0.9
+    assert with_it.spectral_radius == pytest.approx(without.spectral_radius, rel=1e-6)
+
+
+class ForwardOnly(torch.autograd.Function):
+    """An operation with forward mode whose backward cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z.sin(), z.cos()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (slope,) = ctx.saved_tensors
+        return slope * tangent, None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        (slope,) = ctx.saved_tensors
+        return slope * gradient
+
+
+def test_a_symmetry_that_cannot_be_measured_hides_nothing_else():
+    class Once(Model):
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+            return self.deq(lambda z: ForwardOnly.apply(z @ self.weight.T + x)[0], torch.zeros_like(x))[0][-1]
+
+    batch = BATCH[0], torch.zeros(5, 6, dtype=torch.float64)
+    diagnosis = tep.diagnose(Once(), batch, nn.functional.mse_loss)
+    (layer,) = diagnosis.layers
+    assert layer.symmetry is None
+    assert 0 < layer.spectral_radius < 1
+    assert "| deq | - | - |" in diagnosis.to_markdown()
+
+
+def test_what_the_mode_warned_about_is_kept():
+    assert any("ConvergenceWarning" in note for note in _parts("ep:max_iter=3").notes)
+    assert not _parts().notes
 
 
 def test_the_model_is_left_as_it_was_found():
@@ -130,6 +200,7 @@ def test_forms(tmp_path):
     table = diagnosis.to_markdown()
     assert "| deq: error vector |" in table
     assert "| encoder.weight |" in table
+    assert "| DEQ | symmetry | asymmetry | spectral radius | beta | best beta |" in table
     assert table.splitlines()[-1] == diagnosis.layers[0].advice
     diagnosis.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
