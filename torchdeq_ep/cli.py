@@ -223,7 +223,8 @@ def _diagnose(options: argparse.Namespace) -> int:
     for layer in diagnosis.layers:
         for note in layer.notes:
             console.print(f"{layer.name or 'the DEQ'}: {note}", markup=False, highlight=False, style="dim")
-        console.print(layer.advice, markup=False, highlight=False)
+    for line in diagnosis.advice:
+        console.print(line, markup=False, highlight=False)
     _write_results(options, diagnosis, diagnosis.to_markdown())
     return 0
 

@@ -133,6 +133,11 @@ class Diagnosis:
     backward: str
     layers: tuple[LayerDiagnosis, ...]
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do, in one sentence for each DEQ, which is named if there are several."""
+        return tuple(f"{layer.name}: {layer.advice}" if len(self.layers) > 1 else layer.advice for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain data.
 
@@ -150,7 +155,7 @@ class Diagnosis:
             each DEQ.
         """
         parts, measures = _markdown(_HEADINGS, _rows(self)), _markdown(_MEASURES, _measures(self))
-        return "\n".join([*parts, "", *measures, "", *(layer.advice for layer in self.layers)])
+        return "\n".join([*parts, "", *measures, "", *self.advice])
 
     def plot(self, path: str | Path) -> None:
         """Draw the cosine to the exact gradient against the amplitude for each stencil, with the asymmetry floor.
@@ -217,12 +222,10 @@ def diagnose(
         Task(model, batch, loss_fn, list(trained.values()), found).gradient(reference)
         if not reference.captures:
             raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
-        labels = [names[deq] for deq in deqs] if len(deqs) == len(reference.captures) else [""] * len(deqs)
-        order = [*reversed(labels), *([""] * len(reference.captures))]
-        layers = [
-            _diagnose_layer(name, mode, capture, trained)
-            for name, capture in zip(order, reference.captures, strict=False)
-        ]
+        # Those of this pass alone: the pullback of a DEQ goes through the ones before it, and adds to the list.
+        captures = tuple(reference.captures)
+        labels = [names[deq] for deq in reversed(deqs)] if len(deqs) == len(captures) else [""] * len(captures)
+        layers = [_diagnose_layer(name, mode, capture, trained) for name, capture in zip(labels, captures, strict=True)]
     return Diagnosis(repr(mode), tuple(layers))
 
 
@@ -260,7 +263,7 @@ def _diagnose_layer(
         if norm(value) > 0
     }
     whole = Parts(**{part: Part.of(error, exact) for part, error in errors.items()})
-    best = _best_amplitude(settled, tight, limit)
+    best = _best_amplitude(settled, tight, limit, sweep)
 
     def alignment(vector: Tensor | None) -> float:
         return math.nan if vector is None else _cosine(_joined(gradient(vector)), _joined(exact_gradient))
@@ -316,13 +319,17 @@ def _sweep(
     return vectors
 
 
-def _best_amplitude(mode: EquilibriumPropagation, equilibrium: Equilibrium, limit: Tensor) -> float:
+def _best_amplitude(
+    mode: EquilibriumPropagation, equilibrium: Equilibrium, limit: Tensor, sweep: dict[str, list[Tensor | None]]
+) -> float:
     stencil = mode.stencil
     if not isinstance(stencil, Stencil):
         return math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EPWarning)
-        vectors = _sweep(mode, stencil.at, equilibrium)
+    vectors = sweep.get(stencil.name)
+    if vectors is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EPWarning)
+            vectors = _sweep(mode, stencil.at, equilibrium)
     errors = [math.inf if v is None else norm(v - limit) for v in vectors]
     best: float = AMPLITUDES[errors.index(min(errors))]
     return best
@@ -426,7 +433,7 @@ def to_rich_tables(diagnosis: Diagnosis) -> list[Any]:
     for headings, rows in ((_HEADINGS, _rows(diagnosis)), (_MEASURES, _measures(diagnosis))):
         table = rich_table.Table(box=box, pad_edge=False)
         for k, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if k else "left")
+            table.add_column(heading, justify="right" if k else "left", overflow="fold")
         for cells in rows:
             table.add_row(*cells)
         tables.append(table)
