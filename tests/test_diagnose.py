@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ def test_advice_names_the_largest_cause(backward, options, word):
 
 
 def test_the_asymmetric_correction_leaves_nothing_to_mend(monkeypatch):
-    monkeypatch.setattr("torchdeq_ep.diagnose.AMPLITUDES", (1e-3,))  # nothing here depends on the sweep, which is slow
+    monkeypatch.setattr(
+        sys.modules[Part.__module__], "AMPLITUDES", (1e-3,)
+    )  # nothing here depends on the sweep, which is slow
     layer = _parts.__wrapped__("aep", skew=0.2)
     assert "nothing to mend" in layer.advice
     assert layer.symmetry.symmetry < 0.9
@@ -174,7 +177,7 @@ class ForwardOnly(torch.autograd.Function):
 
 
 def test_a_symmetry_that_cannot_be_measured_hides_nothing_else(monkeypatch):
-    monkeypatch.setattr("torchdeq_ep.diagnose.AMPLITUDES", (1e-3,))
+    monkeypatch.setattr(sys.modules[Part.__module__], "AMPLITUDES", (1e-3,))
 
     class Once(Model):
         def forward(self, inputs):
