@@ -13,7 +13,7 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint types docs clean
+.PHONY: help demo test slow bench lint types docs figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ types: $(STAMP) ## check types
 docs: $(STAMP) ## build the documentation: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written: site/index.html"
+
+figures: $(STAMP) ## measure and draw the figures of the documentation again
+	@$(BIN)/python docs/figures/estimators.py
 
 clean: ## remove everything the other targets made, the environment included
 	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

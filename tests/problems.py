@@ -74,3 +74,48 @@ def tanh_problem(
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """`|value - reference| / |reference|`."""
     return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+class AwkwardTanh(torch.autograd.Function):
+    """tanh without a forward-mode formula, whose backward looks at data, which vmap cannot do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        assert torch.isfinite(gradient).all()
+        return gradient * (1 - y**2)
+
+
+class PlainSine(torch.autograd.Function):
+    """An operation with a backward, itself differentiable, and neither vmap nor forward mode."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        return gradient * z.cos()
+
+
+class OnceDifferentiableSine(torch.autograd.Function):
+    """torch leaves it out of a second derivative without a word."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        return gradient * z.cos()

@@ -111,6 +111,31 @@ def test_complex_states():
     assert torch.autograd.gradcheck(layer, (weight, x))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize(("backward", "transpose"), [("ift", True), ("aep", True), ("ep-infinitesimal", False)])
+def test_a_complex_tensor_behind_an_odd_number_of_real_entries(dtype, tolerance, backward, transpose):
+    slope = torch.tensor([0.4], dtype=dtype, requires_grad=True)
+    weight = (torch.randn(2, 2, dtype=dtype.to_complex()) / 4).requires_grad_()
+
+    def f(a, b):
+        return torch.tanh(slope * a + 0.1 * b.real.sum()) + 0.5, (0.5 * b @ weight + a).conj()
+
+    def of_vector(v):
+        a, b = f(v[:1], torch.complex(v[1::2], v[2::2]))
+        return torch.cat([a, b[0].real[None], b[0].imag[None], b[1].real[None], b[1].imag[None]])
+
+    vector = solve(of_vector, torch.zeros(5, dtype=dtype))
+    a, b = tep.attach(f, [vector[:1], torch.complex(vector[1::2], vector[2::2])], backward=backward)
+    found = torch.autograd.grad(2 * a.sum() + b.abs().square().sum(), (slope, weight))
+
+    jacobian = torch.autograd.functional.jacobian(of_vector, vector)
+    cotangent = torch.cat([torch.full((1,), 2.0, dtype=dtype), 2 * vector[1:]])
+    adjoint = torch.linalg.solve(torch.eye(5, dtype=dtype) - (jacobian.T if transpose else jacobian), cotangent)
+    expected = torch.autograd.grad(of_vector(vector), (slope, weight), adjoint)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
+
+
 def test_batch_of_one_number():
     slope, x = torch.tensor(0.3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     z = solve(lambda z: slope * torch.sin(z) + x, torch.tensor(0.0, dtype=torch.float64))

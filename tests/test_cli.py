@@ -93,6 +93,23 @@ def test_json_on_standard_output_is_nothing_but_json(capsys: pytest.CaptureFixtu
     assert "closest to the exact gradient" in captured.err
 
 
+def test_diagnose_prints_the_tables_and_writes_every_file(problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    files = ["--json", "out.json", "--markdown", "out.md", "--plot", "out.png"]
+    assert cli.main(["diagnose", "problems_of_mine:make", *files]) == 0
+    printed = capsys.readouterr().out
+    (layer,) = json.loads((problems / "out.json").read_text())["layers"]
+    markdown = (problems / "out.md").read_text()
+    for heading in ("finite nudge", "asymmetry", "convergence", "symmetry", "spectral radius", "best beta"):
+        assert heading in printed
+        assert heading in markdown
+    assert 0 < layer["spectral_radius"] < 1
+    assert 0 < layer["symmetry"]["symmetry"] < 1
+    assert layer["symmetry"]["asymmetry_se"] > 0
+    assert layer["advice"] in markdown
+    assert (problems / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [

@@ -1,7 +1,9 @@
 """`diagnose` finds the causes that were planted, each by itself."""
 
+import functools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 import torchdeq_ep as tep
 from torchdeq_ep.diagnose import Part, Parts, _advice
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+from torchdeq_ep.jacobian import dense_jacobian
 
 
 class Model(nn.Module):
@@ -41,6 +44,7 @@ BATCH = (
 )
 
 
+@functools.cache
 def _parts(backward="ep:beta=0.2", **options):
     torch.manual_seed(0)
     (layer,) = tep.diagnose(Model(**options), BATCH, nn.functional.mse_loss, backward).layers
@@ -93,11 +97,19 @@ def test_parts_of_the_gradient_and_of_the_error_vector_are_consistent():
         ("ep-one-sided:beta=0.8", {}, "size of the nudge"),
         ("ep", {"skew": 0.2}, "asymmetry of the Jacobian"),
         ("ep", {}, "nothing to mend"),
-        ("aep", {"skew": 0.2}, "nothing to mend"),
     ],
 )
 def test_advice_names_the_largest_cause(backward, options, word):
     assert word in _parts(backward, **options).advice
+
+
+def test_the_asymmetric_correction_leaves_nothing_to_mend(monkeypatch):
+    monkeypatch.setattr(
+        sys.modules[Part.__module__], "AMPLITUDES", (1e-3,)
+    )  # nothing here depends on the sweep, which is slow
+    layer = _parts.__wrapped__("aep", skew=0.2)
+    assert "nothing to mend" in layer.advice
+    assert layer.symmetry.symmetry < 0.9
 
 
 def test_advice_about_an_early_stop_names_the_residual():
@@ -109,9 +121,103 @@ def test_advice_about_an_early_stop_names_the_residual():
 def test_the_sweep_approaches_the_floor_from_below_and_the_best_amplitude_is_on_it():
     layer = _parts(skew=0.1)
     assert layer.floor < 0.9999
+    total = [parts.total.cosine for parts in layer.parameters.values()]
+    assert min(total) - 1e-4 < layer.floor < max(total) + 1e-4  # it is that of the whole gradient
     for cosines in layer.sweep.values():
         assert min(abs(cosine - layer.floor) for cosine in cosines if math.isfinite(cosine)) < 1e-6
     assert 1e-4 <= layer.best_beta < 0.1
+
+
+def test_the_measures_are_those_of_the_dense_jacobian():
+    model, seen = Model(skew=0.1), []
+    with tep.register_fixed_point_hook(model, lambda f, z, deq: seen.append((f, z))):
+        (layer,) = tep.diagnose(model, BATCH, nn.functional.mse_loss).layers
+    jacobian = dense_jacobian(*seen[0])
+    symmetric, antisymmetric = (float((jacobian + sign * jacobian.T).norm() / 2) for sign in (1, -1))
+    assert layer.spectral_radius == pytest.approx(float(torch.linalg.eigvals(jacobian).abs().max()), rel=1e-3)
+    found = layer.symmetry
+    assert abs(found.symmetry - symmetric / (symmetric + antisymmetric)) < 4 * found.symmetry_se < 0.1
+    assert abs(found.asymmetry - antisymmetric / float(jacobian.norm())) < 4 * found.asymmetry_se < 0.1
+
+
+def test_symmetry_is_that_of_the_product_with_the_metric_of_the_mode():
+    diagonal = torch.tensor([1.0, 10.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    mode = tep.EquilibriumPropagation(metric=lambda z: diagonal.expand_as(z))
+    with_it, without = _parts(mode), _parts()
+    assert without.symmetry.symmetry == pytest.approx(1.0, abs=1e-9)
+    assert with_it.symmetry.symmetry < 0.9
+    assert with_it.spectral_radius == pytest.approx(without.spectral_radius, rel=1e-6)
+
+
+class ForwardOnly(torch.autograd.Function):
+    """An operation with forward mode whose backward cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z.sin(), z.cos()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (slope,) = ctx.saved_tensors
+        return slope * tangent, None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        (slope,) = ctx.saved_tensors
+        return slope * gradient
+
+
+def test_a_symmetry_that_cannot_be_measured_hides_nothing_else(monkeypatch):
+    monkeypatch.setattr(sys.modules[Part.__module__], "AMPLITUDES", (1e-3,))
+
+    class Once(Model):
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+            return self.deq(lambda z: ForwardOnly.apply(z @ self.weight.T + x)[0], torch.zeros_like(x))[0][-1]
+
+    batch = BATCH[0], torch.zeros(5, 6, dtype=torch.float64)
+    diagnosis = tep.diagnose(Once(), batch, nn.functional.mse_loss)
+    (layer,) = diagnosis.layers
+    assert layer.symmetry is None
+    assert 0 < layer.spectral_radius < 1
+    assert "| deq | - | - |" in diagnosis.to_markdown()
+
+
+def test_each_of_several_deqs_is_diagnosed_once():
+    class Two(Model):
+        def __init__(self):
+            super().__init__()
+            self.second = torchdeq.get_deq(f_tol=1e-13, f_max_iter=500)
+            self.symmetric = nn.Parameter(contraction(6, 2, 0.5, symmetric=True))
+
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+            h = self.deq(lambda z: torch.tanh(z @ self.weight.T + x), torch.zeros_like(x))[0][-1]
+            return self.second(lambda z: z @ self.symmetric + h, torch.zeros_like(x))[0][-1]
+
+    diagnosis = tep.diagnose(Two(), (BATCH[0], torch.zeros(5, 6, dtype=torch.float64)), nn.functional.mse_loss)
+    second, first = diagnosis.layers
+    assert (second.name, first.name) == ("second", "deq")
+    assert set(first.parameters) == {"encoder.weight", "encoder.bias", "weight"}
+    assert set(second.parameters) == {*first.parameters, "symmetric"}
+    assert second.symmetry.symmetry == pytest.approx(1.0, abs=1e-9)
+    assert first.symmetry.symmetry < 0.8
+    assert diagnosis.advice[0].startswith("second: The error vector is within")
+    assert diagnosis.advice[1].startswith("deq: Most of the error is the asymmetry")
+
+
+def test_what_the_mode_warned_about_is_kept():
+    assert any("ConvergenceWarning" in note for note in _parts("ep:max_iter=3").notes)
+    assert not _parts().notes
 
 
 def test_the_model_is_left_as_it_was_found():
@@ -130,6 +236,7 @@ def test_forms(tmp_path):
     table = diagnosis.to_markdown()
     assert "| deq: error vector |" in table
     assert "| encoder.weight |" in table
+    assert "| DEQ | symmetry | asymmetry | spectral radius | beta | best beta |" in table
     assert table.splitlines()[-1] == diagnosis.layers[0].advice
     diagnosis.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

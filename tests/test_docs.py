@@ -85,6 +85,17 @@ def test_every_error_is_explained() -> None:
     assert headings == classes
 
 
+def test_every_tool_for_the_jacobian_is_in_the_reference() -> None:
+    module = tep.jacobian
+    tools = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+    entries = re.findall(r"^::: torchdeq_ep\.jacobian\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert tools == set(entries)
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     tree = ast.parse(Path(tep.__file__).read_text())
     public = {

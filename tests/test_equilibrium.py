@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import OnceDifferentiableSine, PlainSine
 
 from torchdeq_ep.equilibrium import Packing
 from torchdeq_ep.errors import JacobianProductError, MapContractError
@@ -98,21 +99,7 @@ def test_frozen_statistics_change_no_result_and_no_buffer(layer, training):
     assert torch.equal(value, layer(x))
 
 
-class _NoFormulas(torch.autograd.Function):
-    """An operation with a backward, itself differentiable, and neither vmap nor forward mode."""
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z.sin()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (z,) = ctx.saved_tensors
-        return gradient * z.cos()
-
-
-@pytest.mark.parametrize("operation", [torch.sin, _NoFormulas.apply])
+@pytest.mark.parametrize("operation", [torch.sin, PlainSine.apply])
 def test_products_with_the_jacobian(operation):
     matrix = torch.randn(6, 6, dtype=torch.float64)
 
@@ -134,21 +121,8 @@ def test_products_of_a_constant_map_are_zero():
         assert torch.equal(product(z), torch.zeros(3))
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        (z,) = ctx.saved_tensors
-        return gradient * z.cos()
-
-
 @pytest.mark.parametrize("rest", [0.0, 1.0])
 def test_a_product_that_would_leave_out_a_part_is_refused(rest):
     z = torch.linspace(-1, 1, 4)
     with pytest.raises(JacobianProductError, match="no product J u"):
-        jvp(lambda z: _OnceDifferentiable.apply(z) + rest * z.cos(), z)(torch.ones(4))
+        jvp(lambda z: OnceDifferentiableSine.apply(z) + rest * z.cos(), z)(torch.ones(4))

@@ -15,7 +15,6 @@ import torch
 from torchdeq_ep import cli, errors
 from torchdeq_ep.experiment import (
     MODES,
-    DataError,
     Epoch,
     Images,
     Run,
@@ -95,20 +94,20 @@ def test_colour_images_keep_their_colours(folder: Path) -> None:
 
 
 def test_missing_files_are_named(folder: Path) -> None:
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(errors.DataError, match="no folder"):
         load_images(folder / "nowhere")
     (folder / "test.parquet").unlink()
-    with pytest.raises(DataError, match=r"no file .*test\.parquet"):
+    with pytest.raises(errors.DataError, match=r"no file .*test\.parquet"):
         load_images(folder)
 
 
 def test_files_that_are_not_parquet_are_named(folder: Path) -> None:
     (folder / "train.parquet").write_bytes(b"PAR1 is how it starts, but not how it goes on")
-    with pytest.raises(DataError, match=r"cannot read .*train\.parquet as Parquet"):
+    with pytest.raises(errors.DataError, match=r"cannot read .*train\.parquet as Parquet"):
         load_images(folder)
     whole = (folder / "test.parquet").read_bytes()
     (folder / "train.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"cannot read .*train\.parquet as Parquet"):
+    with pytest.raises(errors.DataError, match=r"cannot read .*train\.parquet as Parquet"):
         load_images(folder)
 
 
@@ -130,23 +129,23 @@ def test_corrupt_rows_are_named(folder: Path, images: list[Any], labels: list[An
     special = {"truncated": encoded()[:40], "larger": encoded((4, 5))}
     rows = [image() if callable(image) else special.get(image, image) for image in images]  # type: ignore[call-overload]
     write_parquet(folder / "train.parquet", rows, labels)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(errors.DataError, match=message):
         load_images(folder)
 
 
 def test_missing_and_wrong_columns_are_named(folder: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"image": [b"x"], "digit": [0]}), folder / "train.parquet")
-    with pytest.raises(DataError, match=r"no column 'label', only image, digit"):
+    with pytest.raises(errors.DataError, match=r"no column 'label', only image, digit"):
         load_images(folder)
     parquet.write_table(arrow.table({"image": [b"x"], "label": [0]}), folder / "train.parquet")
-    with pytest.raises(DataError, match=r"column 'image' of .* is binary, not a struct"):
+    with pytest.raises(errors.DataError, match=r"column 'image' of .* is binary, not a struct"):
         load_images(folder)
 
 
 def test_splits_of_different_sizes_are_refused(folder: Path) -> None:
     write_parquet(folder / "test.parquet", [encoded((5, 5))], [0])
-    with pytest.raises(DataError, match=r"12 values, those of test\.parquet 25"):
+    with pytest.raises(errors.DataError, match=r"12 values, those of test\.parquet 25"):
         load_images(folder)
 
 

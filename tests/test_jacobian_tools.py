@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from problems import Problem, contraction, relative_error, solve, tanh_problem
+from problems import AwkwardTanh, Problem, contraction, relative_error, solve, tanh_problem
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,22 +29,6 @@ def _generator(seed=0):
 
 def _random(*shape, seed=0):
     return torch.randn(*shape, generator=_generator(seed), dtype=torch.float64)
-
-
-class _Awkward(torch.autograd.Function):
-    """tanh without a forward-mode formula, whose backward looks at data, which vmap cannot do."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        assert torch.isfinite(grad).all()
-        return grad * (1 - y**2)
 
 
 # --- stacked products ------------------------------------------------------------------------------------------------
@@ -76,7 +60,7 @@ def test_stacked_products_are_those_of_the_dense_jacobian(build, batched):
 
 def test_an_operation_without_vmap_and_forward_mode_is_taken_by_the_loop():
     weight = contraction(4, 0)
-    local = Linearization(lambda z: _Awkward.apply(z @ weight.T), _random(4))
+    local = Linearization(lambda z: AwkwardTanh.apply(z @ weight.T), _random(4))
     vectors = torch.eye(4, dtype=torch.float64)
     jacobian = dense_jacobian(lambda z: torch.tanh(z @ weight.T), _random(4))
     torch.testing.assert_close(local.forward(vectors), jacobian.T)  # the stack is along the columns here

@@ -15,6 +15,11 @@ from torchdeq_ep.errors import DoubleBackwardError, MapChangedError, MapContract
 from torchdeq_ep.evaluation import STATEFUL, Autocast, Map, change_tolerance, undisturbed
 from torchdeq_ep.registry import BackwardRule, get_backward
 
+_NO_SECOND_DERIVATIVE = (
+    "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) defines the "
+    "first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
+)
+
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 
 
@@ -124,23 +129,34 @@ class _EquilibriumGradient(torch.autograd.Function):
         free_state, value = ctx.saved_tensors
         error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
         if torch.is_grad_enabled() and cotangent.requires_grad:
-            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
+            error_vector = first_derivative_only(error_vector, cotangent, _NO_SECOND_DERIVATIVE)
         return None, None, error_vector, None
 
 
+def first_derivative_only(derivative: Tensor, source: Tensor, message: str) -> Tensor:
+    """The identity on a derivative, whose own derivative is refused instead of being silently wrong.
+
+    Args:
+        derivative: What a backward pass returns.
+        source: A tensor that it depends on and that may require a gradient.
+        message: Of the DoubleBackwardError that a derivative of the result raises.
+
+    Returns:
+        The same values.
+    """
+    guarded: Tensor = _FirstDerivativeOnly.apply(derivative, source, message)  # type: ignore[no-untyped-call]
+    return guarded
+
+
 class _FirstDerivativeOnly(torch.autograd.Function):
-    """The identity on an error vector, whose own derivative is refused instead of being silently wrong."""
+    @staticmethod
+    def forward(ctx: Any, derivative: Tensor, source: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return derivative.clone()
 
     @staticmethod
-    def forward(ctx: Any, error_vector: Tensor, cotangent: Tensor) -> Tensor:
-        return error_vector.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        raise DoubleBackwardError(
-            "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) "
-            "defines the first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
-        )
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, None]:
+        raise DoubleBackwardError(ctx.message)
 
 
 def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torchdeq_ep.compare.files import check_writable, require, write_whole
 from torchdeq_ep.compare.measure import compare, plan
 from torchdeq_ep.compare.plot import check_plot
 from torchdeq_ep.compare.table import Comparison, to_rich
-from torchdeq_ep.diagnose import diagnose, to_rich_parts
+from torchdeq_ep.diagnose import Diagnosis, diagnose, to_rich_tables
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
 from torchdeq_ep.experiment.train import Mode
@@ -83,12 +83,6 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
         "digits is trained by equilibrium propagation first.",
     )
     comparing.add_argument(
-        "factory",
-        nargs="?",
-        metavar="package.module:factory",
-        help="a function without arguments that returns (model, batch, loss_fn)",
-    )
-    comparing.add_argument(
         "--backward",
         action="append",
         metavar="SPEC",
@@ -100,9 +94,7 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
         metavar="NAME",
         help="a solver of torchdeq, or 'own' for the package's; repeatable; default: own",
     )
-    comparing.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
-    comparing.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
-    comparing.add_argument("--plot", metavar="FILE", help="draw error against time (.png, .svg, .pdf)")
+    _add_problem_and_files(comparing, "error against time")
     comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
     comparing.set_defaults(run=_compare)
 
@@ -112,15 +104,8 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
         description="Split the error of an EP gradient into finite nudge, asymmetry and convergence. Without a "
         "factory, a small model of handwritten digits is trained by equilibrium propagation first.",
     )
-    diagnosing.add_argument(
-        "factory",
-        nargs="?",
-        metavar="package.module:factory",
-        help="a function without arguments that returns (model, batch, loss_fn)",
-    )
     diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
-    diagnosing.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
-    diagnosing.add_argument("--plot", metavar="FILE", help="draw alignment against amplitude (.png, .svg, .pdf)")
+    _add_problem_and_files(diagnosing, "alignment against amplitude")
     diagnosing.set_defaults(run=_diagnose)
     _add_experiment(subparsers)
 
@@ -128,6 +113,18 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
         origin = entry.dist.name if entry.dist else entry.value
         subparsers.add_parser(name, help=f"from {origin}", add_help=False)
     return parser
+
+
+def _add_problem_and_files(parser: argparse.ArgumentParser, picture: str) -> None:
+    parser.add_argument(
+        "factory",
+        nargs="?",
+        metavar="package.module:factory",
+        help="a function without arguments that returns (model, batch, loss_fn)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {picture} (.png, .svg, .pdf)")
 
 
 def _add_experiment(subparsers: Any) -> None:
@@ -205,10 +202,35 @@ def _first_line(thing: Any) -> str:
 
 def _compare(options: argparse.Namespace) -> int:
     solvers = [None if name == "own" else name for name in options.solver or ["own"]]
-    # All that can be refused is refused before the measurement, which may take long.
     plan(options.backward, solvers)
     if options.repeats < 1:
         raise InvalidOptionError(f"--repeats must be at least 1, not {options.repeats}.")
+    console, (model, batch, loss_fn) = _prepare(options)
+    # No spinner: its thread would compete with what is being timed.
+    console.print("measuring ...")
+    table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
+    _show(console, table)
+    _write_results(options, table, f"{table.to_markdown()}\n\n{table.sentence()}")
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    get_backward(options.backward)
+    console, (model, batch, loss_fn) = _prepare(options)
+    console.print("diagnosing ...")
+    diagnosis = diagnose(model, batch, loss_fn, options.backward)
+    console.print(*to_rich_tables(diagnosis), sep="\n")
+    for layer in diagnosis.layers:
+        for note in layer.notes:
+            console.print(f"{layer.name or 'the DEQ'}: {note}", markup=False, highlight=False, style="dim")
+    for line in diagnosis.advice:
+        console.print(line, markup=False, highlight=False)
+    _write_results(options, diagnosis, diagnosis.to_markdown())
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Any, Problem]:
+    """The console and the problem. All that can be refused is refused here, before a measurement that may take long."""
     if options.json not in (None, "-"):
         check_writable(options.json)
     if options.markdown is not None:
@@ -218,37 +240,15 @@ def _compare(options: argparse.Namespace) -> int:
     consoles = require("rich.console", "rich", "The table in the terminal")
     # Standard output is for the figures alone if they go there.
     console = consoles.Console(stderr=options.json == "-")
-    model, batch, loss_fn = _trained_digits(console) if options.factory is None else load_problem(options.factory)
-    # No spinner: its thread would compete with what is being timed.
-    console.print("measuring ...")
-    table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
-    _show(console, table)
-    _write_json(options.json, table.to_dict())
+    return console, _trained_digits(console) if options.factory is None else load_problem(options.factory)
+
+
+def _write_results(options: argparse.Namespace, results: Comparison | Diagnosis, markdown: str) -> None:
+    _write_json(options.json, results.to_dict())
     if options.markdown is not None:
-        _write_text(options.markdown, f"{table.to_markdown()}\n\n{table.sentence()}\n")
+        _write_text(options.markdown, f"{markdown}\n")
     if options.plot is not None:
-        table.plot(options.plot)
-    return 0
-
-
-def _diagnose(options: argparse.Namespace) -> int:
-    get_backward(options.backward)
-    if options.json not in (None, "-"):
-        check_writable(options.json)
-    if options.plot is not None:
-        check_plot(options.plot)
-    consoles = require("rich.console", "rich", "The table in the terminal")
-    console = consoles.Console(stderr=options.json == "-")
-    model, batch, loss_fn = _trained_digits(console) if options.factory is None else load_problem(options.factory)
-    console.print("diagnosing ...")
-    diagnosis = diagnose(model, batch, loss_fn, options.backward)
-    console.print(to_rich_parts(diagnosis))
-    for layer in diagnosis.layers:
-        console.print(layer.advice, markup=False, highlight=False)
-    _write_json(options.json, diagnosis.to_dict())
-    if options.plot is not None:
-        diagnosis.plot(options.plot)
-    return 0
+        results.plot(options.plot)
 
 
 def _trained_digits(console: Any) -> Problem:

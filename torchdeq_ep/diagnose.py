@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 from torchdeq_ep.backward import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.capture import Capture, Reference, Task, caught_warnings, left_as_found
-from torchdeq_ep.compare.files import require, write_whole
+from torchdeq_ep.compare.files import require
+from torchdeq_ep.compare.plot import check_plot
+from torchdeq_ep.compare.style import COLOURS, INK, SHAPES, dress, new_figure, save
 from torchdeq_ep.equilibrium import Equilibrium, norm
-from torchdeq_ep.errors import EPError, EPWarning, InvalidOptionError
+from torchdeq_ep.errors import EPError, EPWarning, InvalidOptionError, JacobianProductError
 from torchdeq_ep.evaluation import undisturbed
+from torchdeq_ep.homeostasis import SymmetryMeasurement, measure_symmetry
 from torchdeq_ep.host import deqs_of
+from torchdeq_ep.jacobian import spectral_radius
+from torchdeq_ep.metric import Metric
 from torchdeq_ep.propagation import EquilibriumPropagation
 from torchdeq_ep.registry import BackwardRule, get_backward
 from torchdeq_ep.relaxation import relax
@@ -31,7 +36,9 @@ AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
 """The amplitudes of the sweep: from 1e-4 to 1, relative to the state."""
 
 _TIGHT_STEPS = 1000
+_PROBES = 50
 _HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
+_MEASURES = ("DEQ", "symmetry", "asymmetry", "spectral radius", "beta", "best beta")
 _STENCILS: dict[str, Callable[[float], Stencil]] = {
     "one-sided": Stencil.one_sided,
     "symmetric": Stencil.symmetric,
@@ -90,10 +97,14 @@ class LayerDiagnosis:
         beta: Relative amplitude that the mode used.
         best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
         residual: Relative residual of the free phase.
-        sweep: Cosine to the exact adjoint at each of [`AMPLITUDES`][torchdeq_ep.diagnose], by stencil; NaN where a
-            nudge failed.
-        floor: Cosine of the limit of every nudge: what all stencils tend to as the amplitude falls.
+        sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
+            [`AMPLITUDES`][torchdeq_ep.diagnose], by stencil; NaN where a nudge failed.
+        floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
+        symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if `f` has an operation that can
+            be differentiated only once.
+        spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`.
         advice: What to do, in one sentence.
+        notes: What the mode and the spectral radius warned about.
     """
 
     name: str
@@ -104,7 +115,10 @@ class LayerDiagnosis:
     residual: float
     sweep: dict[str, tuple[float, ...]]
     floor: float
+    symmetry: SymmetryMeasurement | None
+    spectral_radius: float
     advice: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,11 @@ class Diagnosis:
     backward: str
     layers: tuple[LayerDiagnosis, ...]
 
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do, in one sentence for each DEQ, which is named if there are several."""
+        return tuple(f"{layer.name}: {layer.advice}" if len(self.layers) > 1 else layer.advice for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain data.
 
@@ -129,17 +148,17 @@ class Diagnosis:
         return plain
 
     def to_markdown(self) -> str:
-        """A table of the parts, and the advice.
+        """A table of the parts, one of the measures of each Jacobian, and the advice.
 
         Returns:
-            One row for each DEQ and each of its parameters.
+            One row for each DEQ and each of its parameters, as relative norm and, in brackets, cosine; then one row for
+            each DEQ.
         """
-        lines = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(self)]
-        table = [f"| {' | '.join(cells)} |" for cells in lines]
-        return "\n".join([*table, "", *(layer.advice for layer in self.layers)])
+        parts, measures = _markdown(_HEADINGS, _rows(self)), _markdown(_MEASURES, _measures(self))
+        return "\n".join([*parts, "", *measures, "", *self.advice])
 
     def plot(self, path: str | Path) -> None:
-        """Draw the cosine to the exact adjoint against the amplitude for each stencil, with the asymmetry floor.
+        """Draw the cosine to the exact gradient against the amplitude for each stencil, with the asymmetry floor.
 
         Args:
             path: File to write; its suffix chooses the format.
@@ -148,11 +167,8 @@ class Diagnosis:
             MissingDependencyError: If matplotlib is not installed.
             InvalidOptionError: If the file cannot be written.
         """
-        from torchdeq_ep.compare.plot import check_plot
-
         check_plot(path)
-        figure = _draw(self)
-        write_whole(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:], dpi=160))
+        save(_draw(self), path)
 
 
 def diagnose(
@@ -206,12 +222,10 @@ def diagnose(
         Task(model, batch, loss_fn, list(trained.values()), found).gradient(reference)
         if not reference.captures:
             raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
-        labels = [names[deq] for deq in deqs] if len(deqs) == len(reference.captures) else [""] * len(deqs)
-        order = [*reversed(labels), *([""] * len(reference.captures))]
-        layers = [
-            _diagnose_layer(name, mode, capture, trained)
-            for name, capture in zip(order, reference.captures, strict=False)
-        ]
+        # Those of this pass alone: the pullback of a DEQ goes through the ones before it, and adds to the list.
+        captures = tuple(reference.captures)
+        labels = [names[deq] for deq in reversed(deqs)] if len(deqs) == len(captures) else [""] * len(captures)
+        layers = [_diagnose_layer(name, mode, capture, trained) for name, capture in zip(labels, captures, strict=True)]
     return Diagnosis(repr(mode), tuple(layers))
 
 
@@ -221,7 +235,8 @@ def _diagnose_layer(
     given = capture.equilibrium
     with caught_warnings(), capture.autocast.restored(True):
         tight = _converged(given)
-        v_mode, report = mode.solve(given)
+        with caught_warnings() as notes:
+            v_mode, report = mode.solve(given)
         exact = ImplicitDifferentiation(max_iter=_TIGHT_STEPS, tol=10 * given.eps).solve(tight)[0]
         limit_mode = InfinitesimalEP(
             metric=mode.metric, correction=mode.correction, max_iter=_TIGHT_STEPS, tol=10 * given.eps
@@ -230,25 +245,51 @@ def _diagnose_layer(
         settled = replace(mode, schedule="parallel", max_iter=_TIGHT_STEPS, tol=10 * given.eps)
         v_tight = settled.solve(tight)[0]
         sweep = {stencil: _sweep(settled, make, tight) for stencil, make in _STENCILS.items()}
+        symmetry = _symmetry(tight, mode.metric)
+        with caught_warnings() as more_notes:
+            radius = spectral_radius(tight.f, tight.z, generator=torch.Generator(tight.z.device).manual_seed(0))
     errors = {
         "finite_nudge": v_tight - limit,
         "asymmetry": limit - exact,
         "convergence": v_mode - v_tight,
         "total": v_mode - exact,
     }
-    exact_gradient = _gradient(tight, exact, trained)
-    in_parts = {part: _gradient(tight, error, trained) for part, error in errors.items()}
+    gradient = _pullback(tight, trained)
+    exact_gradient = gradient(exact)
+    in_parts = {part: gradient(error) for part, error in errors.items()}
     parameters = {
-        parameter: Parts(**{part: Part.of(in_parts[part][parameter], gradient) for part in errors})
-        for parameter, gradient in exact_gradient.items()
-        if norm(gradient) > 0
+        parameter: Parts(**{part: Part.of(in_parts[part][parameter], value) for part in errors})
+        for parameter, value in exact_gradient.items()
+        if norm(value) > 0
     }
     whole = Parts(**{part: Part.of(error, exact) for part, error in errors.items()})
-    best = _best_amplitude(settled, tight, limit)
-    advice = _advice(whole, report.beta, best, given.residual)
-    cosines = {name: tuple(_cosine(v, exact) for v in vectors) for name, vectors in sweep.items()}
-    floor = _cosine(limit, exact)
-    return LayerDiagnosis(name, whole, parameters, report.beta, best, given.residual, cosines, floor, advice)
+    best = _best_amplitude(settled, tight, limit, sweep)
+
+    def alignment(vector: Tensor | None) -> float:
+        return math.nan if vector is None else _cosine(_joined(gradient(vector)), _joined(exact_gradient))
+
+    return LayerDiagnosis(
+        name=name,
+        error_vector=whole,
+        parameters=parameters,
+        beta=report.beta,
+        best_beta=best,
+        residual=given.residual,
+        sweep={stencil: tuple(alignment(vector) for vector in vectors) for stencil, vectors in sweep.items()},
+        floor=alignment(limit),
+        symmetry=symmetry,
+        spectral_radius=radius,
+        advice=_advice(whole, report.beta, best, given.residual),
+        notes=(*notes, *more_notes),
+    )
+
+
+def _symmetry(equilibrium: Equilibrium, metric: Metric | None) -> SymmetryMeasurement | None:
+    generator = torch.Generator(equilibrium.z.device).manual_seed(0)
+    try:
+        return measure_symmetry(equilibrium.f, equilibrium.z, _PROBES, metric=metric, generator=generator)
+    except JacobianProductError:
+        return None
 
 
 def _converged(equilibrium: Equilibrium) -> Equilibrium:
@@ -278,31 +319,41 @@ def _sweep(
     return vectors
 
 
-def _best_amplitude(mode: EquilibriumPropagation, equilibrium: Equilibrium, limit: Tensor) -> float:
+def _best_amplitude(
+    mode: EquilibriumPropagation, equilibrium: Equilibrium, limit: Tensor, sweep: dict[str, list[Tensor | None]]
+) -> float:
     stencil = mode.stencil
     if not isinstance(stencil, Stencil):
         return math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EPWarning)
-        vectors = _sweep(mode, stencil.at, equilibrium)
+    vectors = sweep.get(stencil.name)
+    if vectors is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EPWarning)
+            vectors = _sweep(mode, stencil.at, equilibrium)
     errors = [math.inf if v is None else norm(v - limit) for v in vectors]
     best: float = AMPLITUDES[errors.index(min(errors))]
     return best
 
 
-def _gradient(equilibrium: Equilibrium, vector: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`(df/dtheta)^T v` at the fixed point, for every parameter."""
+def _pullback(equilibrium: Equilibrium, trained: dict[str, nn.Parameter]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """`v -> (df/dtheta)^T v` at the fixed point, for every parameter."""
     with torch.enable_grad():
         value = equilibrium.f(equilibrium.z)
-    gradients = torch.autograd.grad(
-        value, list(trained.values()), vector, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(trained, gradients, strict=True))
+
+    def gradient(vector: Tensor) -> dict[str, Tensor]:
+        gradients = torch.autograd.grad(
+            value, list(trained.values()), vector, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(trained, gradients, strict=True))
+
+    return gradient
 
 
-def _cosine(estimate: Tensor | None, exact: Tensor) -> float:
-    if estimate is None:
-        return math.nan
+def _joined(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in gradient.values()])
+
+
+def _cosine(estimate: Tensor, exact: Tensor) -> float:
     lengths = norm(estimate) * norm(exact)
     return float((estimate * exact).sum()) / lengths if lengths > 0 else math.nan
 
@@ -338,29 +389,55 @@ def _rows(diagnosis: Diagnosis) -> list[list[str]]:
         named = {f"{layer.name or 'the DEQ'}: error vector": layer.error_vector, **layer.parameters}
         for where, parts in named.items():
             cells = (parts.total, parts.finite_nudge, parts.asymmetry, parts.convergence)
-            rows.append([where, *(f"{part.relative:.1e}" for part in cells)])
+            rows.append([where, *(f"{part.relative:.1e} ({part.cosine:.3f})" for part in cells)])
     return rows
 
 
-def to_rich_parts(diagnosis: Diagnosis) -> Any:
-    """The table of parts for a terminal.
+def _measures(diagnosis: Diagnosis) -> list[list[str]]:
+    rows = []
+    for layer in diagnosis.layers:
+        found = layer.symmetry
+        symmetry = (
+            ("-", "-")
+            if found is None
+            else (
+                f"{found.symmetry:.3f} ± {found.symmetry_se:.3f}",
+                f"{found.asymmetry:.3f} ± {found.asymmetry_se:.3f}",
+            )
+        )
+        amplitudes = (f"{layer.beta:.1e}", f"{layer.best_beta:.1e}")
+        rows.append([layer.name or "the DEQ", *symmetry, f"{layer.spectral_radius:.3f}", *amplitudes])
+    return rows
+
+
+def _markdown(headings: Sequence[str], rows: list[list[str]]) -> list[str]:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def to_rich_tables(diagnosis: Diagnosis) -> list[Any]:
+    """The tables of parts and of measures for a terminal.
 
     Args:
         diagnosis: What to show.
 
     Returns:
-        A `rich.table.Table`.
+        Two of `rich.table.Table`.
 
     Raises:
         MissingDependencyError: If rich is not installed.
     """
     rich_table = require("rich.table", "rich", "A table in the terminal")
-    table = rich_table.Table(box=require("rich.box", "rich", "A table in the terminal").SIMPLE_HEAD, pad_edge=False)
-    for k, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="right" if k else "left")
-    for cells in _rows(diagnosis):
-        table.add_row(*cells)
-    return table
+    box = require("rich.box", "rich", "A table in the terminal").SIMPLE_HEAD
+    tables = []
+    for headings, rows in ((_HEADINGS, _rows(diagnosis)), (_MEASURES, _measures(diagnosis))):
+        table = rich_table.Table(box=box, pad_edge=False)
+        for k, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if k else "left", overflow="fold")
+        for cells in rows:
+            table.add_row(*cells)
+        tables.append(table)
+    return tables
 
 
 def _plain(value: Any) -> Any:
@@ -372,19 +449,21 @@ def _plain(value: Any) -> Any:
 
 
 def _draw(diagnosis: Diagnosis) -> Any:
-    pyplot_figure = require("matplotlib.figure", "matplotlib", "A plot")
     layers: Sequence[LayerDiagnosis] = diagnosis.layers
-    figure = pyplot_figure.Figure(figsize=(6.4 * len(layers), 4.4), layout="constrained", facecolor="#fafafa")
-    colours = ("#56B4E9", "#0072B2", "#009E73", "#D55E00")
-    markers = ("o", "s", "^", "D")
+    figure = new_figure(6.4 * len(layers), 4.4)
+    figure.set_layout_engine("constrained")
     for k, layer in enumerate(layers):
-        axes = figure.add_subplot(1, len(layers), k + 1, facecolor="#fafafa")
-        for (stencil, cosines), colour, marker in zip(layer.sweep.items(), colours, markers, strict=True):
+        axes = figure.add_subplot(1, len(layers), k + 1)
+        dress(axes)
+        for (stencil, cosines), colour, marker in zip(layer.sweep.items(), COLOURS[1:], SHAPES, strict=False):
             if any(math.isfinite(cosine) for cosine in cosines):
                 axes.plot(AMPLITUDES, cosines, color=colour, marker=marker, label=stencil)
         axes.axhline(layer.floor, color="black", linestyle="--", linewidth=1, label="limit of every nudge")
-        axes.set(xscale="log", xlabel="amplitude beta, relative to the state", ylabel="cosine to the exact adjoint")
-        axes.set_title(f"{layer.name or 'DEQ'}: how well is the error vector aligned?", loc="left", fontsize="medium")
-        axes.grid(color="#dddddd")
-        axes.legend(frameon=False)
+        axes.set_xscale("log")
+        axes.set_xlabel("amplitude beta, relative to the state", color=INK)
+        axes.set_ylabel("cosine to the exact gradient", color=INK)
+        axes.set_title(
+            f"{layer.name or 'DEQ'}: how well is the gradient aligned?", loc="left", fontsize="medium", color=INK
+        )
+        axes.legend(frameon=False, labelcolor=INK)
     return figure

@@ -107,7 +107,10 @@ class Packing:
                 tensors[i] = tensor.to(dtype)
         if self._is_plain:
             return tensors[0]
-        flat = [torch.view_as_real(t) if d.is_complex else t for t, d in zip(tensors, self.dtypes, strict=True)]
+        # Not view_as_real: its backward takes no gradient at an odd offset, and it refuses an unresolved conjugate.
+        flat = [
+            torch.stack((t.real, t.imag), -1) if d.is_complex else t for t, d in zip(tensors, self.dtypes, strict=True)
+        ]
         vector, _ = einops.pack(flat, "*")
         return vector
 

@@ -23,6 +23,10 @@ class InvalidOptionError(EPError, ValueError):
     """An option has a name or a value that its function does not accept."""
 
 
+class DataError(InvalidOptionError):
+    """A file of images is missing, is no Parquet file, or has a column or a row that cannot be used."""
+
+
 class NoDEQError(EPError, ValueError):
     """A module was to be switched that holds no torchdeq DEQ whose backward can be switched."""
 

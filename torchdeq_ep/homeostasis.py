@@ -16,16 +16,16 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
+from torchdeq_ep.attach import first_derivative_only
 from torchdeq_ep.displacement import diagonal_metric
 from torchdeq_ep.equilibrium import Packing, State
-from torchdeq_ep.errors import DoubleBackwardError, EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
 from torchdeq_ep.evaluation import Autocast, FrozenStatistics
 from torchdeq_ep.hooks import FixedPointHandle, fixed_point
 from torchdeq_ep.host import deqs_of
@@ -38,6 +38,10 @@ Weight = float | Schedule | Mapping[str, float | Schedule]
 
 _ESTIMATORS = ("antisymmetric", "paper")
 _MANY_UNCOLLECTED = 100
+_NO_SECOND_DERIVATIVE = (
+    "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave the "
+    "penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its own."
+)
 
 
 def symmetry_penalty(
@@ -67,7 +71,7 @@ def symmetry_penalty(
     Raises:
         InvalidOptionError: If an option is not acceptable.
         MapContractError: If `f` changes shape or dtype.
-        EPError: If an operation in `f` cannot be differentiated twice.
+        JacobianProductError: If an operation in `f` cannot be differentiated twice.
 
     Example:
         >>> import torch
@@ -103,6 +107,43 @@ class SymmetryMeasurement:
     symmetry_se: float
     asymmetry: float
     asymmetry_se: float
+
+
+def measure_symmetry(
+    f: Callable[..., Any],
+    z: State,
+    probes: int = 20,
+    *,
+    metric: Metric | None = None,
+    generator: torch.Generator | None = None,
+) -> SymmetryMeasurement:
+    """How symmetric the Jacobian `J M` of a map is, with standard errors.
+
+    Args:
+        f: The map: a tensor to a tensor of the same shape, or several to several.
+        z: The state: a tensor of any shape, or a tuple or list of tensors.
+        probes: Number of Gaussian probes; each costs a product with `J` and one with `J^T`.
+        metric: As for [`symmetry_penalty`][torchdeq_ep.homeostasis.symmetry_penalty].
+        generator: Draws the probes; torch's own where it is `None`.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+        MapContractError: If `f` changes shape or dtype.
+        JacobianProductError: If an operation in `f` cannot be differentiated twice.
+
+    Example:
+        >>> import torch
+        >>> turn = torch.tensor([[0.3, -0.4], [0.4, 0.3]])  # |S| = 0.3 sqrt(2), |A| = 0.4 sqrt(2)
+        >>> round(measure_symmetry(lambda z: turn @ z, torch.zeros(2)).asymmetry, 4)
+        0.8
+    """
+    autocast = _autocast_of(z)
+    vectors = gaussian_probes(_pack(z, autocast)[1], probes, generator)
+    sample = _probe(f, z, vectors, "antisymmetric", metric, autocast, batched=True, create_graph=False)
+    return _Moments.of(sample).measurement()
 
 
 @dataclass(frozen=True)
@@ -178,9 +219,7 @@ class Homeostasis:
     def __enter__(self) -> Homeostasis:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
     def _collect(self, term: Tensor) -> None:
@@ -494,22 +533,9 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
         (cotangent,) = cotangents
         if torch.is_grad_enabled():
-            cotangent = _FirstDerivativeOnly.apply(cotangent, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+            (source,) = ctx.saved_tensors
+            cotangent = first_derivative_only(cotangent, source, _NO_SECOND_DERIVATIVE)
         return None, cotangent
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: Tensor, source: Tensor) -> Tensor:
-        return cotangent.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
-        raise DoubleBackwardError(
-            "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave "
-            "the penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its "
-            "own."
-        )
 
 
 def _squares(stack: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep.equilibrium import Packing, State, norm
-from torchdeq_ep.errors import ConvergenceWarning, EPError, InvalidOptionError, JacobianProductError
+from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, JacobianProductError
 from torchdeq_ep.evaluation import Map, undisturbed
 
 Product = Callable[[Tensor], Tensor]
 
 _NO_PRODUCT = (
-    "f has an operation without a forward-mode formula, and its backward cannot be differentiated either (a custom "
-    "autograd.Function, or activation checkpointing), so there is no product J u. Use a mode without one: 'ift', or a "
-    "stencil such as 'ep' without the asymmetric correction."
+    "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "
+    "@once_differentiable, or activation checkpointing), so there is no product J u with its Jacobian. Write its "
+    "backward with differentiable operations, or use a mode without such products: 'ift', or a stencil such as 'ep' "
+    "without the asymmetric correction."
 )
 _ADJOINT_DEFECT = 0.05
 """Largest difference between `v . J u` and `J^T v . u`, relative to `|J u|`, that low precision inside `f` explains."""
@@ -73,7 +74,7 @@ def jvp(f: Map, z: Tensor) -> Product:
         >>> jvp(lambda z: matrix @ z, torch.zeros(2))(torch.tensor([0.0, 1.0]))
         tensor([1., 0.])
     """
-    fallback: Product | None = None
+    fallback: Linearization | None = None
 
     def product(vector: Tensor) -> Tensor:
         nonlocal fallback
@@ -81,8 +82,10 @@ def jvp(f: Map, z: Tensor) -> Product:
             try:
                 return _forward_mode(f, z, vector)
             except (RuntimeError, NotImplementedError):
-                fallback = _double_backward(f, z)
-        return fallback(vector)
+                fallback = Linearization(f, z)
+                probes = gaussian_probes(z, 2, torch.Generator(z.device).manual_seed(0))
+                fallback.both(probes[:1], probes[1:])
+        return fallback.forward(vector.unsqueeze(0))[0]
 
     return product
 
@@ -91,36 +94,6 @@ def _forward_mode(f: Map, z: Tensor, vector: Tensor) -> Tensor:
     with torch.no_grad():
         tangent: Tensor = torch.func.jvp(f, (z.detach(),), (vector,))[1]
     return tangent
-
-
-def _double_backward(f: Map, z: Tensor) -> Product:
-    # w -> J^T w is linear, so its own VJP with u is J u, whatever w. Fused attention kernels have no second derivative.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        point = z.detach().requires_grad_()
-        value = f(point)
-        dummy = torch.zeros_like(value, requires_grad=True)
-        pulled = None
-        if value.requires_grad:
-            (pulled,) = torch.autograd.grad(value, point, dummy, create_graph=True, allow_unused=True)
-
-    def product(vector: Tensor) -> Tensor:
-        if pulled is None:  # f does not depend on z
-            return torch.zeros_like(vector)
-        (result,) = torch.autograd.grad(pulled, dummy, vector, retain_graph=True, materialize_grads=True)
-        return result
-
-    # A backward that cannot be differentiated may be left out in silence: only <w, J u> = <J^T w, u> shows it.
-    generator = torch.Generator(z.device).manual_seed(0)
-    u, w = (torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator) for _ in range(2))
-    try:
-        forward = float((w * product(u)).sum())
-        adjoint = float((vjp(f, z)(w) * u).sum())
-    except RuntimeError as error:
-        raise JacobianProductError(_NO_PRODUCT) from error
-    scale = float(w.norm() * product(u).norm()) + abs(adjoint)
-    if abs(forward - adjoint) > torch.finfo(z.dtype).eps ** 0.5 * scale:
-        raise JacobianProductError(_NO_PRODUCT)
-    return product
 
 
 def dense_jacobian(f: Map, z: Tensor, chunk_size: int = 64) -> Tensor:
@@ -199,7 +172,7 @@ class Linearization:
             Two stacks.
 
         Raises:
-            EPError: If an operation in `f` cannot be differentiated twice.
+            JacobianProductError: If an operation in `f` cannot be differentiated twice.
         """
         forward, adjoint = self.forward(right), self.adjoint(left, create_graph)
         self._require_adjoint(right, forward, left, adjoint.detach())
@@ -220,21 +193,29 @@ class Linearization:
     def forward(self, vectors: Tensor) -> Tensor:
         """`J v` for every `v` of a stack; it builds no graph.
 
+        An operation that cannot be differentiated twice may be left out in silence; `both` notices it.
+
         Args:
             vectors: A stack of shape `(K, *shape)`.
 
         Returns:
             A stack of the same shape.
+
+        Raises:
+            JacobianProductError: If an operation in `f` says that it cannot be differentiated twice.
         """
         if not self._value.requires_grad:
             return torch.zeros_like(vectors)
-        if self._cotangent is None:
-            self._cotangent = torch.zeros_like(self._value, requires_grad=True)
-            with torch.enable_grad():
-                (self._pulled,) = torch.autograd.grad(
-                    self._value, self._point, self._cotangent, create_graph=True, allow_unused=True
-                )
-        return self._products(self._pulled, self._cotangent, vectors, create_graph=False)
+        try:
+            if self._cotangent is None:
+                self._cotangent = torch.zeros_like(self._value, requires_grad=True)
+                with torch.enable_grad():
+                    (self._pulled,) = torch.autograd.grad(
+                        self._value, self._point, self._cotangent, create_graph=True, allow_unused=True
+                    )
+            return self._products(self._pulled, self._cotangent, vectors, create_graph=False)
+        except RuntimeError as error:
+            raise JacobianProductError(_NO_PRODUCT) from error
 
     def _products(self, output: Tensor | None, source: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
         if output is None or not output.requires_grad:
@@ -267,11 +248,7 @@ class Linearization:
         size = _dots(forward, forward).sqrt()
         rounding = 100 * torch.finfo(left.dtype).eps * _dots(left, left).sqrt()
         if bool((defect.abs() > (_ADJOINT_DEFECT + rounding) * size).any()):
-            raise EPError(
-                "the products with J and with J^T do not belong together, so f contains an operation that can be "
-                "differentiated only once (a custom autograd.Function, probably with @once_differentiable), and its "
-                "asymmetry cannot be measured. Write its backward with differentiable operations."
-            )
+            raise JacobianProductError(_NO_PRODUCT)
 
 
 def spectral_radius(
@@ -389,8 +366,9 @@ def symmetry_score(
         generator: Draws the probes.
 
     Returns:
-        The estimated score. [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] with `weight=0.0`
-        gives it with a standard error, at every training step.
+        The estimated score. [`measure_symmetry`][torchdeq_ep.homeostasis.measure_symmetry] gives it with a standard
+        error, and so does [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] with `weight=0.0`, at
+        every training step.
 
     Raises:
         MapContractError: If `f` changes shape or dtype.

@@ -84,6 +84,7 @@ def register_backward(name: str, factory: Callable[..., BackwardRule], *, overwr
         >>> register_backward("jacobian-free", one_step)
         >>> "jacobian-free" in available_backwards()
         True
+        >>> del _factories["jacobian-free"]  # this example leaves nothing behind
     """
     if not isinstance(name, str) or not name or set(name) & set(":,="):
         raise InvalidOptionError(f"a backward mode cannot be named {name!r}: no colon, comma or equals sign, please.")

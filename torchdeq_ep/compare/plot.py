@@ -6,14 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep.compare.files import check_writable, require, write_whole
+from torchdeq_ep.compare.files import check_writable, require
+from torchdeq_ep.compare.style import COLOURS, FAINT, GROUND, INK, SHAPES, dress, new_figure, save
 from torchdeq_ep.compare.table import Comparison
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 
-# Okabe & Ito's palette, with a grey in place of its yellow, which is too pale for a light ground.
-_COLOURS = ("#000000", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#777777", "#E69F00", "#D55E00")
-_SHAPES = ("o", "s", "^", "D", "v", "P", "X")
-_GROUND, _INK, _FAINT = "#FAFAFA", "#222222", "#8A8A8A"
 _FORMATS = (".png", ".svg", ".pdf")
 _SMALLEST_ERROR = 1e-16
 _FIRST_RING, _RINGS, _DIRECTIONS = 9.0, 8, 16
@@ -52,7 +49,7 @@ def save_plot(comparison: Comparison, path: str | Path) -> None:
     """
     path = check_plot(path)
     figure, _ = draw(comparison)
-    write_whole(path, lambda temporary: figure.savefig(temporary, facecolor=_GROUND, dpi=160))
+    save(figure, path)
 
 
 def draw(comparison: Comparison) -> tuple[Any, list[Any]]:
@@ -68,23 +65,21 @@ def draw(comparison: Comparison) -> tuple[Any, list[Any]]:
         MissingDependencyError: If matplotlib is not installed.
         InvalidOptionError: If no row has figures.
     """
-    # Figure without pyplot: no window, no global state, no choice of backend for the caller.
-    figure_module = require("matplotlib.figure", "matplotlib", "A plot")
     shown = [row for row in comparison.rows if math.isfinite(row.gradient_error) and math.isfinite(row.milliseconds)]
     if not shown:
         raise InvalidOptionError("there is nothing to draw: no mode of this comparison has an error and a time.")
     relative = comparison.baseline is not None
-    figure = figure_module.Figure(figsize=(8.0, 5.2 + 0.12 * max(0, len(shown) - 10)), facecolor=_GROUND)
-    axes = figure.add_subplot(facecolor=_GROUND)
+    figure = new_figure(8.0, 5.2 + 0.12 * max(0, len(shown) - 10))
+    axes = figure.add_subplot()
     backwards = list(dict.fromkeys(row.backward for row in comparison.rows))
     solvers = list(dict.fromkeys(row.solver for row in comparison.rows))
     points = []
     for row in shown:
         x = comparison.relative_time(row) if relative else row.milliseconds
         y = max(row.gradient_error, _SMALLEST_ERROR)
-        colour = _COLOURS[backwards.index(row.backward) % len(_COLOURS)]
-        shape = _SHAPES[solvers.index(row.solver) % len(_SHAPES)]
-        axes.plot(x, y, shape, color=colour, markersize=8, markeredgecolor=_GROUND, markeredgewidth=0.8)
+        colour = COLOURS[backwards.index(row.backward) % len(COLOURS)]
+        shape = SHAPES[solvers.index(row.solver) % len(SHAPES)]
+        axes.plot(x, y, shape, color=colour, markersize=8, markeredgecolor=GROUND, markeredgewidth=0.8)
         points.append((x, y, row.label, colour))
     _set_axes(axes, points, relative)
     _set_words(figure, axes, comparison, relative)
@@ -104,24 +99,19 @@ def _set_axes(axes: Any, points: list[tuple[float, float, str, str]], relative: 
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.grid(color="#E2E2E2", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
+    dress(axes)
     if relative:
-        axes.axvline(1.0, color=_FAINT, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.axvline(1.0, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
 
 
 def _set_words(figure: Any, axes: Any, comparison: Comparison, relative: bool) -> None:
-    axes.set_title("How exact and how fast is each backward pass?", loc="left", color=_INK, fontsize=13, pad=22)
+    axes.set_title("How exact and how fast is each backward pass?", loc="left", color=INK, fontsize=13, pad=22)
     axes.text(
         0.0, 1.02, "lower is more exact, further left is faster", transform=axes.transAxes, color="#555555", fontsize=10
     )
     time = "time of the backward solve, relative to implicit differentiation (ift)"
-    axes.set_xlabel(time if relative else "time of the backward solve in milliseconds", color=_INK)
-    axes.set_ylabel("relative error of the gradient", color=_INK)
+    axes.set_xlabel(time if relative else "time of the backward solve in milliseconds", color=INK)
+    axes.set_ylabel("relative error of the gradient", color=INK)
     failed = [row for row in comparison.rows if row.error]
     if failed:
         reasons = ", ".join(f"{row.label} ({row.error.partition(':')[0]})" for row in failed)
@@ -144,7 +134,7 @@ def _label(figure: Any, axes: Any, points: list[tuple[float, float, str, str]]) 
             (x, y),
             xytext=(0, 0),
             textcoords="offset points",
-            color=_INK,
+            color=INK,
             fontsize=10,
             va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},

@@ -1,6 +1,5 @@
 """The homeostasis experiment: vector-field networks with misaligned weights, trained by exact gradients and by EP."""
 
-from torchdeq_ep.experiment.data import DataError as DataError
 from torchdeq_ep.experiment.data import Images as Images
 from torchdeq_ep.experiment.data import load_images as load_images
 from torchdeq_ep.experiment.report import gap_closed as gap_closed

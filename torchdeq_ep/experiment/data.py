@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError
+from torchdeq_ep.errors import DataError, MissingDependencyError
 
 _SPLITS = ("train", "test")
 _DIGITS_TRAINED = 1437
-
-
-class DataError(InvalidOptionError):
-    """A file of images is missing, is no Parquet file, or has a column or a row that cannot be used."""
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from torchdeq_ep.compare.files import check_writable, require, write_whole
+from torchdeq_ep.compare.files import check_writable
+from torchdeq_ep.compare.style import INK, dress, new_figure, save
 from torchdeq_ep.experiment.train import MODES, Epoch, Mode, Run
 
 _NAMES: dict[Mode, str] = {"ift": "exact (IFT)", "ep": "EP", "ep-homeostasis": "EP with homeostasis"}
 # Of Okabe & Ito's palette; the dashes tell the curves apart without colour.
 _COLOURS: dict[Mode, str] = {"ift": "#000000", "ep": "#D55E00", "ep-homeostasis": "#0072B2"}
 _DASHES: dict[Mode, Any] = {"ift": "solid", "ep": (0, (5, 2)), "ep-homeostasis": (0, (1.5, 1.2))}
-_GROUND, _INK, _FAINT = "#FAFAFA", "#222222", "#8A8A8A"
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,8 @@ def save_figure(runs: Sequence[Run], title: str, path: str | Path) -> None:
         MissingDependencyError: If matplotlib is not installed.
         InvalidOptionError: If the file cannot be written.
     """
-    figure_module = require("matplotlib.figure", "matplotlib", "A figure")
-    path = check_writable(path)
-    figure = figure_module.Figure(figsize=(10.0, 4.4), facecolor=_GROUND)
+    check_writable(path)
+    figure = new_figure(10.0, 4.4)
     left, right = figure.subplots(1, 2)
     _draw_panel(left, runs, "test_error", "test error in percent", first_epoch=1)
     _draw_panel(right, runs, "cosine", "cosine of EP's error vector with the exact one", first_epoch=0)
@@ -127,18 +126,18 @@ def save_figure(runs: Sequence[Run], title: str, path: str | Path) -> None:
     left.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_locator(ticker.NullLocator())
     right.set_ylim(top=1.02)
-    figure.suptitle(title, x=0.07, ha="left", color=_INK, fontsize=13)
+    figure.suptitle(title, x=0.07, ha="left", color=INK, fontsize=13)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="lower center", ncols=len(MODES), frameon=False, labelcolor=_INK, handlelength=3.2
+        handles, labels, loc="lower center", ncols=len(MODES), frameon=False, labelcolor=INK, handlelength=3.2
     )
     figure.subplots_adjust(left=0.07, right=0.98, top=0.89, bottom=0.22, wspace=0.22)
-    write_whole(path, lambda temporary: figure.savefig(temporary, facecolor=_GROUND, dpi=160))
+    save(figure, path)
 
 
 def _draw_panel(axes: Any, runs: Sequence[Run], measure: str, label: str, first_epoch: int) -> None:
     ticker = import_module("matplotlib.ticker")
-    axes.set_facecolor(_GROUND)
+    dress(axes)
     for mode in MODES:
         per_epoch: dict[int, list[Epoch]] = {}
         for run in runs:
@@ -153,12 +152,6 @@ def _draw_panel(axes: Any, runs: Sequence[Run], measure: str, label: str, first_
         axes.fill_between(numbers, low, high, color=_COLOURS[mode], alpha=0.18, linewidth=0)
         means = [s.mean for s in spreads]
         axes.plot(numbers, means, color=_COLOURS[mode], linestyle=_DASHES[mode], linewidth=2.0, label=_NAMES[mode])
-    axes.set_xlabel("epoch", color=_INK)
-    axes.set_title(label, loc="left", color=_INK, fontsize=10.5)
+    axes.set_xlabel("epoch", color=INK)
+    axes.set_title(label, loc="left", color=INK, fontsize=10.5)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.grid(color="#E2E2E2", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)

@@ -17,6 +17,8 @@ from torch.nn import functional
 from torchdeq_ep.holomorphic.elementwise import sigmoid, tanh
 from torchdeq_ep.holomorphic.registry import CannotContinueError, Operation, rule
 
+_Gates = Callable[[Tensor, Tensor, Any], Any]
+
 _GROUP = "products"
 _RESAMPLING = "pooling and resampling"
 
@@ -230,43 +232,42 @@ for _name, _n_dims in (("fft.rfft", 1), ("fft.rfft2", 2), ("fft.rfftn", None)):
     rule(_name, "Fourier transforms", "the complex transform, cut to half the spectrum")(_half_spectrum(_n_dims))
 
 
-@rule("lstm_cell", "recurrent cells", "gates with complex sigmoid and tanh")
-def _lstm_cell(
-    input: Tensor,  # noqa: A002
-    hx: tuple[Tensor, Tensor],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    h, c = hx
-    i, f, g, o = (linear(input, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
-    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+def _cell(name: str, note: str) -> Callable[[_Gates], _Gates]:
+    """Decorator: the rule of a recurrent cell, as a function of the projected input and state, and of the state."""
+
+    def register(gates: _Gates) -> _Gates:
+        @rule(name, "recurrent cells", note)
+        def apply(
+            input: Tensor,  # noqa: A002
+            hx: Any,
+            w_ih: Tensor,
+            w_hh: Tensor,
+            b_ih: Tensor | None = None,
+            b_hh: Tensor | None = None,
+        ) -> Any:
+            h = hx if isinstance(hx, Tensor) else hx[0]
+            return gates(linear(input, w_ih, b_ih), linear(h, w_hh, b_hh), hx)
+
+        return gates
+
+    return register
+
+
+@_cell("lstm_cell", "gates with complex sigmoid and tanh")
+def _lstm_cell(x: Tensor, h: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (x + h).chunk(4, -1)
+    c = sigmoid(f) * hx[1] + sigmoid(i) * tanh(g)
     return sigmoid(o) * tanh(c), c
 
 
-@rule("gru_cell", "recurrent cells", "gates with complex sigmoid and tanh")
-def _gru_cell(
-    input: Tensor,  # noqa: A002
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    reset_x, update_x, new_x = linear(input, w_ih, b_ih).chunk(3, -1)
-    reset_h, update_h, new_h = linear(hx, w_hh, b_hh).chunk(3, -1)
+@_cell("gru_cell", "gates with complex sigmoid and tanh")
+def _gru_cell(x: Tensor, h: Tensor, hx: Tensor) -> Tensor:
+    reset_x, update_x, new_x = x.chunk(3, -1)
+    reset_h, update_h, new_h = h.chunk(3, -1)
     new = tanh(new_x + sigmoid(reset_x + reset_h) * new_h)
     return new + sigmoid(update_x + update_h) * (hx - new)
 
 
-@rule("rnn_tanh_cell", "recurrent cells", "complex tanh")
-def _rnn_tanh_cell(
-    input: Tensor,  # noqa: A002
-    hx: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-) -> Tensor:
-    return tanh(linear(input, w_ih, b_ih) + linear(hx, w_hh, b_hh))
+@_cell("rnn_tanh_cell", "complex tanh")
+def _rnn_tanh_cell(x: Tensor, h: Tensor, hx: Tensor) -> Tensor:
+    return tanh(x + h)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from torchdeq_ep.holomorphic.registry import expanded, rule
 
 _GROUP = "normalisation"
 _NOTE = r"$(z - \bar z) / \sqrt{\overline{(z - \bar z)^2} + \epsilon}$, without absolute values"
+_STATISTICS_NOTE = _NOTE + "; running statistics are read, never written"
 _SOFTMAX = "softmax"
 
 Dims = int | Sequence[int] | None
+_OverDim = Callable[[Tensor, int], Tensor]
 
 
 def _standardise(z: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -74,15 +76,22 @@ def _group_norm(
 
 
 def _statistics_norm(
-    z: Tensor, dims: tuple[int, ...], mean: Tensor | None, var: Tensor | None, use_input: bool, eps: float
+    z: Tensor,
+    dims: tuple[int, ...],
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input: bool,
+    eps: float,
 ) -> Tensor:
+    mean, var, weight, bias = (_per_channel(tensor, z) for tensor in (mean, var, weight, bias))
     if use_input or mean is None or var is None:
-        return _standardise(z, dims, eps)
-    running_mean, running_var = mean.reshape(-1, *(1,) * (z.dim() - 2)), var.reshape(-1, *(1,) * (z.dim() - 2))
-    return (z - running_mean) * torch.rsqrt(running_var + eps)
+        return _affine(_standardise(z, dims, eps), weight, bias)
+    return _affine((z - mean) * torch.rsqrt(var + eps), weight, bias)
 
 
-@rule("nn.functional.batch_norm", _GROUP, _NOTE + "; running statistics are read, never written")
+@rule("nn.functional.batch_norm", _GROUP, _STATISTICS_NOTE)
 def _batch_norm(
     input: Tensor,  # noqa: A002
     running_mean: Tensor | None,
@@ -94,11 +103,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     del momentum
-    normal = _statistics_norm(input, (0, *range(2, input.dim())), running_mean, running_var, training, eps)
-    return _affine(normal, _per_channel(weight, input), _per_channel(bias, input))
+    dims = (0, *range(2, input.dim()))
+    return _statistics_norm(input, dims, running_mean, running_var, weight, bias, training, eps)
 
 
-@rule("nn.functional.instance_norm", _GROUP, _NOTE + "; running statistics are read, never written")
+@rule("nn.functional.instance_norm", _GROUP, _STATISTICS_NOTE)
 def _instance_norm(
     input: Tensor,  # noqa: A002
     running_mean: Tensor | None = None,
@@ -110,8 +119,8 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     del momentum
-    normal = _statistics_norm(input, tuple(range(2, input.dim())), running_mean, running_var, use_input_stats, eps)
-    return _affine(normal, _per_channel(weight, input), _per_channel(bias, input))
+    dims = tuple(range(2, input.dim()))
+    return _statistics_norm(input, dims, running_mean, running_var, weight, bias, use_input_stats, eps)
 
 
 def _reordered(apply: Any) -> Any:
@@ -136,7 +145,7 @@ def _reordered(apply: Any) -> Any:
 
 
 for _name, _apply in (("_VF.batch_norm", _batch_norm), ("_VF.instance_norm", _instance_norm)):
-    rule(_name, _GROUP, _NOTE + "; running statistics are read, never written")(_reordered(_apply))
+    rule(_name, _GROUP, _STATISTICS_NOTE)(_reordered(_apply))
 expanded("local_response_norm", _GROUP, r"$z\,(k + \alpha\,\overline{z^2})^{-\beta}$")
 
 
@@ -184,44 +193,42 @@ def _std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]
     return torch.sqrt(var), mean
 
 
-def _implicit_dim(n_dims: int) -> int:
-    return 0 if n_dims in (0, 1, 3) else 1
+def _over_dim(name: str, note: str) -> Callable[[_OverDim], _OverDim]:
+    """Decorator: the function of a tensor and a dimension is the rule of a name with the signature of `softmax`."""
+
+    def register(apply: _OverDim) -> _OverDim:
+        @rule(name, _SOFTMAX, note)
+        def adapted(
+            input: Tensor,  # noqa: A002
+            dim: int | None = None,
+            _stacklevel: int = 3,
+            dtype: torch.dtype | None = None,
+        ) -> Tensor:
+            # dtype= names a real dtype in a real model.
+            z = input if dtype is None else input.to(torch.promote_types(dtype, torch.float32).to_complex())
+            implicit = 0 if z.dim() in (0, 1, 3) else 1
+            return apply(z, implicit if dim is None else dim)
+
+        return apply
+
+    return register
 
 
-@rule("softmax", _SOFTMAX, r"$e^{z_i} / \sum_j e^{z_j}$, shifted by the largest real part")
-def softmax(
-    input: Tensor,  # noqa: A002
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+@_over_dim("softmax", r"$e^{z_i} / \sum_j e^{z_j}$, shifted by the largest real part")
+def softmax(z: Tensor, dim: int) -> Tensor:
     """Softmax. The shift is a real number, which the quotient does not depend on."""
-    z = _cast(input, dtype)
-    dim = _implicit_dim(z.dim()) if dim is None else dim
     weights = exp(z - z.real.detach().amax(dim, keepdim=True))
     return weights / weights.sum(dim, keepdim=True)
 
 
-@rule("softmin", _SOFTMAX, "softmax of $-z$")
-def _softmin(
-    input: Tensor,  # noqa: A002
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return softmax(-input, dim, dtype=dtype)
+@_over_dim("softmin", "softmax of $-z$")
+def _softmin(z: Tensor, dim: int) -> Tensor:
+    return softmax(-z, dim)
 
 
-@rule("log_softmax", _SOFTMAX, r"$z_i - \log \sum_j e^{z_j}$")
-def log_softmax(
-    input: Tensor,  # noqa: A002
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+@_over_dim("log_softmax", r"$z_i - \log \sum_j e^{z_j}$")
+def log_softmax(z: Tensor, dim: int) -> Tensor:
     """Logarithm of the softmax."""
-    z = _cast(input, dtype)
-    dim = _implicit_dim(z.dim()) if dim is None else dim
     return z - logsumexp(z, dim, keepdim=True)
 
 
@@ -231,8 +238,3 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:  # noqa
     shift = input.real.detach().amax(dim, keepdim=True)
     total = torch.log(exp(input - shift).sum(dim, keepdim=keepdim))
     return total + (shift if keepdim else shift.amax(dim))
-
-
-def _cast(z: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`z` in the precision asked for by `dtype=`, which names a real dtype in a real model."""
-    return z if dtype is None else z.to(torch.promote_types(dtype, torch.float32).to_complex())
