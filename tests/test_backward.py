@@ -253,9 +253,7 @@ def test_rows_may_be_coupled():
 @pytest.mark.parametrize("stencil", ["symmetric", "richardson", "contour"])
 def test_stacked_nodes_and_one_after_the_other_agree(stencil):
     problem = tanh_problem()
-    results = {
-        b: report_of(tep.EquilibriumPropagation(stencil, batching=b), problem) for b in ("auto", "loop", "vmap")
-    }
+    results = {b: report_of(tep.EquilibriumPropagation(stencil, batching=b), problem) for b in ("auto", "loop", "vmap")}
     assert {name: report.batching for name, (_, report) in results.items()} == {
         "auto": "loop",
         "loop": "loop",

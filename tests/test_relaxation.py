@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import contraction
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.relaxation import iterate, relax
+from torchdeq_ep.relaxation import affine_weights, iterate, relax
 
-NAMES = [None, "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
+NAMES = [None, "plain", "relaxation", "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
 
 
 class Affine:
@@ -44,6 +46,27 @@ def test_reaches_the_tolerance_and_counts_truthfully(solver, gain, tol):
     assert step.residual(result.displacement) <= tol
     assert len(result.trace) == step.calls
     assert not result.diverged
+
+
+def test_plain_iteration_is_never_accelerated():
+    step, start = Affine(0.0, nodes=1), torch.zeros(1, 20, dtype=torch.float64)
+    step.matrix = torch.diag(torch.linspace(-0.95, 0.95, 20, dtype=torch.float64))
+    plain = relax(step, start, scale=step.scale, tol=1e-2, max_iter=500, solver="plain")
+    expected = start
+    for _ in plain.trace:
+        expected = step(expected)
+    assert torch.equal(plain.displacement, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_the_mixed_residual_is_the_smallest_of_all_affine_combinations(n, seed):
+    residuals = torch.randn(n, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    weights = torch.tensor(affine_weights((residuals @ residuals.T).tolist(), 0.0), dtype=torch.float64)
+    assert float(weights.sum()) == pytest.approx(1)
+    mixed = weights @ residuals
+    for other in residuals[1:] - residuals[0]:  # no direction within the affine hull leads further down
+        assert abs(float(mixed @ other)) < 1e-9
 
 
 def test_acceleration_pays_when_plain_iteration_is_slow():
@@ -118,7 +141,7 @@ def test_complex_states_are_solved_as_pairs(solver):
 
 
 def test_unknown_solvers_are_named():
-    with pytest.raises(InvalidOptionError, match="anderson, broyden"):
+    with pytest.raises(InvalidOptionError, match="anderson, auto, broyden"):
         relax(lambda d: d, torch.zeros(1, 1), scale=1.0, tol=0.1, max_iter=5, solver="newton")
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchdeq_ep.displacement import asymmetric_correction, diagonal_metric, infinitesimal_map
+from torchdeq_ep.displacement import diagonal_metric, scaled_adjoint
 from torchdeq_ep.equilibrium import Equilibrium, Packing, State, norm, relative_difference
 from torchdeq_ep.errors import (
     ConvergenceWarning,
@@ -28,9 +28,9 @@ from torchdeq_ep.errors import (
 )
 from torchdeq_ep.evaluation import STATEFUL, change_tolerance, undisturbed
 from torchdeq_ep.holomorphic.mode import Crossing
-from torchdeq_ep.jacobian import Product, vjp
+from torchdeq_ep.jacobian import Product, jvp, vjp
 from torchdeq_ep.metric import Metric
-from torchdeq_ep.relaxation import Relaxation, Solver, Step, find_solver, relax
+from torchdeq_ep.relaxation import OWN_SOLVERS, Relaxation, Solver, Step, find_solver, relax
 
 Correction = Literal["asymmetric"]
 
@@ -160,13 +160,21 @@ class RelaxedBackward(Backward):
             raise InvalidOptionError(
                 f"tol must lie between 0 and 1, not be {self.tol!r}: it is relative to the norm of the cotangent."
             )
-        if self.solver is not None:
+        if self.solver is not None and self.solver not in OWN_SOLVERS:
             find_solver(self.solver)
 
     def run(self, step: Step, start: Tensor, scale: float, tol: float, floor: float) -> Relaxation:
         """Relax a stack of nodes with the options of this mode."""
         max_iter = self.max_iter or DEFAULT_MAX_ITER
         return relax(step, start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, solver=self.solver)
+
+    def run_linear(self, product: Product, force: Tensor, tol: float, floor: float) -> Relaxation:
+        """Relax `v = product(v) + force`, as a stack of one."""
+
+        def step(v: Tensor) -> Tensor:
+            return (product(v[0]) + force).unsqueeze(0)
+
+        return self.run(step, force.unsqueeze(0), norm(force), tol, floor)
 
     def judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
         """Whether a relaxation converged; speaks up if not, and raises if it is no estimate at all."""
@@ -199,11 +207,12 @@ class _LinearBackward(RelaxedBackward):
     """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
 
     def _solve_linear(
-        self, equilibrium: Equilibrium, linear_map: Product, force: Tensor, what: str
+        self, equilibrium: Equilibrium, product: Product, force: Tensor, what: str
     ) -> tuple[Tensor, NudgeReport]:
+        """Solve `v = product(v) + force`."""
         tol = self.tol or 10 * equilibrium.eps
         floor = 100 * equilibrium.eps
-        relaxation = self.run(lambda v: linear_map(v[0]).unsqueeze(0), force.unsqueeze(0), norm(force), tol, floor)
+        relaxation = self.run_linear(product, force, tol, floor)
         converged = self.judge(relaxation, equilibrium, tol, floor, what)
         steps = len(relaxation.trace)
         return relaxation.displacement[0], NudgeReport(
@@ -239,7 +248,7 @@ class ImplicitDifferentiation(_LinearBackward):
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         product = vjp(equilibrium.f, equilibrium.z)
         force = equilibrium.cotangent
-        return self._solve_linear(equilibrium, lambda v: product(v) + force, force, "the adjoint iteration")
+        return self._solve_linear(equilibrium, product, force, "the adjoint iteration")
 
 
 @dataclass(frozen=True)
@@ -275,9 +284,9 @@ class InfinitesimalEP(_LinearBackward):
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         metric, metric_calls = diagonal_metric(self.metric, equilibrium.f, equilibrium.z)
         force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
-        correction = asymmetric_correction(equilibrium, metric) if self.correction else None
-        linear_map = infinitesimal_map(equilibrium, force, correction)
-        displacement, report = self._solve_linear(equilibrium, linear_map, force, "the infinitesimal nudge")
+        f, z = equilibrium.f, equilibrium.z
+        product = scaled_adjoint(vjp(f, z), metric) if self.correction else jvp(f, z)
+        displacement, report = self._solve_linear(equilibrium, product, force, "the infinitesimal nudge")
         report = replace(report, calls=report.calls + metric_calls)
         return displacement if metric is None else displacement / metric, report
 

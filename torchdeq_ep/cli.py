@@ -158,20 +158,13 @@ def _add_experiment(subparsers: Any) -> None:
         "feedback": "strength of backward relative to forward weights that the metric takes for symmetric",
         "gain": "factor of the initial recurrent weights",
         "lr": "initial learning rate of Adam",
-        "weight": "weight of homeostasis",
+        "strength": "learning rate of homeostasis",
     }
     for name, text in helps.items():
         value = getattr(preset, name)
         parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (default: {value:g})")
     parser.add_argument(
         "--probes", type=int, default=preset.probes, metavar="N", help="probes of homeostasis (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--align",
-        type=int,
-        default=preset.align,
-        metavar="N",
-        help="steps of homeostasis alone before learning (default: %(default)s)",
     )
     parser.set_defaults(run=_homeostasis)
 
@@ -263,7 +256,7 @@ def _trained_digits(console: Any) -> Problem:
 def _homeostasis(options: argparse.Namespace) -> int:
     progress_module = require("rich.progress", "rich", "The progress bar")
     require("matplotlib.figure", "matplotlib", "A figure")
-    named = ("epochs", "batch", "angle", "feedback", "readout", "damping", "gain", "lr", "weight", "probes", "align")
+    named = ("epochs", "batch", "angle", "feedback", "readout", "damping", "gain", "lr", "strength", "probes")
     setup = Setup(hidden=tuple(options.hidden), **{name: getattr(options, name) for name in named})
     images = load_images(options.data)
     modes = options.mode or MODES

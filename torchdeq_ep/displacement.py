@@ -11,6 +11,7 @@ instead of `z_b` turns finite, complex and infinitesimal nudges into one equatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import EPError, InvalidOptionError, MapContractError, NotHolomorphicError
 from torchdeq_ep.evaluation import Map
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise, holomorphic_map, mode
-from torchdeq_ep.jacobian import Product, jvp, vjp
+from torchdeq_ep.jacobian import Product, products
 from torchdeq_ep.metric import Metric, fit
 from torchdeq_ep.stencils import Node
 
@@ -39,7 +40,7 @@ class DisplacementMap:
         nudges: The amplitudes `b_k`, absolute: already multiplied by `|z*| / |g|` if they are to be relative. Several
             are evaluated in one call of `f` by `torch.vmap`.
         force: `M g`, of the shape of the state, added to each displacement.
-        correction: A linear term added to `D_b`, e.g. [`asymmetric_correction`][torchdeq_ep.displacement].
+        correction: A linear term added to `D_b`.
         state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
         piecewise: What complex nodes make of piecewise analytic operations, see
             [`mode`][torchdeq_ep.holomorphic.mode.mode].
@@ -61,12 +62,14 @@ class DisplacementMap:
         self.is_complex = any(isinstance(nudge, complex) for nudge in nudges)
         self.dtype = force.dtype.to_complex() if self.is_complex else force.dtype
         self._holomorphic = mode(piecewise)
-        amplitudes = torch.tensor(nudges, dtype=self.dtype, device=force.device)
-        self._amplitudes = amplitudes.reshape(-1, *(1 for _ in force.shape))
+        self._amplitudes: Node | Tensor = nudges[0]
+        if len(nudges) > 1:
+            stack = torch.tensor(nudges, dtype=self.dtype, device=force.device)
+            self._amplitudes = stack.reshape(-1, *(1 for _ in force.shape))
         self._inverse_amplitudes = 1 / self._amplitudes  # a complex division costs ten products
         self._z = equilibrium.z.to(self.dtype)
         # All that does not depend on d, so that an evaluation takes one sum before the call of f and one after it.
-        self._constant = -equilibrium.value * self._inverse_amplitudes
+        self._constant = -equilibrium.value.to(self.dtype) * self._inverse_amplitudes
         if state_force is None:
             self._constant += force
 
@@ -77,9 +80,9 @@ class DisplacementMap:
 
     def __call__(self, d: Tensor) -> Tensor:
         """`D_b(d)` for a stack `d` of shape `(K, *shape)`, `K` the number of nodes."""
-        states = torch.addcmul(self._z, self._amplitudes, d)
+        states = _multiply_add(self._z, self._amplitudes, d)
         value = self._holomorphic_value(states) if self.is_complex else self._evaluate(states)
-        response = torch.addcmul(self._constant, self._inverse_amplitudes, value.to(self.dtype))
+        response = _multiply_add(self._constant, self._inverse_amplitudes, value.to(self.dtype))
         if self._correction is not None:
             response += torch.stack([self._correction(node) for node in d])
         if self._state_force is not None:
@@ -112,53 +115,50 @@ class DisplacementMap:
         return value
 
 
-def infinitesimal_map(equilibrium: Equilibrium, force: Tensor, correction: Product | None = None) -> Map:
-    """`D_0`: the displacement map in the limit of a vanishing nudge, by forward-mode differentiation.
-
-    Args:
-        equilibrium: The free equilibrium.
-        force: `M g`.
-        correction: As in [`DisplacementMap`][torchdeq_ep.displacement.DisplacementMap]. The asymmetric one cancels
-            the forward product, and only `d -> J^T d + g` is left.
-
-    Returns:
-        The map of one displacement.
-    """
-    forward = jvp(equilibrium.f, equilibrium.z)
-
-    def displacement_map(d: Tensor) -> Tensor:
-        response = forward(d) + force
-        return response if correction is None else response + correction(d)
-
-    return displacement_map
+def _multiply_add(base: Tensor, factor: Node | Tensor, d: Tensor) -> Tensor:
+    """`base + factor d` in one pass."""
+    return torch.addcmul(base, factor, d) if isinstance(factor, Tensor) else torch.add(base, d, alpha=factor)
 
 
-def asymmetric_correction(equilibrium: Equilibrium, metric: Tensor | None) -> Product:
+@dataclass(frozen=True)
+class AsymmetricCorrection:
     """`d -> M J^T M^-1 d - J d`: makes the limit of every nudge the exact adjoint, whatever `J`.
 
     Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670). A complex displacement is corrected in
     its real and imaginary parts, the term being linear.
 
     Args:
-        equilibrium: The free equilibrium.
+        limit: `d -> M J^T M^-1 d`, which is all of the map that is left as the nudge vanishes.
+        forward: `d -> J d`.
+    """
+
+    limit: Product
+    forward: Product
+
+    @classmethod
+    def at(cls, equilibrium: Equilibrium, metric: Tensor | None) -> AsymmetricCorrection:
+        """The correction at an equilibrium."""
+        forward, adjoint = products(equilibrium.f, equilibrium.z)
+        return cls(scaled_adjoint(adjoint, metric), forward)
+
+    def __call__(self, d: Tensor) -> Tensor:
+        """The term for one displacement."""
+        if d.is_complex():
+            return torch.complex(self(d.real), self(d.imag))
+        return self.limit(d) - self.forward(d)
+
+
+def scaled_adjoint(adjoint: Product, metric: Tensor | None) -> Product:
+    """`d -> M J^T M^-1 d`.
+
+    Args:
+        adjoint: `v -> J^T v`.
         metric: Diagonal of `M`, or `None` for the identity.
 
     Returns:
-        The linear map of one displacement.
+        The map of one displacement.
     """
-    backward = vjp(equilibrium.f, equilibrium.z)
-    forward = jvp(equilibrium.f, equilibrium.z)
-    dtype = equilibrium.z.dtype
-
-    def real(d: Tensor) -> Tensor:
-        scaled = (d if metric is None else d / metric).to(dtype)
-        adjoint = backward(scaled)
-        return (adjoint if metric is None else metric * adjoint) - forward(d.to(dtype))
-
-    def correction(d: Tensor) -> Tensor:
-        return torch.complex(real(d.real), real(d.imag)) if d.is_complex() else real(d)
-
-    return correction
+    return adjoint if metric is None else lambda d: metric * adjoint(d / metric)
 
 
 def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | None, int]:

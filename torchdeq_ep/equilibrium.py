@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -219,7 +220,7 @@ class Equilibrium:
     def require_finite(self) -> None:
         """Raises NonFiniteError if the cotangent or the value of `f` holds NaN or infinity."""
         for name, tensor in (("the cotangent dL/dz*", self.cotangent), ("f(z*) at the free fixed point", self.value)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not math.isfinite(norm(tensor)) and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise NonFiniteError(
                     f"{name} has {count} of {tensor.numel()} entries that are NaN or infinite, so no error vector "

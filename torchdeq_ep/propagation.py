@@ -18,7 +18,7 @@ from torchdeq_ep.backward import (
     RelaxedBackward,
     check_metric_and_correction,
 )
-from torchdeq_ep.displacement import DisplacementMap, asymmetric_correction, diagonal_metric, loss_force
+from torchdeq_ep.displacement import AsymmetricCorrection, DisplacementMap, diagonal_metric, loss_force
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import (
     FallbackWarning,
@@ -31,7 +31,6 @@ from torchdeq_ep.errors import (
     unknown_name,
 )
 from torchdeq_ep.holomorphic.mode import Crossing, Piecewise
-from torchdeq_ep.jacobian import Product
 from torchdeq_ep.metric import Metric
 from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.stencils import Node, Stencil
@@ -162,7 +161,7 @@ class EquilibriumPropagation(RelaxedBackward):
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         stencil = self._resolved_stencil(equilibrium)
-        advance = equilibrium.residual > stencil.expected_error(equilibrium.eps)
+        advance = equilibrium.residual > max(stencil.expected_error(equilibrium.eps), self.tol or 0.0)
         if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
             equilibrium = equilibrium.advanced()
         problem = _NudgedProblem.pose(self, equilibrium)
@@ -237,7 +236,7 @@ class _NudgedProblem:
     metric: Tensor | None
     metric_calls: int
     force: Tensor
-    correction: Product | None
+    correction: AsymmetricCorrection | None
     state_force: Callable[[Tensor], Tensor] | None
     unit_amplitude: float
 
@@ -257,7 +256,7 @@ class _NudgedProblem:
                     LossMismatchWarning,
                     stacklevel=2,
                 )
-        correction = asymmetric_correction(equilibrium, metric) if mode.correction else None
+        correction = AsymmetricCorrection.at(equilibrium, metric) if mode.correction else None
         # A fixed point at zero has no scale of its own: one per entry then stands for it.
         state_norm = norm(equilibrium.z) or equilibrium.z.numel() ** 0.5
         return cls(equilibrium, metric, metric_calls, force, correction, state_force, state_norm / norm(force))
@@ -282,11 +281,22 @@ class _NudgedSolve:
         """`Re sum_k c_k d_k`, each group of nodes started from the polynomial in `b` through those solved before."""
         solved: dict[Node, Tensor] = {}
         for group in _groups(nodes, stacked=self._mode.batching == "vmap"):
-            start = [_extrapolate(solved, node) if solved else self._problem.force for node in group]
+            start = [_extrapolate(solved, node) if solved else self._first_guess() for node in group]
             solved.update(zip(group, self._relax(group, start), strict=True))
         if any(isinstance(node, complex) for node in nodes):
             self.decay = _contour_decay([solved[node] for node in nodes], isinstance(nodes[-1], complex))
         return cast(Tensor, sum(c * solved[node].real for node, c in zip(nodes, coefficients, strict=True)))
+
+    def _first_guess(self) -> Tensor:
+        """With the asymmetric correction, the limit of vanishing nudges: it takes VJPs alone."""
+        problem = self._problem
+        if problem.correction is None:
+            return problem.force
+        relaxation = self._mode.run_linear(problem.correction.limit, problem.force, self._tol, self._floor)
+        self.calls += len(relaxation.trace)
+        self.iterations += len(relaxation.trace)
+        self.trace += relaxation.trace
+        return problem.force if relaxation.diverged else relaxation.displacement[0]
 
     def online(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], schedule: Online) -> Tensor:
         """The same sum with each node started from the last, a fixed number of steps each, averaged over periods."""

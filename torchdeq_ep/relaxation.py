@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ DIVERGED = 1e4
 
 _STALL = 12
 _FAST = 0.2
+_MEMORY = 4
+OWN_SOLVERS = {"auto": _MEMORY, "plain": 1}
+"""Names of the package's own loop, and how many values each combines."""
 _RESTARTS = 20
 
 
@@ -64,8 +67,8 @@ def relax(
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
-        solver: `None` for [`iterate`][torchdeq_ep.relaxation.iterate], the name of a solver registered with torchdeq,
-            or a callable of the same signature.
+        solver: `None` or `"auto"` for [`iterate`][torchdeq_ep.relaxation.iterate]; `"plain"` for the same without
+            acceleration; the name of a solver registered with torchdeq, or a callable of the same signature.
 
     Returns:
         The result, converged or not.
@@ -79,28 +82,31 @@ def relax(
         >>> result.displacement.round(decimals=3)
         tensor([[2., 2.]])
     """
-    nodes = len(start)
+    # Solvers are given pairs of reals: torchdeq's transpose without conjugation, ours takes real inner products.
+    real_start = torch.view_as_real(start) if start.is_complex() else start
 
-    def as_rows(d: Tensor) -> Tensor:
-        # torchdeq's solvers transpose without conjugation, so a complex state is handed over as pairs of reals.
-        return (torch.view_as_real(d) if d.is_complex() else d).reshape(nodes, -1)
+    def real_step(d: Tensor) -> Tensor:
+        return torch.view_as_real(step(torch.view_as_complex(d))) if start.is_complex() else step(d)
 
-    def from_rows(rows: Tensor) -> Tensor:
-        if start.is_complex():
-            return torch.view_as_complex(rows.reshape(*start.shape, 2))
-        return rows.reshape(start.shape)
-
-    def rows_step(rows: Tensor) -> Tensor:
-        return as_rows(step(from_rows(rows)))
-
-    rows = as_rows(start)
-    if solver is None:
-        result = iterate(rows_step, rows, scale=scale, tol=tol, floor=floor, max_iter=max_iter)
+    memory = _own_memory(solver)
+    if memory:
+        result = iterate(real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory)
     else:
-        result = _drive(find_solver(solver), rows_step, rows, scale=scale, tol=tol, max_iter=max_iter)
+        foreign = find_solver(cast(str | Solver, solver))
+        result = _drive(foreign, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
+    displacement = result.displacement
     # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
-    lost = float(result.displacement.norm()) > scale * nodes / torch.finfo(rows.dtype).eps ** 0.5
-    return Relaxation(from_rows(result.displacement), result.residual, result.trace, result.diverged or lost)
+    lost = float(displacement.norm()) > scale * len(start) / torch.finfo(displacement.dtype).eps ** 0.5
+    if start.is_complex():
+        displacement = torch.view_as_complex(displacement)
+    return Relaxation(displacement, result.residual, result.trace, result.diverged or lost)
+
+
+def _own_memory(solver: str | Solver | None) -> int:
+    """How many values the package's own loop combines; 0 if another solver was chosen."""
+    if solver is None:
+        return _MEMORY
+    return OWN_SOLVERS.get(solver, 0) if isinstance(solver, str) else 0
 
 
 def iterate(
@@ -111,18 +117,18 @@ def iterate(
     tol: float = 1e-6,
     max_iter: int = 100,
     floor: float = 0.0,
-    memory: int = 4,
+    memory: int = _MEMORY,
 ) -> Relaxation:
     """Plain iteration while a step gains a factor of five, Anderson mixing from then on.
 
     Args:
-        step: The map, `(K, n) -> (K, n)`, real. Each value must be a new tensor.
-        start: First guess, `(K, n)`.
+        step: The map, `(K, *shape) -> (K, *shape)`, real. Each value must be a new tensor.
+        start: First guess, of the same shape.
         scale: What residuals are relative to; or a function from a value of the map to one number for each row.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
-        memory: Number of values that the mixing combines.
+        memory: Number of values that the mixing combines; 1 for plain iteration.
 
     Returns:
         The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
@@ -136,27 +142,38 @@ def iterate(
     point, best = start, start
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
-    mixing = _Mixing(memory, start)
-    plain = True
+    mixing: _Mixing | None = None
     for k in range(max_iter):
         value = step(point)
-        residual = mixing.add(value, point, scale)
-        trace.append(residual)
-        if not math.isfinite(residual) or residual > DIVERGED * max(trace[0], tol):
-            return Relaxation(best, residual, tuple(trace), True)
-        if residual < 0.9 * smallest:
+        residual = (value - point) if mixing is None else mixing.add(value, point)
+        trace.append(_largest_row(residual, scale, value))
+        if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
+            return Relaxation(best, trace[-1], tuple(trace), True)
+        if trace[-1] < 0.9 * smallest:
             smallest_at = k
-        if residual < smallest:
-            smallest, best = residual, value
-        if residual <= tol or (smallest <= floor and k - smallest_at >= _STALL):
+        if trace[-1] < smallest:
+            smallest, best = trace[-1], value
+        if trace[-1] <= tol or (smallest <= floor and k - smallest_at >= _STALL):
             break
-        plain = plain and (k == 0 or residual < _FAST * trace[-2])
-        if residual > 10 * smallest:
+        if mixing is None:
+            if memory > 1 and (k == 0 or trace[-1] > _FAST * trace[-2]):
+                mixing = _Mixing(memory, start)
+                mixing.add(value, point)
+            point = value
+        elif trace[-1] > 10 * smallest:
             mixing.forget()
             point = best
         else:
-            point = value if plain else mixing.next()
+            point = mixing.next()
     return Relaxation(best, smallest, tuple(trace), False)
+
+
+def _largest_row(residual: Tensor, scale: float | Scale, value: Tensor) -> float:
+    if callable(scale):
+        return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
+    if len(residual) == 1:
+        return float(torch.linalg.vector_norm(residual)) / scale
+    return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale
 
 
 class _Mixing:
@@ -167,7 +184,8 @@ class _Mixing:
     """
 
     def __init__(self, memory: int, like: Tensor) -> None:
-        self._residuals = like.new_empty(memory, like.numel())
+        self._rows = like.new_empty(memory, like.numel())
+        self._residuals = [row.view(like.shape) for row in self._rows]
         self._values: list[Tensor] = []
         self._gram = [[0.0] * memory for _ in range(memory)]
         self._slot = 0
@@ -177,27 +195,21 @@ class _Mixing:
         """Start anew: the values so far belong to another region."""
         self._values, self._slot = [], 0
 
-    def add(self, value: Tensor, point: Tensor, scale: float | Scale) -> float:
-        """Take in a value of the map; the largest relative residual of a row of it."""
-        slot, memory = self._slot, len(self._residuals)
-        if len(self._values) < memory:
-            self._values.append(value)
-        else:
-            self._values[slot] = value
-        rows = torch.sub(value, point, out=self._residuals[slot].view(value.shape))
-        known = self._residuals[: len(self._values)]
-        for other, product in enumerate(torch.mv(known, self._residuals[slot]).tolist()):
+    def add(self, value: Tensor, point: Tensor) -> Tensor:
+        """Take in a value of the map; its residual."""
+        slot, memory = self._slot, len(self._gram)
+        self._values[slot : slot + 1] = [value]
+        residual = torch.sub(value, point, out=self._residuals[slot])
+        products = torch.mv(self._rows[: len(self._values)], self._rows[slot]).tolist()
+        for other, product in enumerate(products):
             self._gram[slot][other] = self._gram[other][slot] = product
         self._slot = (slot + 1) % memory
-        if callable(scale):
-            return float((torch.linalg.vector_norm(rows, dim=1) / scale(value)).max())
-        if len(value) == 1:
-            return math.sqrt(self._gram[slot][slot]) / scale
-        return float(torch.linalg.vector_norm(rows, dim=1).max()) / scale
+        return residual
 
     def next(self) -> Tensor:
         """The next point."""
-        weights = affine_weights([row[: len(self._values)] for row in self._gram[: len(self._values)]], self._ridge)
+        known = len(self._values)
+        weights = affine_weights([row[:known] for row in self._gram[:known]], self._ridge)
         mixed = weights[0] * self._values[0]
         for weight, value in zip(weights[1:], self._values[1:], strict=True):
             mixed.add_(value, alpha=weight)
@@ -259,7 +271,7 @@ def find_solver(solver: str | Solver) -> Solver:
     from torchdeq.solver import _solvers
 
     if solver not in _solvers:
-        raise InvalidOptionError(unknown_name("solver", solver, _solvers))
+        raise InvalidOptionError(unknown_name("solver", solver, {**OWN_SOLVERS, **_solvers}))
     found: Solver = _solvers[solver]
     return found
 

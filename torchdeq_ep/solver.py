@@ -79,12 +79,15 @@ def relaxation_solver(
 
     scale = 1.0 if stop_mode == "abs" else _row_norms
     result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory)
-    trajectory = [visited[k - 1] for k in indexing or () if k <= len(visited)]
-    return state(result.displacement), trajectory, _statistics(result.trace, result.displacement, stop_mode)
+    z = state(result.displacement)
+    reached = [visited[k - 1] for k in indexing or () if k <= len(visited)]
+    trajectory = reached or [z] if indexing else []  # torchdeq's solvers return at least one, too
+    return z, trajectory, _statistics(result.trace, result.displacement, stop_mode)
 
 
 def _row_norms(value: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(value, dim=1) + _TINY
+    norms: Tensor = torch.linalg.vector_norm(value, dim=1)
+    return norms + _TINY
 
 
 def _statistics(trace: Sequence[float], value: Tensor, stop_mode: str) -> SolverStat:

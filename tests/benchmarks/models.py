@@ -97,7 +97,9 @@ class Attention(Block):
     def step(self, z: Tensor, drive: Tensor) -> Tensor:
         attended, _ = self.attention(z, z, z, need_weights=False)
         hidden = self.norms[0](drive + 0.5 * attended)
-        value: Tensor = self.norms[1](hidden + 0.3 * self.outer(functional.gelu(self.inner(hidden), approximate="tanh")))
+        value: Tensor = self.norms[1](
+            hidden + 0.3 * self.outer(functional.gelu(self.inner(hidden), approximate="tanh"))
+        )
         return value
 
 

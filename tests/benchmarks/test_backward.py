@@ -134,9 +134,7 @@ def compare(
     ("kind", "batch"),
     [("dense", 50), ("dense", 400), ("convolutional", 16), ("convolutional", 4), ("attention", 16), ("graph", None)],
 )
-def test_against_implicit_differentiation(
-    benchmark: BenchmarkFixture, kind: str, batch: int | None, name: str
-) -> None:
+def test_against_implicit_differentiation(benchmark: BenchmarkFixture, kind: str, batch: int | None, name: str) -> None:
     if kind == "graph" and name.startswith("hep"):
         pytest.skip("a sparse product has no rule for complex states")
     benchmark.group = "against torchdeq"
@@ -199,7 +197,9 @@ def test_overhead(benchmark: BenchmarkFixture, kind: str, solver: str) -> None:
     benchmark.extra_info.update(model=kind, solver=solver, calls=calls)
 
 
-def plain(func: Callable[[Tensor], Tensor], x0: Tensor, max_iter: int = 50, **_: Any) -> tuple[Tensor, list[Any], dict[str, Any]]:
+def plain(
+    func: Callable[[Tensor], Tensor], x0: Tensor, max_iter: int = 50, **_: Any
+) -> tuple[Tensor, list[Any], dict[str, Any]]:
     """Iteration without acceleration, as a solver of torchdeq; it ends when the nudged phase has seen enough."""
     for _ in range(max_iter):
         x0 = func(x0)
@@ -230,7 +230,15 @@ def test_training_gradient(benchmark: BenchmarkFixture, backward: str) -> None:
     with quiet():
         plain_steps = tep.EquilibriumPropagation("symmetric", schedule=tep.Online(steps=20, periods=1))
         wanted = error(gradient(papers, plain_steps))
-        for f_tol, tol in ((1e-2, 1e-2), (3e-3, 3e-3), (1e-3, 1e-3), (3e-4, 3e-4), (1e-4, 1e-4), (1e-5, 3e-5), (1e-6, 1e-5)):
+        for f_tol, tol in (
+            (1e-2, 1e-2),
+            (3e-3, 3e-3),
+            (1e-3, 1e-3),
+            (3e-4, 3e-4),
+            (1e-4, 1e-4),
+            (1e-5, 3e-5),
+            (1e-6, 1e-5),
+        ):
             case.model.deq = torchdeq.get_deq(**{**FREE_PHASE, "f_tol": f_tol})
             mode = tep.get_backward(backward, tol=tol)
             reached = error(gradient(case, mode))

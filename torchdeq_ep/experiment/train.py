@@ -47,9 +47,9 @@ class Setup:
         damping: Share of the old state kept in each step of the map.
         gain: Factor of the initial recurrent weights.
         lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
-        weight: Weight of the homeostasis penalty.
+        strength: Learning rate of homeostasis: gradient descent on the penalty, beside Adam on the loss. It falls along
+            the same cosine.
         probes: Probe vectors of the penalty, per step.
-        align: Steps of homeostasis alone, without labels, before the first epoch of a run with homeostasis.
 
     Raises:
         InvalidOptionError: If a number is out of range.
@@ -59,14 +59,13 @@ class Setup:
     batch: int = 50
     hidden: tuple[int, ...] = (256, 256)
     angle: float = 90.0
-    feedback: float = 0.5
+    feedback: float = 0.25
     readout: Readout = "softmax"
     damping: float = 0.3
     gain: float = 0.5
     lr: float = 2e-3
-    weight: float = 50.0
+    strength: float = 250.0
     probes: int = 1
-    align: int = 150
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "probes"):
@@ -77,9 +76,7 @@ class Setup:
                 f"with readout={self.readout!r} and hidden={self.hidden} no two layers of the state are connected both "
                 "ways, so there is nothing to align: add a hidden layer."
             )
-        if self.align < 0:
-            raise InvalidOptionError(f"align must be at least 0, not {self.align}.")
-        for name in ("lr", "weight"):
+        for name in ("lr", "strength"):
             if not getattr(self, name) > 0:
                 raise InvalidOptionError(f"{name} must be positive, not {getattr(self, name)}.")
 
@@ -101,7 +98,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Measurements after an epoch; number 0 is before learning, and after the alignment.
+    """Measurements after an epoch; number 0 is before learning.
 
     Args:
         epoch: Its number.
@@ -154,7 +151,7 @@ def run_name(setup: Setup, mode: Mode, seed: int, images: Images) -> str:
         A file name without suffix.
     """
     if mode != "ep-homeostasis":
-        setup = replace(setup, weight=Setup.weight, probes=Setup.probes, align=Setup.align)
+        setup = replace(setup, strength=Setup.strength, probes=Setup.probes)
     described = json.dumps([asdict(setup), images.digest()], sort_keys=True)
     return f"{mode}-seed{seed}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
 
@@ -168,8 +165,8 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
     Args:
         setup: What to train.
         mode: `"ift"`: exact gradients. `"ep"`: equilibrium propagation with the network's metric and a symmetric nudge.
-            `"ep-homeostasis"`: the same, with the penalty on the asymmetry of `J M`; before the first epoch,
-            `setup.align` steps go down the penalty alone.
+            `"ep-homeostasis"`: the same, and after each step of Adam a step of gradient descent on the asymmetry of
+            `J M`. Added to the loss instead, it would drown the loss in Adam's running scale of the gradient.
         seed: Any whole number.
         images: The data.
         on_step: Called after each step with the number of steps done and their total.
@@ -186,7 +183,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         torch.manual_seed(seed)
-        order, sample = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        order = torch.Generator().manual_seed(seed)
         model = setup.model(images)
         homeostasis = _homeostasis(model, setup, seed) if mode == "ep-homeostasis" else None
         optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr)
@@ -194,8 +191,6 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
         total = setup.epochs * per_epoch
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         start = time.perf_counter()
-        if homeostasis is not None:
-            _align(model, homeostasis, setup, images, sample)
         epochs = [_measure(model, setup, images, Epoch(0, None, 0, 0, 0, 0, 0, 0, 0.0))]
         failure = ""
         backward = ImplicitDifferentiation(tol=_ADJOINT_TOL) if mode == "ift" else _ep(model, _ADJOINT_TOL)
@@ -207,9 +202,9 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
                 rows = torch.randperm(len(images.train_x), generator=order)
                 try:
                     for batch in torch.split(rows, setup.batch):
-                        losses.append(
-                            _step(model, optimizer, homeostasis, images.train_x[batch], images.train_y[batch])
-                        )
+                        strength = setup.strength * scheduler.get_last_lr()[0] / setup.lr
+                        x, y = images.train_x[batch], images.train_y[batch]
+                        losses.append(_step(model, optimizer, homeostasis, strength, x, y))
                         scheduler.step()
                         unconverged += bool(caught)
                         caught.clear()
@@ -224,20 +219,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
 
 
 def _homeostasis(model: VectorFieldMLP, setup: Setup, seed: int) -> Homeostasis:
-    return register_homeostasis(model, setup.weight, setup.probes, metric=model.metric, seed=seed)
-
-
-def _align(
-    model: VectorFieldMLP, homeostasis: Homeostasis, setup: Setup, images: Images, sample: torch.Generator
-) -> None:
-    """Steps down the penalty alone; what the optimiser has gathered on the way is forgotten."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr)
-    for _ in range(setup.align):
-        rows = torch.randint(len(images.train_x), (setup.batch,), generator=sample)
-        optimizer.zero_grad()
-        model(images.train_x[rows])
-        torch.autograd.backward(homeostasis.penalty())
-        optimizer.step()
+    return register_homeostasis(model, 1.0, setup.probes, metric=model.metric, seed=seed)
 
 
 def _ep(model: VectorFieldMLP, tol: float) -> EquilibriumPropagation:
@@ -245,12 +227,25 @@ def _ep(model: VectorFieldMLP, tol: float) -> EquilibriumPropagation:
 
 
 def _step(
-    model: VectorFieldMLP, optimizer: torch.optim.Optimizer, homeostasis: Homeostasis | None, x: Tensor, y: Tensor
+    model: VectorFieldMLP,
+    optimizer: torch.optim.Optimizer,
+    homeostasis: Homeostasis | None,
+    strength: float,
+    x: Tensor,
+    y: Tensor,
 ) -> float:
+    parameters = list(model.parameters())
     optimizer.zero_grad()
     loss = model.loss(model(x), y)
-    torch.autograd.backward(loss if homeostasis is None else loss + homeostasis.penalty())
+    torch.autograd.backward(loss)
+    downhill: tuple[Tensor | None, ...] = ()
+    if homeostasis is not None:
+        downhill = torch.autograd.grad(homeostasis.penalty(), parameters, allow_unused=True)
     optimizer.step()
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, downhill, strict=False):
+            if gradient is not None:
+                parameter.sub_(gradient, alpha=strength)
     return float(loss.detach())
 
 
