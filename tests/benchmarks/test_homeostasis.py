@@ -85,9 +85,11 @@ def test_training_step(benchmark: BenchmarkFixture, kind: str) -> None:
         with register_homeostasis(model, probes=PROBES) as homeostasis:
             (model().square().mean() + homeostasis.penalty()).backward()
 
+    benchmark.group = "homeostasis"
     benchmark.pedantic(regularised, rounds=5, warmup_rounds=1)
     times = seconds(plain, regularised, lambda: products(model))
     benchmark.extra_info.update(
+        kind=kind,
         added_to_products=median((within - without) / parts for without, within, parts in times),
         added_to_step=median((within - without) / without for without, within, _ in times),
     )

@@ -202,7 +202,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
                 rows = torch.randperm(len(images.train_x), generator=order)
                 try:
                     for batch in torch.split(rows, setup.batch):
-                        strength = setup.strength * scheduler.get_last_lr()[0] / setup.lr
+                        strength = setup.strength * float(scheduler.get_last_lr()[0]) / setup.lr
                         x, y = images.train_x[batch], images.train_y[batch]
                         losses.append(_step(model, optimizer, homeostasis, strength, x, y))
                         scheduler.step()

@@ -5,6 +5,7 @@ from torchdeq_ep.nn.activations import ShiftedSigmoid as ShiftedSigmoid
 from torchdeq_ep.nn.activations import dsilu as dsilu
 from torchdeq_ep.nn.activations import shifted_sigmoid as shifted_sigmoid
 from torchdeq_ep.nn.energy import EnergyMap as EnergyMap
+from torchdeq_ep.nn.injection import InjectOnce as InjectOnce
 from torchdeq_ep.nn.pooling import SoftmaxPool1d as SoftmaxPool1d
 from torchdeq_ep.nn.pooling import SoftmaxPool2d as SoftmaxPool2d
 from torchdeq_ep.nn.pooling import SoftmaxPool3d as SoftmaxPool3d

@@ -1,0 +1,145 @@
+"""`docs/benchmarks.md` from the JSON of a recorded run: `python docs/_benchmarks.py docs/benchmarks/RUN.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE / "benchmarks.md"
+RUNS = HERE / "benchmarks"
+
+Row = dict[str, Any]
+
+INTRODUCTION = """# Benchmarks
+
+This page is made from [`{file}`](benchmarks/{file}), a run of `make bench` on {date}, by `docs/_benchmarks.py`.
+Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}, {gpu}.
+
+All figures are ratios. Before each timed run comes a run of what it is compared with, so that other load on the machine
+meets both; a ratio is that of the medians. Yours will differ: `make bench` writes `build/benchmark.json`, and
+`python docs/_benchmarks.py build/benchmark.json` prints this page for it.
+"""
+
+SECTIONS = {
+    "against torchdeq": """## Against torchdeq's implicit differentiation
+
+One backward pass, from the loss to the gradient of all parameters. The reference is torchdeq's IFT with whichever of
+its own solvers is fastest on that model. Each backward runs at the loosest tolerance at which its gradient is within
+1e-3 of its limit in double precision: the exact gradient for `ift`, `aep` and torchdeq, that of vanishing nudges for
+the others. `error` is what it reached; where it is above 1e-3, no tolerance was enough. Below 1 is faster, or less
+memory, than torchdeq.
+""",
+    "overhead": """## Overhead
+
+A nudged solve (one-sided, to 1e-3) over as many calls of the bare map. `plain` does not accelerate, `relaxation` is the
+default: it costs more per call and makes fewer calls. The last column is the time of both solves in calls of the map.
+""",
+    "training gradient": """## One training gradient
+
+The dense network, batch 50: free phase, nudged phases and parameter gradients together, in calls of the bare map. The
+tolerances are the loosest with which the error is no larger than that of the papers' scheme of 150 free and 20 nudged
+plain steps.
+""",
+    "scaling with N": """## Scaling
+
+The time of a contour over that of four points, to 1e-4, on the dense network:
+""",
+    "scaling with batch": """The time of a symmetric solve over that at batch 50, to 1e-4, on the dense network:
+""",
+    "memory over iterations": """Peak memory of a symmetric solve that never converges, in units of the state:
+""",
+    "tiny": """## A tiny model
+
+16 units and one sample, where the map costs next to nothing, over torchdeq's IFT at equal accuracy:
+""",
+    "homeostasis": """## Homeostasis
+
+Time that five probes add to a training step, over that of five products with `J`, five with `J^T`, and their backward;
+and over the step without.
+""",
+}
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "against torchdeq": {
+        "model": "model",
+        "batch": "batch",
+        "backward": "backward",
+        "ratio": "time",
+        "memory_ratio": "peak memory",
+        "calls": "calls",
+        "reference_calls": "calls of torchdeq",
+        "reference": "fastest of torchdeq",
+        "error": "error",
+    },
+    "overhead": {
+        "model": "model",
+        "solver": "solver",
+        "ratio": "time / bare calls",
+        "calls": "calls",
+        "total": "total",
+    },
+    "training gradient": {
+        "backward": "backward",
+        "bare_calls": "bare calls",
+        "error": "error",
+        "error_of_170_steps": "error of 150 + 20 steps",
+        "f_tol": "free tolerance",
+        "tol": "nudged tolerance",
+    },
+    "scaling with N": {"n_points": "N", "ratio": "time", "calls": "calls"},
+    "scaling with batch": {"batch": "batch", "ratio": "time", "calls": "calls"},
+    "memory over iterations": {"max_iter": "iterations", "states": "states"},
+    "tiny": {"backward": "backward", "ratio": "time", "calls": "calls", "reference": "fastest of torchdeq"},
+    "homeostasis": {"kind": "model", "added_to_products": "over the products", "added_to_step": "over the step"},
+}
+
+
+def page(run: dict[str, Any], file: str) -> str:
+    """The Markdown of a run."""
+    machine = run["machine_info"]
+    gpu = machine["gpu"] or "no GPU"
+    parts = [INTRODUCTION.format(**{**machine, "gpu": gpu}, file=file, date=run["datetime"][:10])]
+    rows: dict[str, list[Row]] = {}
+    for benchmark in run["benchmarks"]:
+        info = dict(benchmark["extra_info"])
+        if "total" in COLUMNS.get(benchmark["group"], {}):
+            info["total"] = info["ratio"] * info["calls"]
+        rows.setdefault(benchmark["group"], []).append(info)
+    for group, text in SECTIONS.items():
+        if group in rows:
+            parts += [text, table(COLUMNS[group], rows[group])]
+    return "\n".join(parts)
+
+
+def table(columns: dict[str, str], rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [columns.values(), ["---"] * len(columns), *([cell(row.get(key)) for key in columns] for row in rows)]
+    return "\n".join(line(cells) for cells in lines) + "\n"
+
+
+def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    if value < 0.005:
+        return f"{value:.0e}"
+    return f"{value:.2f}" if value < 20 else f"{value:.0f}"
+
+
+def newest() -> Path:
+    """The newest recorded run."""
+    return max(RUNS.glob("*.json"))
+
+
+if __name__ == "__main__":
+    given = Path(sys.argv[1]) if len(sys.argv) > 1 else newest()
+    sys.stdout.write(page(json.loads(given.read_text(encoding="utf-8")), given.name))
