@@ -39,9 +39,10 @@ test: $(STAMP) ## run the tests and the examples in docstrings and documentation
 slow: $(STAMP) ## run the slow tests
 	@$(BIN)/python -m pytest -q -m slow tests || test $$? -eq 5
 
-bench: $(STAMP) ## time the backward passes on a dense and a convolutional model: build/benchmark.json
+bench: $(STAMP) ## time the backward passes beside torchdeq: build/benchmark.json, and a page of it on the screen
 	@mkdir -p build
 	@$(BIN)/python -m pytest -q tests/benchmarks --benchmark-json=build/benchmark.json
+	@$(BIN)/python docs/_benchmarks.py build/benchmark.json
 
 lint: $(STAMP) types ## check style and types
 	@$(BIN)/ruff check

@@ -1,0 +1,32 @@
+"""The page of benchmarks says what the newest recorded run measured."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "_benchmarks.py"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("benchmarks_page", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_made_from_the_newest_run(generator):
+    newest = generator.newest()
+    assert generator.PAGE.read_text() == generator.page(json.loads(newest.read_text()), newest.name)
+
+
+def test_every_group_of_benchmarks_has_a_section(generator):
+    run = json.loads(generator.newest().read_text())
+    assert {benchmark["group"] for benchmark in run["benchmarks"]} == set(generator.SECTIONS) == set(generator.COLUMNS)
+
+
+def test_small_numbers_keep_a_digit_and_missing_ones_stay_empty(generator):
+    cells = [generator.cell(value) for value in (None, 3, 0.00049, 0.52, 12.3, 85.2, "dense")]
+    assert cells == ["", "3", "5e-04", "0.52", "12.30", "85", "dense"]
