@@ -123,9 +123,15 @@ class _EquilibriumGradient(torch.autograd.Function):
         (cotangent,) = cotangents
         free_state, value = ctx.saved_tensors
         error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
-        if torch.is_grad_enabled() and cotangent.requires_grad:
-            error_vector = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
-        return None, None, error_vector, None
+        return None, None, first_derivative_only(error_vector, cotangent), None
+
+
+def first_derivative_only(error_vector: Tensor, cotangent: Tensor) -> Tensor:
+    """The error vector, with an error in the place of its own derivative if a graph of it is being built."""
+    if torch.is_grad_enabled() and cotangent.requires_grad:
+        guarded: Tensor = _FirstDerivativeOnly.apply(error_vector, cotangent)  # type: ignore[no-untyped-call]
+        return guarded
+    return error_vector
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
