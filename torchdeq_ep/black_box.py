@@ -42,9 +42,10 @@ from torchdeq_ep.stencils import Stencil
 Force = Callable[[Tensor, Any, Any], Tensor]
 Scale = Literal["relative", "absolute", "response"]
 
-_PILOTS = 10
+_PILOTS = 12
 _CLOSE_ENOUGH = 2.0
-_LARGEST_CORRECTION = 1e6
+_VISIBLE = 10.0
+_FROM_NOTHING = 1e3
 _AFTER_A_FAILURE = 1e-2
 
 
@@ -280,7 +281,7 @@ class _System:
         stencil = self.stencil.resolve(noise / self.repeats**0.5)
         metric = self._metric(rest)
         direction = (cotangent if metric is None else metric * cotangent).to(wide)
-        unit, pilots = self._unit(rest, direction, stencil)
+        unit, pilots = self._unit(rest, direction, stencil, noise)
         amplitudes = [unit * cast(float, node) for node in stencil.nodes]
         forces = [(node, b * direction) for node, b in zip(stencil.nodes, amplitudes, strict=True)]
         nudged = self._measure(forces, rest.shape)
@@ -346,29 +347,28 @@ class _System:
             raise InvalidOptionError("the metric must be a positive and finite tensor: it is the diagonal of M.")
         return metric.detach().to(rest).expand(rest.shape)
 
-    def _unit(self, rest: Tensor, direction: Tensor, stencil: Stencil) -> tuple[float, int]:
+    def _unit(self, rest: Tensor, direction: Tensor, stencil: Stencil, noise: float) -> tuple[float, int]:
         """What the nodes of the stencil are multiplied by, and the solves it took to find out."""
         unit = 1.0 if self.scale == "absolute" else _size(rest) / norm(direction)
         if self.scale != "response":
             return unit, 0
-        beta = float(stencil.beta)
-        target = beta * _size(rest)
+        # A pilot that moves less than the noise shows nothing.
+        target = max(float(stencil.beta), _VISIBLE * noise / math.sqrt(self.repeats))
         failure: SolverError | None = None
         for pilot in range(1, _PILOTS + 1):
             try:
-                state = self._measure([(beta, beta * unit * direction)], rest.shape).states
+                state = self._measure([(target, target * unit * direction)], rest.shape).states
             except SolverError as error:  # so strong a force may be beyond what the system can bear
                 failure, unit = error, unit * _AFTER_A_FAILURE
                 continue
-            moved = norm(torch.stack(state).mean(0) - rest)
-            ratio = target / moved if moved > target / _LARGEST_CORRECTION else _LARGEST_CORRECTION
-            if 1 / _CLOSE_ENOUGH <= ratio <= _CLOSE_ENOUGH:
+            moved = norm(torch.stack(state).mean(0) - rest) / _size(rest)
+            unit *= target / moved if moved > 0 else _FROM_NOTHING
+            if moved > 0 and 1 / _CLOSE_ENOUGH <= target / moved <= _CLOSE_ENOUGH:
                 return unit, pilot * self.repeats
-            unit *= max(ratio, 1 / _LARGEST_CORRECTION)
         if failure is not None:
             raise failure
         raise InvalidOptionError(
-            f"scale='response' found no force that moves the state by beta = {beta:.1e} of its norm in {_PILOTS} "
+            f"scale='response' found no force that moves the state by {target:.1e} of its norm in {_PILOTS} "
             "solves. If the state cannot move in the direction of the cotangent there is no gradient; else give "
             "scale='absolute'."
         )

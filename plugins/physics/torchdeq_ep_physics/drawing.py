@@ -55,8 +55,8 @@ def graph(
     nodes: Iterable[int],
     branches: Sequence[tuple[int, int]],
     strength: Tensor,
-    colour: Tensor,
-    label: str,
+    colour: Tensor | None = None,
+    label: str = "",
     *,
     arrows: Sequence[tuple[int, int]] = (),
     cyclic: bool = False,
@@ -72,15 +72,13 @@ def graph(
             "", places[b].tolist(), places[a].tolist(), arrowprops={"arrowstyle": "-|>", "color": "tab:red", "lw": 0.6}
         )
     shown = list(nodes)
-    dots = axes.scatter(
-        *places[shown].T.tolist(),
-        c=colour[shown].tolist(),
-        cmap="twilight" if cyclic else "coolwarm",
-        edgecolors="black",
-        linewidths=0.5,
-        zorder=2,
-        **({"vmin": 0.0, "vmax": 2 * math.pi} if cyclic else {}),
-    )
-    axes.figure.colorbar(dots, ax=axes, label=label)
+    options: dict[str, Any] = {"c": "tab:blue"}
+    if colour is not None:
+        options = {"c": colour[shown].tolist(), "cmap": "twilight" if cyclic else "coolwarm"}
+    if cyclic:
+        options |= {"vmin": 0.0, "vmax": 2 * math.pi}
+    dots = axes.scatter(*places[shown].T.tolist(), edgecolors="black", linewidths=0.5, zorder=2, **options)
+    if colour is not None:
+        axes.figure.colorbar(dots, ax=axes, label=label)
     axes.set_aspect("equal")
     axes.axis("off")

@@ -33,6 +33,9 @@ class ElasticNetwork(PhysicalSystem):
 
     largest_step = 0.3
 
+    positions: Tensor
+    _ends: Tensor
+
     def __init__(
         self,
         positions: Tensor,
@@ -63,14 +66,15 @@ class ElasticNetwork(PhysicalSystem):
         return {"stiffness": self.log_stiffness.exp(), "length": self.log_length.exp()}
 
     def start(self, x: Tensor) -> Tensor:
-        return self.positions[: self.n_free].reshape(1, -1).expand(len(x), -1).clone()
+        at_rest = self.positions[: self.n_free].reshape(1, -1)
+        return at_rest.expand(len(x), -1).clone()
 
     def places(self, z: Tensor, x: Tensor) -> Tensor:
         """Positions of all nodes, of shape `(batch, n, 2)`."""
         if x.dim() != 3 or x.shape[1:] != (self.n_driven, 2):
             raise InvalidOptionError(f"x must have shape (batch, {self.n_driven}, 2), not {tuple(x.shape)}.")
         nailed = self.positions[self.n_free + self.n_driven :].expand(len(z), -1, -1)
-        return torch.cat([z.reshape(len(z), -1, 2), x.expand(len(z), -1, -1), nailed], 1)
+        return torch.cat([z.reshape(len(z), -1, 2), x.expand(len(z), -1, -1), nailed], dim=1)
 
     def force(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         places = self.places(z, x)
@@ -89,7 +93,8 @@ class ElasticNetwork(PhysicalSystem):
         total = z.new_zeros(len(self.positions))
         for end in self._ends:
             total = total.index_add(0, end, theta["stiffness"])
-        return total[: self.n_free].repeat_interleave(2)
+        both: Tensor = total[: self.n_free].repeat_interleave(2)
+        return both
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
         from torchdeq_ep_physics.drawing import graph
@@ -98,7 +103,8 @@ class ElasticNetwork(PhysicalSystem):
         places = self.places(z.unsqueeze(0), x)[0].detach()
         distance = (places[self._ends[0]] - places[self._ends[1]]).norm(dim=1)
         tension = (theta["stiffness"] * (distance - theta["length"])).detach().abs()
-        kind = torch.tensor(
-            [0.0] * self.n_free + [1.0] * self.n_driven + [2.0] * (len(places) - self.n_free - self.n_driven)
-        )
-        graph(axes, places, range(len(places)), self.springs, tension, kind, "free, driven, nailed")
+        graph(axes, places, range(self.n_free), self.springs, tension)
+        first_nailed = self.n_free + self.n_driven
+        driven, nailed = places[self.n_free : first_nailed], places[first_nailed:]
+        axes.plot(*driven.T.tolist(), ">", color="tab:orange", markersize=10, zorder=3)
+        axes.plot(*nailed.T.tolist(), "^", color="black", markersize=8, zorder=3)

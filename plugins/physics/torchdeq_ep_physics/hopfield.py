@@ -14,8 +14,8 @@ from torchdeq_ep_physics.system import PhysicalSystem, Theta, positive
 class HopfieldNetwork(PhysicalSystem):
     """Units with `C du/dt = -u / R + W tanh(u) + x` and symmetric `W`; the state is `u`.
 
-    The Jacobian in `u` is not symmetric, but `J M` is, with `M = 1 / (C tanh'(u))`. The energy, Hopfield's, is one of the
-    activities `tanh(u)`: its gradient in `u` is the force times `-tanh'(u)`.
+    The Jacobian in `u` is not symmetric, but `J M` is, with `M = 1 / (C tanh'(u))`. The energy, Hopfield's, is one
+    of the activities `tanh(u)`: its gradient in `u` is the force times `-tanh'(u)`.
 
     Args:
         weight: Initial `W`, of shape `(n, n)`; its symmetric part is taken.

@@ -43,8 +43,9 @@ class Ngspice:
 
     Example:
         >>> network = ResistiveNetwork(1, 1, [(0, 1), (0, 2)], torch.tensor([1e-3, 3e-3]).double())
-        >>> print(Ngspice(network, torch.ones(1, 1).double(), command="true").netlist(torch.zeros(1, 1)).splitlines()[2])
-        Vin0 in0 0 DC 1.0
+        >>> spice = Ngspice(network, torch.ones(1, 1).double(), command="true")  # any program: it is not started here
+        >>> spice.netlist(torch.zeros(1, 1)).splitlines()[2]
+        'Vin0 in0 0 DC 1.0'
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class Ngspice:
     ) -> None:
         if x.dim() != 2 or x.shape[1] != network.n_inputs:
             raise InvalidOptionError(f"x must have shape (batch, {network.n_inputs}), not {tuple(x.shape)}.")
-        if not available(command):
+        if not ngspice_available(command):
             raise MissingDependencyError(
-                f"ngspice is needed to simulate the circuit, and {command!r} was not found. Install it (Debian, Ubuntu: "
-                "apt-get install ngspice; macOS: brew install ngspice), or use the network itself, its differentiable "
-                "twin."
+                f"ngspice is needed to simulate the circuit, and {command!r} was not found. Install it (Debian, "
+                "Ubuntu: apt-get install ngspice; macOS: brew install ngspice), or use the network itself, its "
+                "differentiable twin."
             )
         values = network.physical() if theta is None else theta
         self.network = network
@@ -140,7 +141,7 @@ class Ngspice:
         return "\n".join([*lines, "quit", ".endc", ".end", ""])
 
 
-def available(command: str = "ngspice") -> bool:
+def ngspice_available(command: str = "ngspice") -> bool:
     """Whether the program is installed.
 
     Args:

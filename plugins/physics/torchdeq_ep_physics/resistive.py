@@ -57,6 +57,12 @@ class ResistiveNetwork(PhysicalSystem):
 
     largest_step = 0.5
 
+    _resistor: Tensor
+    _diode: Tensor
+    _control: Tensor
+    _output: Tensor
+    _rail: Tensor
+
     def __init__(
         self,
         n_nodes: int,
@@ -91,7 +97,9 @@ class ResistiveNetwork(PhysicalSystem):
         self.saturation, self.slope = saturation, ideality * THERMAL_VOLTAGE
         self.ideality = ideality
         self.log_conductance = positive(conductance)
-        self.log_transconductance = None if transconductance is None else positive(transconductance)
+        self.log_transconductance: nn.Parameter | None = (
+            None if transconductance is None else positive(transconductance)
+        )
         dtype = conductance.dtype
         for name, branches in (("resistor", resistors), ("diode", diodes), ("control", controls), ("output", outputs)):
             self.register_buffer(f"_{name}", _incidence(branches, terminals, dtype), persistent=False)
@@ -105,8 +113,8 @@ class ResistiveNetwork(PhysicalSystem):
         n_outputs: int,
         *,
         conductance: float = 1e-4,
-        spread: float = 0.5,
-        rail: float = 0.3,
+        spread: float = 1.0,
+        rail: float = -0.3,
         amplification: float = 0.0,
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float64,
@@ -123,7 +131,8 @@ class ResistiveNetwork(PhysicalSystem):
             n_outputs: Output nodes: the last of the state.
             conductance: Mean of the initial conductances, in siemens.
             spread: Standard deviation of their logarithms.
-            rail: Voltage of the upper rail; the lower one has the opposite.
+            rail: Voltage of the upper rail; the lower one has the opposite. A hidden node is clamped at about
+                `rail + 0.55` volts to either side, so a negative one brings the knees close to zero.
             amplification: Transconductance from each hidden node into each output, in units of `conductance`; without a
                 path back, so the network is not reciprocal. 0 leaves the amplifiers out.
             generator: For the initial conductances.

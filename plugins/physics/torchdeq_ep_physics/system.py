@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torchdeq.solver import get_solver
 
 import torchdeq_ep as tep
+from torchdeq_ep.backward import RelaxedBackward
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.registry import BackwardRule
 
 Theta = dict[str, Tensor]
 
-_NEWTON_STEPS = 100
-_HALVINGS = 12
+_NEWTON_STEPS = 200
+_CLOSE = 1e3
 
 
 class NoEnergyError(EPError, TypeError):
@@ -33,25 +34,27 @@ class PhysicalSystem(nn.Module, ABC):
     """A network of physical elements as a torch layer: the input goes in, the equilibrium comes out.
 
     The state `z` has shape `(batch, n_states)`. At equilibrium `force(z, theta, x) = 0`. Out of it, the state flows by
-    `capacity dz/dt = force`; [`map`][torchdeq_ep_physics.PhysicalSystem.map] is a step of that flow. Parameters are kept
-    so that they stay physical: [`physical`][torchdeq_ep_physics.PhysicalSystem.physical] returns positive ones.
+    `capacity dz/dt = force`; [`map`][torchdeq_ep_physics.PhysicalSystem.map] is a step of that flow. Parameters are
+    kept so that they stay physical: [`physical`][torchdeq_ep_physics.PhysicalSystem.physical] returns positive ones.
 
     Args:
         n_states: Entries of the state of one sample.
-        solver: How the free phase is solved: `"newton"`, or the name of a torchdeq solver of the map.
+        solver: How the free phase is solved: `"newton"`, by dense implicit steps, or the name of a torchdeq solver.
         backward: Backward mode, by name or as a mode; the metric is added to it.
-        capacity: Capacitance or viscosity of each entry; positive, of shape `(n_states,)`. By default each entry has the
-            one with which it would relax in a single step if the others stood still.
+        capacity: Capacitance or viscosity of each entry; positive, of shape `(n_states,)`. By default each entry has
+            the one with which it would relax in a single step if the others stood still.
         step: Length of a step of the flow, in units of time if a capacity is given.
-        max_iter: Largest number of steps of the solver.
+        max_iter: Largest number of steps of a torchdeq solver, and of the backward mode.
         tol: Tolerance of a torchdeq solver.
     """
 
     reciprocal = True
     """Whether the force has an energy, so that equilibrium propagation is exact."""
 
-    largest_step = float("inf")
-    """No entry moves further in one Newton step."""
+    capacity: Tensor | None
+
+    largest_step: float = float("inf")
+    """No entry moves further in one implicit step."""
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class PhysicalSystem(nn.Module, ABC):
     def mobility(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """`step / capacity`, of the shape of the state."""
         capacity = self.stiffness(z, theta, x) if self.capacity is None else self.capacity
-        return (self.step / capacity).expand(z.shape)
+        return (torch.full_like(capacity, self.step) / capacity).expand(z.shape)
 
     def metric(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """The positive diagonal `M` for which `J M` of the map is symmetric: the mobility."""
@@ -128,30 +131,38 @@ class PhysicalSystem(nn.Module, ABC):
         return flow
 
     @torch.no_grad()
-    def equilibrium(self, x: Tensor, current: Tensor | float = 0.0, theta: Theta | None = None) -> Tensor:
+    def equilibrium(
+        self,
+        x: Tensor,
+        current: Tensor | float = 0.0,
+        theta: Theta | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """The equilibrium under an added force, without a gradient: a solver for `attach_equilibrium`.
 
         Args:
             x: Input of shape `(batch, ...)`.
             current: The added force, which broadcasts to the state.
             theta: Physical parameters, by default those of the module.
+            start: Where the search starts, by default at [`start`][torchdeq_ep_physics.PhysicalSystem.start].
 
         Returns:
             The state, of shape `(batch, n_states)`.
 
         Raises:
-            NoEquilibriumError: If Newton's method does not converge.
+            NoEquilibriumError: If the implicit steps do not converge.
         """
         values = {name: value.detach() for name, value in (self.physical() if theta is None else theta).items()}
         if self.solver == "newton":
-            return self._newton(x.detach(), current, values)
+            return self._newton(x.detach(), current, values, self.start(x) if start is None else start)
         flow, x = self.map(x.detach(), values), x.detach()
+        z = self.start(x) if start is None else start
 
         def nudged(z: Tensor) -> Tensor:
             return flow(z) + self.mobility(z, values, x) * current
 
         options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "stop_mode": "rel"}
-        solution: Tensor = get_solver(self.solver)(nudged, self.start(x), **options)[0]
+        solution: Tensor = get_solver(self.solver)(nudged, z, **options)[0]
         return solution
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,12 +190,13 @@ class PhysicalSystem(nn.Module, ABC):
             A backward mode.
         """
         mode = tep.get_backward(self.backward if backward is None else backward)
+        if isinstance(mode, RelaxedBackward) and mode.max_iter is None:
+            mode = replace(mode, max_iter=self.max_iter)
         if not isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) or mode.metric is not None:
             return mode
         values = {name: value.detach() for name, value in (self.physical() if theta is None else theta).items()}
         held = x.detach()
-        mode = replace(mode, metric=lambda z: self.metric(z, values, held))
-        return mode if mode.max_iter else replace(mode, max_iter=self.max_iter)
+        return replace(mode, metric=lambda z: self.metric(z, values, held))
 
     def plot(self, path: str, x: Tensor, cotangent: Tensor, amplitude: float = 0.1) -> None:
         """Draw one sample in its free state and nudged along a cotangent.
@@ -204,37 +216,35 @@ class PhysicalSystem(nn.Module, ABC):
         axes.bar(range(self.n_states), z.tolist(), color="tab:blue")
         axes.set_xlabel("entry of the state")
 
-    def _newton(self, x: Tensor, current: Tensor | float, theta: Theta) -> Tensor:
-        """Newton's method with steps of limited length, halved while the residual grows."""
+    def _newton(self, x: Tensor, current: Tensor | float, theta: Theta, z: Tensor) -> Tensor:
+        """Implicit steps of the flow, which become Newton's as the force vanishes and the steps grow.
 
-        def residual(z: Tensor) -> Tensor:
-            return self.force(z, theta, x) + current
+        Pseudo-transient continuation (Kelley & Keyes 1998): unlike Newton's method it does not run into a saddle, and
+        it needs no good start.
+        """
 
         def one(z: Tensor, x: Tensor) -> Tensor:
             return self.force(z.unsqueeze(0), theta, x.unsqueeze(0)).squeeze(0)
 
         slope = torch.vmap(torch.func.jacrev(one))
-        z = self.start(x)
-        r = residual(z)
+        r = self.force(z, theta, x) + current
+        duration = torch.ones(len(z), 1).to(z)
         for _ in range(_NEWTON_STEPS):
-            move = -torch.linalg.solve(slope(z, x), r)
+            friction = self.stiffness(z, theta, x).expand(z.shape) / duration
+            move = torch.linalg.solve(torch.diag_embed(friction) - slope(z, x), r)
             longest = move.abs().amax(1, keepdim=True)
-            move = move * (self.largest_step / longest).clamp_max(1.0)
-            share = torch.ones_like(longest)
-            for _ in range(_HALVINGS):
-                following = residual(z + share * move)
-                worse = following.norm(dim=1, keepdim=True) > r.norm(dim=1, keepdim=True)
-                if not bool(worse.any()):
-                    break
-                share = torch.where(worse, share / 2, share)
-            z, r = z + share * move, residual(z + share * move)
+            z = z + move * (self.largest_step / longest).clamp_max(1.0)
+            before, r = r, self.force(z, theta, x) + current
+            if float(longest.max()) <= _CLOSE * torch.finfo(z.dtype).eps * max(1.0, float(z.abs().max())):
+                return z
             if not bool(torch.isfinite(z).all()):
                 break
-            if float(longest.max()) <= 64 * torch.finfo(z.dtype).eps * max(1.0, float(z.abs().max())):
-                return z
+            gain = before.norm(dim=1, keepdim=True) / r.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+            duration = (duration * gain.clamp(0.3, 10.0)).clamp(1e-2, 1e12)
         raise NoEquilibriumError(
-            f"Newton's method found no equilibrium of {type(self).__name__} in {_NEWTON_STEPS} steps: the largest force "
-            f"left is {float(r.abs().max()):.1e}. Use smaller inputs or nudges, or a torchdeq solver (solver='anderson')."
+            f"no equilibrium of {type(self).__name__} was found in {_NEWTON_STEPS} implicit steps: the largest force "
+            f"left is {float(r.abs().max()):.1e}. Use smaller inputs or nudges, or a torchdeq solver "
+            "(solver='anderson')."
         )
 
 
