@@ -41,9 +41,9 @@ def elastic(**options):
     return network, positions[4:5] + torch.tensor([[[0.1, 0.0]], [[0.2, 0.1]]])
 
 
-def oscillators(lag=0.0, **options):
+def oscillators(lag=0.0, strength=0.3, **options):
     frequency = 0.1 * torch.randn(6)
-    network = physics.OscillatorNetwork(0.3 * torch.randn(6, 6), torch.rand(6, 3) + 1, frequency, lag=lag, **options)
+    network = physics.OscillatorNetwork(strength * torch.randn(6, 6), torch.rand(6, 3) + 1, frequency, lag=lag, **options)
     return network, torch.randn(4, 3)
 
 
@@ -52,7 +52,7 @@ def hopfield(**options):
 
 
 RECIPROCAL = {"circuit": circuit, "elastic": elastic, "oscillators": oscillators, "hopfield": hopfield}
-NONRECIPROCAL = {"amplifiers": lambda: circuit(1.0), "lag": lambda: oscillators(0.8)}
+NONRECIPROCAL = {"amplifiers": lambda: circuit(1.0), "lag": lambda: oscillators(0.5, strength=0.6)}
 
 
 def gradient(network, x, backward):
@@ -310,6 +310,7 @@ def test_homeostasis_lowers_the_asymmetry():
     assert penalty.item() < 0.5 * first
 
 
+@pytest.mark.slow
 def test_the_instrument_recipe_prefers_the_middle(tmp_path):
     path = tmp_path / "instrument.png"
     errors = recipes.instrument((1e-3, 3e-2, 0.5), draws=1, path=str(path))

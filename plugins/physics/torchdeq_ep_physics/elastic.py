@@ -82,12 +82,14 @@ class ElasticNetwork(PhysicalSystem):
         distance = along.norm(dim=2, keepdim=True)
         pull = (theta["stiffness"].unsqueeze(-1)) * (1 - theta["length"].unsqueeze(-1) / distance) * along
         total = torch.zeros_like(places).index_add(1, self._ends[0], -pull).index_add(1, self._ends[1], pull)
-        return total[:, : self.n_free].reshape(len(z), -1)
+        force: Tensor = total[:, : self.n_free].reshape(len(z), -1)
+        return force
 
     def energy(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         places = self.places(z, x)
         distance = (places[:, self._ends[0]] - places[:, self._ends[1]]).norm(dim=2)
-        return (theta["stiffness"] * (distance - theta["length"]) ** 2).sum(1) / 2
+        energy: Tensor = (theta["stiffness"] * (distance - theta["length"]).square()).sum(1) / 2
+        return energy
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         total = z.new_zeros(len(self.positions))
