@@ -43,7 +43,9 @@ def elastic(**options):
 
 def oscillators(lag=0.0, strength=0.3, **options):
     frequency = 0.1 * torch.randn(6)
-    network = physics.OscillatorNetwork(strength * torch.randn(6, 6), torch.rand(6, 3) + 1, frequency, lag=lag, **options)
+    network = physics.OscillatorNetwork(
+        strength * torch.randn(6, 6), torch.rand(6, 3) + 1, frequency, lag=lag, **options
+    )
     return network, torch.randn(4, 3)
 
 

@@ -93,3 +93,4 @@ class OscillatorNetwork(PhysicalSystem):
         axes.quiver(
             *places.T.tolist(), *arrows.T.tolist(), angles="xy", scale_units="xy", scale=1, width=0.008, zorder=3
         )
+        axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
