@@ -28,6 +28,7 @@ from torchdeq_ep.errors import (
     SolverNonFiniteError,
     SolverShapeError,
     SolverTimeoutError,
+    TruncationWarning,
 )
 
 
@@ -253,6 +254,20 @@ def test_the_response_scale_backs_off_from_forces_that_break_the_solver(network)
         solve, network.force, network.theta, network.x, scale="response", stencil=tep.Stencil.symmetric(1e-6)
     )
     assert relative_error(torch.autograd.grad(network.loss(z), network.theta)[0], gradient) < 1e-6
+
+
+def test_readings_that_are_cut_off_are_warned_of(network):
+    rest = network.solve(torch.zeros(()))
+    network_solve, limit = network.solve, 0.01 * float(rest.norm())
+
+    def solve(current):
+        return rest + (network_solve(current) - rest).clamp(-limit, limit)
+
+    z = tep.attach_equilibrium(
+        solve, network.force, network.theta, network.x, scale="response", stencil=tep.Stencil.symmetric(0.07)
+    )
+    with pytest.warns(TruncationWarning, match="cut off"):
+        network.loss(z).backward()
 
 
 def test_nothing_is_nudged_without_need(network):

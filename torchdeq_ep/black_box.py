@@ -15,6 +15,7 @@ force is `b M g` and `v = M^-1 K^-1 M g`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from torchdeq_ep.errors import (
     NonFiniteError,
     NotHolomorphicError,
     SolverError,
+    TruncationWarning,
     unknown_name,
 )
 from torchdeq_ep.measurement import Instrument, Measurement, Nudge, Solve, check_count
@@ -45,6 +47,7 @@ Scale = Literal["relative", "absolute", "response"]
 _PILOTS = 12
 _CLOSE_ENOUGH = 2.0
 _VISIBLE = 10.0
+_NEARLY_LINEAR = 1.5
 _FROM_NOTHING = 1e3
 _AFTER_A_FAILURE = 1e-2
 
@@ -289,6 +292,8 @@ class _System:
         weights = [c / b for c, b in zip(stencil.coefficients, amplitudes, strict=True)]
         displacement = torch.einsum("k,kr...->...", torch.tensor(weights, dtype=wide), shifts.to(wide)) / self.repeats
         v = (displacement if metric is None else displacement / metric).to(cotangent)
+        if self.scale == "response":
+            self._warn_of_saturation(shifts, rest, stencil, noise)
         if self.writer is not None:
             # The free state is subtracted from each; in stencils that are symmetric about it, it cancels.
             scatter = [*zip(weights, shifts, strict=True), (sum(weights), samples - rest)]
@@ -372,6 +377,21 @@ class _System:
             "solves. If the state cannot move in the direction of the cotangent there is no gradient; else give "
             "scale='absolute'."
         )
+
+    def _warn_of_saturation(self, shifts: Tensor, rest: Tensor, stencil: Stencil, noise: float) -> None:
+        """The pilot said how far each nudge would move the state, were the response linear."""
+        visible = _VISIBLE * noise / math.sqrt(self.repeats)
+        for node, shift in zip(stencil.nodes, shifts, strict=True):
+            moved, expected = norm(shift.mean(0)) / _size(rest), abs(node)
+            if expected > visible and not 1 / _NEARLY_LINEAR <= moved / expected <= _NEARLY_LINEAR:
+                warnings.warn(
+                    f"the nudge {node:+.2g} moved the state by {moved:.1e} of its norm where a linear response would "
+                    f"have moved it by {expected:.1e}: the response saturates, or the readings are cut off, and the "
+                    "gradient is wrong. Use a smaller beta.",
+                    TruncationWarning,
+                    stacklevel=2,
+                )
+                return
 
     def _standard_errors(
         self, rest: Tensor, scatter: Sequence[tuple[float, Tensor]], metric: Tensor | None
