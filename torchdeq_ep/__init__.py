@@ -9,6 +9,8 @@ from torchdeq_ep.attach import attach as attach
 from torchdeq_ep.backward import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.backward import InfinitesimalEP as InfinitesimalEP
 from torchdeq_ep.backward import NudgeReport as NudgeReport
+from torchdeq_ep.black_box import EquilibriumReport as EquilibriumReport
+from torchdeq_ep.black_box import attach_equilibrium as attach_equilibrium
 from torchdeq_ep.compare import compare as compare
 from torchdeq_ep.diagnose import diagnose as diagnose
 from torchdeq_ep.homeostasis import register_homeostasis as register_homeostasis

@@ -15,7 +15,7 @@ from torchdeq_ep.errors import DoubleBackwardError, MapChangedError, MapContract
 from torchdeq_ep.evaluation import STATEFUL, Autocast, Map, change_tolerance, undisturbed
 from torchdeq_ep.registry import BackwardRule, get_backward
 
-_NO_SECOND_DERIVATIVE = (
+NO_SECOND_DERIVATIVE = (
     "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) defines the "
     "first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
 )
@@ -128,13 +128,11 @@ class _EquilibriumGradient(torch.autograd.Function):
         (cotangent,) = cotangents
         free_state, value = ctx.saved_tensors
         error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
-        if torch.is_grad_enabled() and cotangent.requires_grad:
-            error_vector = first_derivative_only(error_vector, cotangent, _NO_SECOND_DERIVATIVE)
-        return None, None, error_vector, None
+        return None, None, first_derivative_only(error_vector, cotangent), None
 
 
-def first_derivative_only(derivative: Tensor, source: Tensor, message: str) -> Tensor:
-    """The identity on a derivative, whose own derivative is refused instead of being silently wrong.
+def first_derivative_only(derivative: Tensor, source: Tensor, message: str = NO_SECOND_DERIVATIVE) -> Tensor:
+    """The identity on a derivative; if a graph of it is being built, one whose own derivative is refused.
 
     Args:
         derivative: What a backward pass returns.
@@ -144,6 +142,8 @@ def first_derivative_only(derivative: Tensor, source: Tensor, message: str) -> T
     Returns:
         The same values.
     """
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return derivative
     guarded: Tensor = _FirstDerivativeOnly.apply(derivative, source, message)  # type: ignore[no-untyped-call]
     return guarded
 

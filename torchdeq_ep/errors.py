@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 class EPError(Exception):
     """Base class of all errors raised by torchdeq_ep."""
@@ -61,6 +63,32 @@ class JacobianProductError(EPError, RuntimeError):
 
 class DoubleBackwardError(EPError, RuntimeError):
     """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
+
+
+class SolverError(EPError, RuntimeError):
+    """A black-box solver failed: it raised, or did what one of the derived classes names.
+
+    Attributes:
+        nudge: The amplitude of the call that failed, 0 in the free phase.
+        current: The force that was added in it, or `None`.
+    """
+
+    def __init__(self, message: str = "", *, nudge: float = 0.0, current: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.nudge = nudge
+        self.current = current
+
+
+class SolverTimeoutError(SolverError, TimeoutError):
+    """A black-box solver did not return within its time-out."""
+
+
+class SolverNonFiniteError(SolverError, NonFiniteError):
+    """A black-box solver returned NaN or infinity."""
+
+
+class SolverShapeError(SolverError, MapContractError):
+    """A black-box solver returned something else than a real array of the shape of the state."""
 
 
 class MissingDependencyError(EPError, ImportError):

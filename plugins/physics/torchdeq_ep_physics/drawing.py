@@ -1,0 +1,84 @@
+"""Pictures of physical networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from torchdeq_ep_physics.system import PhysicalSystem
+
+
+def figure(*grid: int, width: float = 10.0, height: float = 4.2) -> tuple[Any, Any]:
+    """A matplotlib figure without a window, and its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a picture needs matplotlib: pip install 'torchdeq-ep-physics[recipes]'."
+        ) from error
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    return drawn, drawn.subplots(*(grid or (1, 1)))
+
+
+def draw(system: PhysicalSystem, path: str, x: Tensor, cotangent: Tensor, amplitude: float) -> None:
+    """One sample, free and nudged, side by side."""
+    theta = system.physical()
+    free = system.equilibrium(x, theta=theta)
+    # A weak nudge first: it shows how strong the wanted one must be.
+    scale = free.norm() / cotangent.norm() * system.stiffness(free, theta, x).detach().mean()
+    trial = system.equilibrium(x, 1e-4 * scale * cotangent, theta=theta)
+    factor = amplitude * free.norm() / (trial - free).norm()
+    nudged = system.equilibrium(x, 1e-4 * scale * factor * cotangent, theta=theta)
+    drawn, axes = figure(1, 2)
+    for axis, state, title in zip(axes, (free, nudged), ("free", "nudged"), strict=True):
+        system.sketch(axis, state[0].detach(), x)
+        axis.set_title(title)
+    drawn.savefig(path, dpi=120)
+
+
+def circle(count: int) -> Tensor:
+    """Places on a circle, of shape `(count, 2)`."""
+    angle = torch.arange(count) * (2 * math.pi / max(count, 1))
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def graph(
+    axes: Any,
+    places: Tensor,
+    nodes: Iterable[int],
+    branches: Sequence[tuple[int, int]],
+    strength: Tensor,
+    colour: Tensor | None = None,
+    label: str = "",
+    *,
+    arrows: Sequence[tuple[int, int]] = (),
+    cyclic: bool = False,
+) -> None:
+    """Branches as lines as thick as they are strong, nodes as coloured dots, arrows dashed."""
+    largest = float(strength.max()) if len(strength) else 1.0
+    for (a, b), value in zip(branches, strength.tolist(), strict=True):
+        share = value / (largest or 1.0)
+        line = torch.stack([places[a], places[b]]).T.tolist()
+        axes.plot(*line, color="0.45", linewidth=0.2 + 3 * share, alpha=0.25 + 0.75 * share, zorder=1)
+    for a, b in arrows:
+        axes.annotate(
+            "", places[b].tolist(), places[a].tolist(), arrowprops={"arrowstyle": "-|>", "color": "tab:red", "lw": 0.6}
+        )
+    shown = list(nodes)
+    options: dict[str, Any] = {"c": "tab:blue"}
+    if colour is not None:
+        options = {"c": colour[shown].tolist(), "cmap": "twilight" if cyclic else "coolwarm"}
+    if cyclic:
+        options |= {"vmin": 0.0, "vmax": 2 * math.pi}
+    dots = axes.scatter(*places[shown].T.tolist(), edgecolors="black", linewidths=0.5, zorder=2, **options)
+    if colour is not None:
+        axes.figure.colorbar(dots, ax=axes, label=label)
+    axes.set_aspect("equal")
+    axes.axis("off")
