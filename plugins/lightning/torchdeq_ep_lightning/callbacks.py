@@ -1,9 +1,10 @@
-"""Lightning callbacks for any LightningModule that contains torchdeq DEQs; it is left as it was found after training."""
+"""Lightning callbacks for any LightningModule that contains torchdeq DEQs; after training it is as it was found."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchdeq_ep.backward import Backward, ImplicitDifferentiation, NudgeReport
 from torchdeq_ep.capture import Capture, Reference, left_as_found
+from torchdeq_ep.displacement import diagonal_metric
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.homeostasis import Estimator, register_homeostasis
@@ -174,7 +176,7 @@ class SwapBackward(Callback):
         options = {name: value for name, value in self.options.items() if value is not None and name in known}
         if metric is not None and "metric" in known:
             options["metric"] = metric
-        mode = replace(mode, **options)
+        mode = replace(cast(Any, mode), **options)
         if not isinstance(mode, EquilibriumPropagation):
             return cast(BackwardRule, mode)
         stencil = cast(Stencil, mode.stencil)
@@ -407,7 +409,7 @@ class AlignmentMonitor(Callback):
 
     After the step, `training_step` is called once more on the first rows of the batch; what it logs is dropped, and
     buffers, gradients and the random state are as before. Logged under `alignment/`, with the DEQ's name in front of
-    the measure if there are several: `cosine` of the two error vectors, `symmetry` of the Jacobian (1 is symmetric),
+    the measure if there are several: `cosine` of the two error vectors, `symmetry` of `J M` (1 is symmetric),
     `residual` of the free phase; and the cosine of each part of the state that `parts` names.
 
     Args:
@@ -477,7 +479,9 @@ class AlignmentMonitor(Callback):
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         handles = [use_backward(deq, reference) for deq, reference in zip(deqs, references, strict=True)]
         try:
-            with left_as_found(pl_module), torch.enable_grad(), _silenced(pl_module):
+            with left_as_found(pl_module), torch.enable_grad(), _Silenced(pl_module), warnings.catch_warnings():
+                # torch on operations that vmap has to loop over: nothing a user could change for a measurement.
+                warnings.filterwarnings("ignore", "There is a performance drop")
                 returned = pl_module.training_step(few, batch_idx)
                 loss = returned["loss"] if isinstance(returned, Mapping) else returned
                 torch.autograd.grad(cast(Tensor, loss), trained, allow_unused=True)
@@ -504,11 +508,7 @@ class AlignmentMonitor(Callback):
         equilibrium = capture.equilibrium
         exact = capture.exact
         with capture.autocast.restored(True):
-            generator = torch.Generator(equilibrium.z.device).manual_seed(0)
-            values = {
-                "residual": equilibrium.residual,
-                "symmetry": symmetry_score(equilibrium.f, equilibrium.z, self.probes, generator=generator),
-            }
+            values = {"residual": equilibrium.residual, "symmetry": self._symmetry(equilibrium, mode)}
             try:
                 estimate = mode.solve(equilibrium)[0].to(exact)
             except EPError:  # a nudge that diverges is aligned with nothing
@@ -518,8 +518,17 @@ class AlignmentMonitor(Callback):
             values[f"cosine/{name}"] = _cosine(estimate[:, part], exact[:, part])
         return values
 
+    def _symmetry(self, equilibrium: Equilibrium, mode: Backward) -> float:
+        """Of `J M`, which is the Jacobian of `w -> f(z* + M w)` at 0, with the metric of the mode."""
+        f, z = equilibrium.f, equilibrium.z
+        inner = mode.mode if isinstance(mode, PerSample) else mode
+        m, _ = diagonal_metric(getattr(inner, "metric", None), f, z)
+        generator = torch.Generator(z.device).manual_seed(0)
+        scaled = f if m is None else lambda w: f(z + m * w)
+        return symmetry_score(scaled, z if m is None else torch.zeros_like(z), self.probes, generator=generator)
 
-class _silenced:
+
+class _Silenced:
     """A context in which `self.log` of a LightningModule does nothing."""
 
     def __init__(self, pl_module: LightningModule) -> None:

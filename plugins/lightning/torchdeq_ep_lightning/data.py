@@ -1,4 +1,4 @@
-"""Labelled images for Lightning: from Hugging Face's hub, local Parquet files, image folders, or scikit-learn's digits."""
+"""Labelled images for Lightning: from Hugging Face's hub, Parquet files, image folders, or scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -138,7 +138,9 @@ class ImageData(LightningDataModule):
         """Batches of the training images, shuffled anew in each epoch."""
         train = self.images[0]
         if self.batch > len(train.labels):
-            raise InvalidOptionError(f"data.batch of {self.batch} is more than the {len(train.labels)} training images.")
+            raise InvalidOptionError(
+                f"data.batch of {self.batch} is more than the {len(train.labels)} training images."
+            )
         rows = _Rows(train, self.mean, self.std, self.flip, self.crop, self.seed)
         rank, world = self._place()
         if self.batch % world:
@@ -244,7 +246,7 @@ class ResumableLoader(DataLoader[Any]):
         batches: Any = self.batch_sampler
         start, self._place = self._place % len(batches), 0
         batches.start = start
-        for self._place, batch in enumerate(super().__iter__(), start + 1):  # noqa: B020
+        for self._place, batch in enumerate(super().__iter__(), start + 1):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -362,8 +364,8 @@ def _open(source: str, splits: Sequence[str], cache: str | None) -> list[tuple[A
         return [_open_folder(folder / split, cache) for split in splits]
     if folder.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(
-            f"there is no folder {source}: data.source takes 'digits', a folder of Parquet or image files, or a name on "
-            "Hugging Face's hub."
+            f"there is no folder {source}: data.source takes 'digits', a folder of Parquet or image files, or a name "
+            "on Hugging Face's hub."
         )
     tables: list[tuple[Any, _Origins]] = []
     for split in splits:
@@ -434,7 +436,7 @@ def _decode(table: Any, origins: _Origins, image: str, label: str, limit: int | 
         table = table.cast_column(image, datasets.Image(decode=False))
     elif not (isinstance(kinds[image], dict) and "bytes" in kinds[image]):
         raise DataError(
-            f"column {image!r} of {first_file} is {kinds[image]}, not an image: it needs the encoded file under 'bytes'."
+            f"column {image!r} of {first_file} is {kinds[image]}, not an image, which has the encoded file in 'bytes'."
         )
     whole = getattr(kinds[label], "dtype", "")
     if not str(whole).startswith(("int", "uint")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import LightningModule
@@ -97,8 +97,8 @@ class VectorFieldClassifier(LightningModule):
             )
         if lr_factors is not None and (network != "cnn" or len(lr_factors) != len(hidden)):
             raise InvalidOptionError(
-                f"model.lr_factors has one number for each layer of a CNN, not {lr_factors} for model.network={network} "
-                f"with model.hidden={list(hidden)}."
+                f"model.lr_factors has one number for each layer of a CNN, not {lr_factors} with "
+                f"model.network={network} and model.hidden={list(hidden)}."
             )
         options: dict[str, Any] = {
             "phi": _ACTIVATIONS[activation],
@@ -138,6 +138,7 @@ class VectorFieldClassifier(LightningModule):
         wrong = (logits.argmax(1) != self._labels).float().mean()
         values = {"train/loss": loss.detach(), "train/error": 100 * wrong}
         self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log("train/step_loss", loss.detach(), on_step=True, on_epoch=False)
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +166,8 @@ class VectorFieldClassifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         total = sum(self._counts, torch.zeros(3, dtype=torch.float64, device=self.device))
-        loss, wrong, count = self.all_gather(total).reshape(-1, 3).sum(0).float()
+        gathered = cast(Tensor, self.all_gather(total))
+        loss, wrong, count = gathered.reshape(-1, 3).sum(0).float()
         values = {"test/loss": loss / count, "test/error": 100 * wrong / count, "angle": self.angle()}
         self.log_dict({name: value for name, value in values.items() if value is not None}, prog_bar=True)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -88,8 +88,8 @@ class TrainCLI(LightningCLI):
     """Lightning's command line with the options of this package: modes, homeostasis, measurements, results."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--backward", type=str | dict[int, str], default="ep", help="mode, or modes by epoch")  # type: ignore[arg-type]
-        parser.add_argument("--out", type=str | None, default=None, help="directory of the results")  # type: ignore[arg-type]
+        parser.add_argument("--backward", type=str | dict[int, str], default="ep", help="mode, or modes by epoch")
+        parser.add_argument("--out", type=str | None, default=None, help="directory of the results")
         parser.add_argument("--fresh", type=bool, default=False, help="start over instead of resuming")
         parser.add_argument("--quiet", type=bool, default=False, help="no progress bar and no summary")
         parser.add_argument("--checkpoint_every", type=int, default=100, help="steps between two checkpoints")
@@ -293,12 +293,32 @@ _NOISE = (
     ".*does not have many workers.*",  # batches are slices of tensors in memory
     ".*Checkpoint directory .* exists and is not empty.*",  # resumption is what it is for
     ".*number of training batches .* is smaller than the logging interval.*",  # epochs are logged in any case
-    ".*is not needed for.*LeafSpec.*",
+    # Deprecations inside Lightning.
+    ".*treespec, LeafSpec.*",
+    r"\s*``instantiate_classes`` was deprecated",
+    r"\s*By default only one JsonargparseDeprecationWarning",
 )
+
+
+# What these say at every start: the seed, the devices, advertisements.
+_CHATTY = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero", "lightning_fabric")
 
 
 @contextmanager
 def _quiet_lightning() -> Any:
+    chatty = [(logger, logger.level) for logger in map(logging.getLogger, _CHATTY)]
+    for logger, _ in chatty:
+        logger.setLevel(logging.WARNING)
+    try:
+        with _filtered():
+            yield
+    finally:
+        for logger, level in chatty:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _filtered() -> Any:
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
@@ -306,4 +326,3 @@ def _quiet_lightning() -> Any:
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         warnings.filterwarnings("ignore", category=TruncationWarning)
         yield
-        sys.stdout.flush()
