@@ -17,7 +17,7 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint types docs clean
+.PHONY: help install demo test slow bench lint types docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,8 @@ $(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@$(BIN)/pip --disable-pip-version-check install -qq $(TORCH_FLAGS) -c constraints.txt torch
 	@$(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
 	@touch $@
+
+install: $(STAMP) ## set up the environment and do nothing else
 
 demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table and the numbers in demo/
 	@mkdir -p demo

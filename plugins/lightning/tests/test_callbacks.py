@@ -19,9 +19,6 @@ from torchdeq_ep_lightning import AlignmentMonitor, Homeostasis, NudgeStats, Swa
 from torchdeq_ep_lightning.callbacks import PerSample, loss_scale
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap of torch's attention
 ]

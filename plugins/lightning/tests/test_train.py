@@ -21,7 +21,8 @@ from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
 
 TINY = [
     *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
-    *("--trainer.max_epochs", "3", "--alignment.every", "2", "--quiet", "true", "--trainer.accelerator", "cpu"),
+    *("--trainer.max_epochs", "3", "--checkpoint_every", "15", "--alignment.every", "2", "--quiet", "true"),
+    *("--trainer.accelerator", "cpu"),
 ]
 
 
@@ -60,7 +61,7 @@ def test_a_run_and_its_files(tmp_path, capsys):
 
 
 def test_runs_are_repeated_by_their_seed(tmp_path):
-    options = ["--backward", "ep", "--homeostasis.enabled", "true", "--checkpoint_every", "15", *TINY]
+    options = ["--backward", "ep", "--homeostasis.enabled", "true", *TINY]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run("digits-mlp", [*options, "--seed", seed, "--out", str(tmp_path / name)])
     assert same(tmp_path / "a", tmp_path / "b")
@@ -166,6 +167,7 @@ def test_killed_at_any_step_it_continues_to_the_same_weights(tmp_path):
     assert kills == 2
     assert not (broken / "result.json").exists()
     subprocess.run(command(*options, "--out", str(broken)), check=True, env=environment(), timeout=300)
+    assert torch.load(whole / "last.ckpt", weights_only=False)["global_step"] == 15
     assert same(whole, broken)
     one, other = (json.loads((out / "result.json").read_text())["history"] for out in (whole, broken))
     assert [row["test/error"] for row in one] == [row["test/error"] for row in other]

@@ -126,8 +126,8 @@ class SwapBackward(Callback):
             gradient of each sample's loss, as in the papers; for a loss that is a mean over the batch, and a state
             with one row for each sample.
         beta: Amplitude of the modes whose spec does not give one; by default chosen by the mode.
-        max_iter: Largest number of steps of a nudged or adjoint phase.
-        tol: Residual at which such a phase stops.
+        max_iter: Largest number of steps of a nudged or adjoint phase, where the spec does not give it.
+        tol: Residual at which such a phase stops, likewise.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -172,10 +172,9 @@ class SwapBackward(Callback):
         mode = get_backward(spec)
         if not is_dataclass(mode):
             return mode
-        known = {field.name for field in fields(mode)}
-        options = {name: value for name, value in self.options.items() if value is not None and name in known}
-        if metric is not None and "metric" in known:
-            options["metric"] = metric
+        open_to_us = {field.name for field in fields(mode) if getattr(mode, field.name) is None}
+        given = self.options | {"metric": metric}
+        options = {name: value for name, value in given.items() if value is not None and name in open_to_us}
         mode = replace(cast(Any, mode), **options)
         if not isinstance(mode, EquilibriumPropagation):
             return cast(BackwardRule, mode)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from pytorch_lightning.utilities import rank_zero_only
+
 from torchdeq_ep_lightning.training import recipes, run
 
 _USAGE = """usage: torchdeq-ep train RECIPE [--backward MODE] [--seed N] [--out DIR] [--KEY VALUE ...]
@@ -35,6 +37,8 @@ def train(arguments: list[str]) -> int:
         sys.stdout.write(_USAGE.format(names=", ".join(recipes())))
         return 0 if arguments else 2
     result = run(arguments[0], arguments[1:])
+    if rank_zero_only.rank:
+        return 0
     last = result.last
     sys.stdout.write(
         f"{result.recipe}, {result.backward}, seed {result.seed}: {100 - last['test/error']:.2f} % right after "

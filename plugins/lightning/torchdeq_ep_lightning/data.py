@@ -240,22 +240,21 @@ class ResumableLoader(DataLoader[Any]):
             collate_fn=_identity,
             persistent_workers=workers > 0,
         )
-        self._place = 0
+        self._start, self._taken = 0, 0
 
     def __iter__(self) -> Any:
         batches: Any = self.batch_sampler
-        start, self._place = self._place % len(batches), 0
-        batches.start = start
-        for self._place, batch in enumerate(super().__iter__(), start + 1):
+        batches.start, self._start = self._start % len(batches), 0
+        for self._taken, batch in enumerate(super().__iter__(), batches.start + 1):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """How many batches of this epoch have been taken."""
-        return {"batches": self._place}
+        return {"batches": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind so many batches."""
-        self._place = state["batches"]
+        self._start = self._taken = state["batches"]
 
 
 class _Rows(Dataset[Any]):

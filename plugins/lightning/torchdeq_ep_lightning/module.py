@@ -166,10 +166,11 @@ class VectorFieldClassifier(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         total = sum(self._counts, torch.zeros(3, dtype=torch.float64, device=self.device))
-        gathered = cast(Tensor, self.all_gather(total))
-        loss, wrong, count = gathered.reshape(-1, 3).sum(0).float()
+        loss, wrong, count = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum")).float()
         values = {"test/loss": loss / count, "test/error": 100 * wrong / count, "angle": self.angle()}
-        self.log_dict({name: value for name, value in values.items() if value is not None}, prog_bar=True)
+        self.log_dict(
+            {name: value for name, value in values.items() if value is not None}, prog_bar=True, sync_dist=True
+        )
 
     def angle(self) -> float | None:
         """Mean angle between backward and transposed forward weights, in degrees; `None` without such pairs."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -59,15 +59,26 @@ class Result:
 
 
 class Record(Callback):
-    """Keeps the measurements of every epoch, in the checkpoints too, so that a resumed run has them all."""
+    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
+        self._place: dict[str, int] | None = None
         self._seconds = 0.0
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+        # Lightning forgets the place of a loader that was asked for its length before the checkpoint was read, as the
+        # cosine schedule does.
+        if self._place is not None:
+            cast(Any, trainer.train_dataloader).load_state_dict(self._place)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["place_in_epoch"] = cast(Any, trainer.train_dataloader).state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._place = checkpoint["place_in_epoch"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
