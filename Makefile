@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Distributions of their own, each with its tests: installed, tested and checked with the package.
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+PLUGIN_TESTS := $(wildcard $(addsuffix /tests,$(PLUGINS)))
+
 # Options for the installation of torch alone, for example
 #   make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
@@ -13,18 +17,20 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint types docs figures clean
+.PHONY: help install demo test slow bench lint types docs figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone, pinned: left to the resolver, another build of it may be chosen, gigabytes larger.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
 	@echo "setting up $(VENV) (a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip --disable-pip-version-check install -qq $(TORCH_FLAGS) -c constraints.txt torch
-	@$(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
 	@touch $@
+
+install: $(STAMP) ## set up the environment and do nothing else
 
 demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table and the numbers in demo/
 	@mkdir -p demo
@@ -33,11 +39,11 @@ demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table 
 	@echo "written: demo/compare.png  demo/compare.md  demo/compare.json"
 
 test: $(STAMP) ## run the tests and the examples in docstrings and documentation, without the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" --doctest-modules tests torchdeq_ep
+	@$(BIN)/python -m pytest -q -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
 
 # pytest exits with 5 if no test was collected.
 slow: $(STAMP) ## run the slow tests
-	@$(BIN)/python -m pytest -q -m slow tests || test $$? -eq 5
+	@$(BIN)/python -m pytest -q -m slow tests $(PLUGIN_TESTS) || test $$? -eq 5
 
 bench: $(STAMP) ## time the backward passes beside torchdeq: build/benchmark.json, and a page of it on the screen
 	@mkdir -p build
@@ -48,8 +54,10 @@ lint: $(STAMP) types ## check style and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 
+# Each by itself: a plugin sees the package as its users do, installed and typed.
 types: $(STAMP) ## check types
 	@$(BIN)/mypy
+	@for plugin in $(PLUGINS); do $(BIN)/mypy -p $$(basename $$plugin/torchdeq_ep_*) || exit 1; done
 
 docs: $(STAMP) ## build the documentation: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -59,4 +67,4 @@ figures: $(STAMP) ## measure and draw the figures of the documentation again
 	@$(BIN)/python docs/figures/estimators.py
 
 clean: ## remove everything the other targets made, the environment included
-	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs sweeps

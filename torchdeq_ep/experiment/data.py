@@ -118,7 +118,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     for row, label in enumerate(labels):
         if label is None or label < 0:
             raise DataError(f"row {row} of {path} has the label {label}; labels are whole numbers from 0 on.")
-    rows = [_decode(entry, row, path) for row, entry in enumerate(table["image"].to_pylist())]
+    rows = [decode_image(entry, row, path) for row, entry in enumerate(table["image"].to_pylist())]
     for row, pixels in enumerate(rows):
         if pixels.shape != rows[0].shape:
             shapes = f"{tuple(pixels.shape)}, not {tuple(rows[0].shape)} as row 0"
@@ -126,7 +126,21 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     return torch.stack(rows).flatten(1).float() / 255, torch.tensor(labels)
 
 
-def _decode(entry: dict[str, Any] | None, row: int, path: Path) -> Tensor:
+def decode_image(entry: dict[str, Any] | None, row: int, path: str | Path) -> Tensor:
+    """The pixels of an encoded image, as Hugging Face's image data sets hold it.
+
+    Args:
+        entry: A dictionary with the encoded file under `bytes`.
+        row: Where it is from, for the error message.
+        path: The same.
+
+    Returns:
+        A uint8 tensor of shape `(height, width, bands)`: one band for grey images, three for all others.
+
+    Raises:
+        MissingDependencyError: If pillow is not installed.
+        DataError: If there are no bytes, or they are no image.
+    """
     pillow = _require("PIL.Image", "pillow", "experiment")
     encoded = None if entry is None else entry.get("bytes")
     if not encoded:

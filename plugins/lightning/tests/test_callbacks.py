@@ -1,0 +1,298 @@
+"""The callbacks on a LightningModule that knows nothing of them."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_problems import TransformerTask, fit, sequences
+from pytorch_lightning import Callback
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+
+import torchdeq_ep as tep
+from torchdeq_ep.errors import InvalidOptionError, NoDEQError, UnknownBackwardError
+from torchdeq_ep.host import EquilibriumRule
+from torchdeq_ep_lightning import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
+from torchdeq_ep_lightning.callbacks import PerSample, loss_scale
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap of torch's attention
+]
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def trained(tmp_path, *callbacks, **options) -> TransformerTask:
+    torch.manual_seed(0)
+    module = TransformerTask()
+    fit(module, tmp_path, *callbacks, **options)
+    return module
+
+
+class Modes(Callback):
+    """Which mode is in force at every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        rule = pl_module.deq.produce_grad[-1]
+        self.seen.append(rule.mode if isinstance(rule, EquilibriumRule) else None)
+
+
+def test_swap_by_epoch_and_step(tmp_path):
+    modes = Modes()
+    trained(tmp_path, SwapBackward({0: "ift", 1: "ep:beta=0.01"}), modes, max_epochs=2)
+    assert modes.seen == [tep.get_backward("ift")] * 4 + [tep.get_backward("ep:beta=0.01")] * 4
+    modes = Modes()
+    trained(tmp_path, SwapBackward({0: "aep", 3: "ift"}, by="step"), modes)
+    assert modes.seen == [tep.get_backward("aep")] * 3 + [tep.get_backward("ift")]
+
+
+def test_swap_leaves_the_module_as_it_was(tmp_path):
+    module = TransformerTask()
+    before = module.deq.produce_grad
+    fit(module, tmp_path, SwapBackward("aep"), Homeostasis(0.1), NudgeStats(), AlignmentMonitor(every=1))
+    assert module.deq.produce_grad is before
+    assert not module.deq._forward_hooks
+    assert not module.deq._forward_pre_hooks
+    assert "log" not in vars(module)
+
+
+def test_modes_that_are_exact_train_alike(tmp_path):
+    plain = trained(tmp_path)
+    for spec in ("ift", "aep"):
+        swapped = trained(tmp_path, SwapBackward(spec))
+        assert torch.allclose(weights(swapped), weights(plain), atol=1e-3)
+        assert swapped.losses == pytest.approx(plain.losses, rel=1e-2)
+
+
+def test_options_reach_only_modes_that_have_them():
+    swap = SwapBackward({0: "ift", 1: "ep"}, max_iter=7, tol=0.25)
+    module = SimpleNamespace(metric=torch.ones_like)
+    ift, ep = (swap._mode(spec, module.metric, lambda: 1.0) for spec in ("ift", "ep"))
+    assert ift == tep.ImplicitDifferentiation(max_iter=7, tol=0.25)
+    assert ep == tep.EquilibriumPropagation(metric=module.metric, max_iter=7, tol=0.25)
+
+
+def test_amplitude_per_sample_is_that_of_each_sample_alone():
+    """Samples do not couple: nudging a batch by its mean loss is nudging each by its own."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 6, dtype=torch.float64) / 6
+    drive, target = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+
+    def equilibrium(rows):
+        f = lambda z: torch.tanh(z @ weight.T + drive[rows])  # noqa: E731
+        z = torch.zeros_like(drive[rows])
+        for _ in range(300):
+            z = f(z)
+        return f, z, (z - target[rows]) / len(z)
+
+    mode = tep.EquilibriumPropagation(tep.Stencil.one_sided(0.3), tol=1e-12)
+    for scale in (1.0, 64.0):  # a GradScaler multiplies the cotangent, not the nudge
+        f, z, g = equilibrium(slice(None))
+        together = PerSample(mode, lambda: scale)(f, z, scale * g) / scale  # noqa: B023
+        for row in range(5):
+            f, z, g = equilibrium(slice(row, row + 1))
+            alone = PerSample(mode, lambda: 1.0)(f, z, g) / 5
+            assert torch.allclose(together[row], alone[0], atol=1e-10)
+    other = PerSample(mode, lambda: 2.0)(*equilibrium(slice(None)))
+    assert not torch.allclose(other, together, atol=1e-4)  # the amplitude does matter here
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "word"),
+    [
+        (lambda: SwapBackward("hepp"), UnknownBackwardError, "hepp"),
+        (lambda: SwapBackward({1: "ep"}), InvalidOptionError, "0 among them"),
+        (lambda: SwapBackward("ep", by="batch"), InvalidOptionError, "batch"),
+        (lambda: SwapBackward("ep", amplitude="per-sample"), InvalidOptionError, "beta"),
+        (lambda: Homeostasis(-1.0), InvalidOptionError, "weight"),
+        (lambda: Homeostasis(every=0), InvalidOptionError, "every"),
+        (lambda: AlignmentMonitor(samples=0), InvalidOptionError, "samples"),
+    ],
+)
+def test_bad_options_are_refused(make, error, word):
+    with pytest.raises(error, match=word):
+        make()
+
+
+def test_a_module_without_a_deq_is_refused(tmp_path):
+    module = TransformerTask()
+    del module.deq
+    with pytest.raises(NoDEQError):
+        fit(module, tmp_path, SwapBackward("ep"))
+    with pytest.raises(InvalidOptionError, match="no_such_thing"):
+        fit(TransformerTask(), tmp_path, SwapBackward("ep", metric="no_such_thing"))
+
+
+def test_homeostasis_is_the_penalty_added_to_the_loss(tmp_path):
+    """Also where Lightning divides the loss by the number of accumulated batches."""
+
+    class ByHand(TransformerTask):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + self.homeostasis.penalty()
+
+        def on_train_batch_start(self, batch, batch_idx):
+            key = callback_seed(self.trainer, batch_idx)
+            self.homeostasis = tep.register_homeostasis(self, 2.0, 3, seed=key)
+
+        def on_train_batch_end(self, *_):
+            self.homeostasis.remove()
+
+    def callback_seed(trainer, batch_idx):
+        probe = Homeostasis(2.0, probes=3)
+        seeds = []
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as patch:
+            patch.setattr(
+                "torchdeq_ep_lightning.callbacks.register_homeostasis", lambda *_, seed, **__: seeds.append(seed)
+            )
+            probe.on_train_batch_start(trainer, trainer.lightning_module, None, batch_idx)
+        return seeds[0]
+
+    for accumulate in (1, 2):
+        callback = trained(tmp_path, Homeostasis(2.0, probes=3), accumulate_grad_batches=accumulate)
+        torch.manual_seed(0)
+        by_hand = ByHand()
+        fit(by_hand, tmp_path, accumulate_grad_batches=accumulate)
+        without = trained(tmp_path, accumulate_grad_batches=accumulate)
+        assert torch.allclose(weights(callback), weights(by_hand), atol=1e-6)
+        assert not torch.allclose(weights(callback), weights(without), atol=1e-4)
+
+
+def test_homeostasis_schedule_and_log(tmp_path):
+    module = TransformerTask()
+    trainer = fit(module, tmp_path, Homeostasis({0: 0.0, 1: 3.0}), max_epochs=2)
+    assert trainer.callback_metrics["homeostasis/weighted"] > 0
+    measured = trainer.callback_metrics
+    assert measured["homeostasis/weighted"] == pytest.approx(3.0 * float(measured["homeostasis/penalty"]), rel=1e-4)
+    unchanged = trained(tmp_path, Homeostasis(0.0))
+    assert torch.equal(weights(unchanged), weights(trained(tmp_path)))
+
+
+def test_homeostasis_makes_the_jacobian_more_symmetric(tmp_path):
+    symmetries = []
+    for weight in (0.0, 30.0):
+        torch.manual_seed(0)
+        trainer = fit(TransformerTask(), tmp_path, Homeostasis(weight), max_epochs=5)
+        symmetries.append(float(trainer.callback_metrics["homeostasis/symmetry"]))
+    assert symmetries[1] > symmetries[0] + 0.02
+
+
+def test_nudge_stats_are_those_of_the_reports(tmp_path):
+    seen = []
+
+    class Reporting(TransformerTask):
+        def forward(self, x):
+            drive = self.read_in(x)
+            f = lambda z: 0.2 * torch.tanh(self.block(z)) + drive  # noqa: E731
+            (z,), _ = self.deq(
+                f, torch.zeros_like(drive), backward_writer=lambda statistics: seen.append(statistics["report"])
+            )
+            return self.read_out(z.mean(1))
+
+    trainer = fit(Reporting(), tmp_path, SwapBackward("ep:beta=0.01"), NudgeStats())
+    measured = trainer.callback_metrics
+    assert len(seen) == 4  # a writer of the user's own is still called
+    assert float(measured["nudge/iterations"]) == pytest.approx(sum(r.iterations for r in seen) / 4)
+    assert float(measured["nudge/beta"]) == pytest.approx(0.01)
+    assert float(measured["nudge/unconverged"]) == sum(not r.converged for r in seen) / 4
+    assert float(measured["nudge/shrunk"]) == float(measured["nudge/fallback"]) == 0.0
+    assert 0 < float(measured["free/residual"]) < 1e-3
+    plain = fit(TransformerTask(), tmp_path, NudgeStats()).callback_metrics
+    assert float(plain["nudge/iterations"]) > 0
+    assert "nudge/beta" not in plain
+
+
+def test_alignment_is_that_of_the_dense_jacobian(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="log")
+    monitor = AlignmentMonitor(every=2, samples=2)
+    module = TransformerTask()
+    fit(module, tmp_path, SwapBackward("ep-infinitesimal"), monitor, logger=logger, limit_train_batches=3)
+    assert set(monitor.last) == {f"alignment/{name}" for name in ("cosine", "symmetry", "residual")}
+    # The third and last measurement was taken after the last step, on the first rows of its batch.
+    x, y = (tensor[:2] for tensor in list(sequences())[2])
+    captured = []
+
+    class Keep:
+        def __call__(self, f, z, g):
+            captured.append((f, z, g))
+            return g
+
+    with tep.use_backward(module, Keep()):
+        nn.functional.cross_entropy(module(x), y).backward()
+    f, z, g = captured[0]
+    jacobian = tep.jacobian.dense_jacobian(f, z).double()
+    eye = torch.eye(len(jacobian), dtype=torch.float64)
+    exact = torch.linalg.solve(eye - jacobian.T, g.flatten().double())
+    ep = torch.linalg.solve(eye - jacobian, g.flatten().double())
+    cosine = float(nn.functional.cosine_similarity(exact, ep, dim=0))
+    assert cosine < 0.999
+    assert monitor.last["alignment/cosine"] == pytest.approx(cosine, abs=1e-3)
+    rows = (tmp_path / "log" / "metrics.csv").read_text().splitlines()
+    assert "alignment/cosine" in rows[0]
+
+
+def test_monitoring_changes_nothing(tmp_path):
+    watched = trained(tmp_path, SwapBackward("ep"), NudgeStats(), AlignmentMonitor(every=1), max_epochs=2)
+    alone = trained(tmp_path, SwapBackward("ep"), max_epochs=2)
+    assert torch.equal(weights(watched), weights(alone))
+
+
+def test_loss_scale_follows_accumulation_and_scaler():
+    scaler = SimpleNamespace(get_scale=lambda: 1024.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), accumulate_grad_batches=4)
+    assert loss_scale(trainer) == 256.0
+    trainer.precision_plugin = SimpleNamespace()
+    assert loss_scale(trainer) == 0.25
+
+
+def test_manual_optimisation_is_refused_by_the_monitor(tmp_path):
+    module = TransformerTask()
+    module.automatic_optimization = False
+    with pytest.raises(InvalidOptionError, match="every=0"):
+        fit(module, tmp_path, AlignmentMonitor())
+
+
+def test_with_the_distribution_called_lightning(tmp_path):
+    """Its classes are copies of those of pytorch-lightning: callbacks work by their methods, not their base class."""
+    pytest.importorskip("lightning.pytorch")
+    import lightning.pytorch as other
+
+    namespace = {
+        name: value
+        for name, value in vars(TransformerTask).items()
+        if name in ("forward", "training_step", "configure_optimizers")
+    }
+
+    def init(self):
+        other.LightningModule.__init__(self)
+        donor = TransformerTask()
+        for name, child in donor.named_children():
+            setattr(self, name, child)
+        self.losses = []
+
+    task = type("Task", (other.LightningModule,), namespace | {"__init__": init})()
+    stats = NudgeStats()
+    trainer = other.Trainer(
+        max_epochs=1,
+        callbacks=[SwapBackward("ep:beta=0.01"), Homeostasis(0.1), stats, AlignmentMonitor(every=1)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, sequences())
+    assert math.isclose(float(trainer.callback_metrics["nudge/beta"]), 0.01, rel_tol=1e-5)
+    assert "alignment/cosine" in trainer.callback_metrics

@@ -1,0 +1,210 @@
+"""`torchdeq-ep train`: recipes, refusals, resumption after a kill, several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from torchdeq_ep.cli import main
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
+
+TINY = [
+    *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
+    *("--trainer.max_epochs", "3", "--checkpoint_every", "15", "--alignment.every", "2", "--quiet", "true"),
+    *("--trainer.accelerator", "cpu"),
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torchdeq_ep.cli", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "last.ckpt", weights_only=False)["state_dict"]
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_and_its_files(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["train", "digits-mlp", "--backward", "ep", "--seed", "4", "--out", str(out), *TINY]) == 0
+    assert "digits-mlp, ep, seed 4" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # nothing else in the working directory
+    assert {"config.yaml", "csv", "last.ckpt", "result.json", "tensorboard"} <= {path.name for path in out.iterdir()}
+    result = json.loads((out / "result.json").read_text())
+    assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
+    for name in ("test/error", "train/loss", "angle", "alignment/cosine", "alignment/cosine/l1", "nudge/iterations"):
+        assert name in result["history"][-1]
+    rows = list(csv.DictReader((out / "csv" / "version_0" / "metrics.csv").open()))
+    assert sum(bool(row["test/error"]) for row in rows) == 3
+    before = (out / "result.json").stat().st_mtime_ns
+    assert main(["train", "digits-mlp", "--backward", "ep", "--seed", "4", "--out", str(out), *TINY]) == 0
+    assert (out / "result.json").stat().st_mtime_ns == before  # a finished run is not repeated
+
+
+def test_runs_are_repeated_by_their_seed(tmp_path):
+    options = ["--backward", "ep", "--homeostasis.enabled", "true", *TINY]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run("digits-mlp", [*options, "--seed", seed, "--out", str(tmp_path / name)])
+    assert same(tmp_path / "a", tmp_path / "b")
+    assert not same(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["no-such-recipe"], "no-such-recipe"),
+        (["digits-mlp", "--backward", "hepp"], "hepp"),
+        (["digits-mlp", "--backward", "{1: ep}"], "backward"),
+        (["digits-mlp", "--model.angle", "120"], "angle"),
+        (["digits-mlp", "--model.angle", "steep"], "model.angle"),
+        (["digits-mlp", "--model.no_such_key", "1"], "no_such_key"),
+        (["digits-mlp", "--model.activation", "relu"], "activation"),
+        (["digits-mlp", "--model.lr", "-1"], "model.lr"),
+        (["digits-mlp", "--model.lr_factors", "[1, 2]"], "model.lr_factors"),
+        (["digits-mlp", "--model.connections", "[in-l1, l1-l9, l1-out]"], "l9"),
+        (["digits-mlp", "--data.batch", "0"], "data.batch"),
+        (["digits-mlp", "--data.source", "./nowhere"], "nowhere"),
+        (["digits-mlp", "--trainer.max_epochs", "many"], "trainer.max_epochs"),
+        (["digits-mlp", "--homeostasis.weight", "-1"], "weight"),
+        (["digits-mlp", "--swap.beta", "null"], "beta"),
+        (["digits-mlp", "--swap.metric", "network.nothing"], "network.nothing"),
+        (["digits-mlp", "--checkpoint_every", "0"], "checkpoint_every"),
+        (["digits-mlp", "--seed", "true"], "seed"),
+    ],
+)
+def test_bad_configurations_are_refused_by_key(tmp_path, capsys, arguments, key):
+    assert main(["train", *arguments, "--out", str(tmp_path / "out"), "--quiet", "true"]) == 2
+    assert key in capsys.readouterr().err
+    assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
+def test_another_configuration_does_not_continue_a_run(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    run("digits-mlp", [*TINY, *out])
+    assert main(["train", "digits-mlp", *TINY, *out, "--model.lr", "0.2"]) == 2
+    assert "model.lr=0.1" in capsys.readouterr().err
+    run("digits-mlp", [*TINY, *out, "--model.lr", "0.2", "--fresh", "true"])
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    own = yaml.safe_load(find_recipe("digits-mlp").read_text())
+    own["model"]["hidden"] = [9]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    result = run(str(tmp_path / "mine.yaml"), [*TINY[2:], "--out", str(tmp_path / "out")])
+    assert result.recipe == "mine"
+    with pytest.raises(InvalidOptionError, match=r"other\.yaml"):
+        find_recipe("other.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_recipes_are_complete(name, tmp_path):
+    """Every key that a recipe can have is in it, so that no value of a paper is hidden in the code."""
+    plain = yaml.safe_load(find_recipe(name).read_text())
+    config = _configure(find_recipe(name), ["--out", str(tmp_path / "out")]).config
+    for section in ("model", "swap", "homeostasis"):
+        ours = {"connections", "feedback", "damping", "temperature", "lr_factors", "readout_lr_factor"}
+        ours |= {"readout_decay_factor", "backward", "seed", "by", "momentum", "max_iter", "shape", "n_classes"}
+        if not plain["homeostasis"]["enabled"] and section == "homeostasis":
+            continue
+        assert set(vars(config[section])) - ours <= set(plain[section]), section
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("table1", {"model.lr": 0.01, "model.momentum": 0.9, "data.batch": 50, "swap.max_iter": 20}),
+        ("fig4-angle", {"model.angle": 90.0, "model.lr": 1e-4, "homeostasis.weight": 1.0, "model.free_steps": 150}),
+        ("fig4-loop", {"homeostasis.weight": 0.1, "model.optimizer": "sgd", "model.momentum": 0.9}),
+        ("cifar10-cnn", {"homeostasis.weight": 15.0, "model.free_steps": 250, "data.crop": 4, "data.flip": True}),
+        ("cifar100-cnn", {"homeostasis.weight": 15.0, "model.hidden": [128, 256, 512, 512], "data.batch": 256}),
+        ("imagenet32-cnn", {"homeostasis.weight": 10.0, "model.activation": "dsilu", "model.lr": 5e-3}),
+    ],
+)
+def test_values_of_the_papers(name, expected, tmp_path):
+    config = _configure(find_recipe(name), ["--out", str(tmp_path / "out")]).config
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_killed_at_any_step_it_continues_to_the_same_weights(tmp_path):
+    options = ["train", "digits-mlp", "--backward", "{0: ift, 1: 'hep:n_points=4'}", "--homeostasis.enabled", "true"]
+    options += [*TINY, "--checkpoint_every", "3", "--data.flip", "true", "--data.crop", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(*options, "--out", str(whole)), check=True, env=environment(), timeout=300)
+    kills = 0
+    for steps in (4, 8):
+        process = subprocess.Popen(
+            command(*options, "--out", str(broken)), env=environment(), stdout=subprocess.DEVNULL
+        )
+        try:
+            while process.poll() is None:
+                if reached(broken) >= steps:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+    assert kills == 2
+    assert not (broken / "result.json").exists()
+    subprocess.run(command(*options, "--out", str(broken)), check=True, env=environment(), timeout=300)
+    assert torch.load(whole / "last.ckpt", weights_only=False)["global_step"] == 15
+    assert same(whole, broken)
+    one, other = (json.loads((out / "result.json").read_text())["history"] for out in (whole, broken))
+    assert [row["test/error"] for row in one] == [row["test/error"] for row in other]
+
+
+def reached(out: Path) -> int:
+    """The step of the checkpoint; 0 if there is none, or it is being replaced."""
+    try:
+        return torch.load(out / "last.ckpt", weights_only=False)["global_step"]
+    except (OSError, RuntimeError, EOFError):
+        return 0
+
+
+def test_two_processes_are_one_on_the_joined_batch(tmp_path):
+    """20 steps in float64. Homeostasis is off: each process draws probes of its own."""
+    options = ["train", "digits-mlp", "--backward", "ep:beta=1e-3,tol=1e-10", "--data.train_limit", "400"]
+    options += ["--data.test_limit", "50", "--data.batch", "20", "--trainer.max_epochs", "1", "--quiet", "true"]
+    options += ["--model.hidden", "[12, 8]", "--model.free_tol", "1e-11", "--alignment.every", "0"]
+    options += ["--trainer.precision", "64-true", "--trainer.accelerator", "cpu", "--checkpoint_every", "20"]
+    errors = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        arguments = [*options, "--trainer.devices", processes, "--out", str(out)]
+        subprocess.run(command(*arguments), check=True, env=environment(), timeout=300)
+        errors.append(json.loads((out / "result.json").read_text())["history"][-1])
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert torch.load(tmp_path / "2" / "last.ckpt", weights_only=False)["global_step"] == 20
+    start = weights_at_start(options, tmp_path / "start")
+    for key, value in one.items():
+        assert value.dtype == torch.float64
+        assert (value - two[key]).abs().max() < 1e-6
+    assert max(float((one[key] - start[key]).abs().max()) for key in one) > 1e-2
+    for name in ("test/error", "test/loss", "train/loss"):
+        assert errors[0][name] == pytest.approx(errors[1][name], abs=1e-5)
+
+
+def weights_at_start(options: list[str], out: Path) -> dict[str, torch.Tensor]:
+    cli = _configure(find_recipe("digits-mlp"), [*options[2:], "--out", str(out)])
+    cli.instantiate()
+    return {key: value.double() for key, value in cli.model.state_dict().items()}

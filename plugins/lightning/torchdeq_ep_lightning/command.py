@@ -1,0 +1,64 @@
+"""The commands `torchdeq-ep train` and `torchdeq-ep sweep`."""
+
+from __future__ import annotations
+
+import sys
+
+from pytorch_lightning.utilities import rank_zero_only
+
+from torchdeq_ep_lightning.training import recipes, run
+
+_USAGE = """usage: torchdeq-ep train RECIPE [--backward MODE] [--seed N] [--out DIR] [--KEY VALUE ...]
+
+Train a network of the papers. The same command again resumes a run that was stopped.
+
+  RECIPE            {names},
+                    or the path of a YAML file
+  --backward MODE   how gradients are computed: ift, ep, hep, ... with options, e.g. hep:n_points=4,beta=0.5
+  --seed N          seed of weights, order, augmentation and probes (default: 0)
+  --out DIR         where everything is written (default: runs/RECIPE/MODE-seedN)
+  --fresh true      start over
+  --quiet true      no progress bar
+  --KEY VALUE       any key of the recipe, e.g. --model.angle 90 --trainer.max_epochs 5 --trainer.devices 2
+  --print_config    write the complete configuration as YAML
+"""
+
+
+def train(arguments: list[str]) -> int:
+    """Run `torchdeq-ep train`.
+
+    Args:
+        arguments: What follows `train`.
+
+    Returns:
+        The exit code.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_USAGE.format(names=", ".join(recipes())))
+        return 0 if arguments else 2
+    result = run(arguments[0], arguments[1:])
+    if rank_zero_only.rank:
+        return 0
+    last = result.last
+    sys.stdout.write(
+        f"{result.recipe}, {result.backward}, seed {result.seed}: {100 - last['test/error']:.2f} % right after "
+        f"{last['epoch']} epochs, {last['seconds']:.0f} s; results in {result.out}\n"
+    )
+    missed = last.get("nudge/unconverged", 0.0)
+    if missed:
+        sys.stdout.write(f"{missed:.1%} of the backward solves of the last epoch missed their tolerance\n")
+    return 0
+
+
+def sweep(arguments: list[str]) -> int:
+    """Run `torchdeq-ep sweep`.
+
+    Args:
+        arguments: What follows `sweep`.
+
+    Returns:
+        The exit code.
+    """
+    from torchdeq_ep_lightning.sweep import main
+
+    return main(arguments)

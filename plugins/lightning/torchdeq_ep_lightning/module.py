@@ -1,0 +1,212 @@
+"""The papers' classifiers as a LightningModule: a vector-field network, its loss, its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from torchdeq_ep.errors import InvalidOptionError, unknown_name
+from torchdeq_ep.host import EquilibriumRule, deqs_of, nudge_loss
+from torchdeq_ep.nn import VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
+from torchdeq_ep.nn.vector_field import VectorField
+
+Activation = Literal["shifted-sigmoid", "dsilu"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"shifted-sigmoid": shifted_sigmoid, "dsilu": dsilu}
+
+
+class VectorFieldClassifier(LightningModule):
+    """A vector-field network of Laborieux & Zenke (arXiv 2309.02214) that classifies images.
+
+    Args:
+        shape: Channels, height and width of an image.
+        n_classes: Number of classes.
+        network: `"mlp"` or `"cnn"`.
+        hidden: Units of the layers of the state, named `l1`, `l2`, ...; or their channels.
+        connections: `"source-target"` of an MLP; by default each layer to the next and back. `in` is the image, `out`
+            the logits.
+        activation: `"shifted-sigmoid"` or `"dsilu"`.
+        angle: Initial angle in degrees between backward and transposed forward weights.
+        damping: Share of the old state kept in each step.
+        gain: Factor of the initial weights between layers of the state.
+        feedback: Strength of backward relative to forward weights for which EP is exact, in an MLP.
+        temperature: Of the softmax pooling.
+        free_steps: Largest number of steps of the free phase.
+        free_tol: Relative residual at which it stops.
+        nudging: `"loss"`: the force of the nudge is the gradient of the loss at the nudged state, as in the papers.
+            `"cotangent"`: that at the free state.
+        optimizer: `"sgd"` or `"adamw"`.
+        lr: Learning rate.
+        momentum: Of SGD.
+        weight_decay: Added to the gradient (SGD), or decoupled (AdamW).
+        lr_factors: Multiply the learning rate of each layer of a CNN, forward and backward weights alike.
+        readout_lr_factor: Multiplies that of the read-out.
+        readout_decay_factor: Multiplies the weight decay of the read-out.
+        schedule: `"constant"`, or `"cosine"` to zero over the training, at every step.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> model = VectorFieldClassifier((1, 8, 8), 10, hidden=[16, 16, 10])
+        >>> model(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        n_classes: int,
+        network: Literal["mlp", "cnn"] = "mlp",
+        hidden: Sequence[int] = (256, 256, 10),
+        connections: list[str] | None = None,
+        activation: Activation = "shifted-sigmoid",
+        angle: float = 0.0,
+        damping: float = 0.0,
+        gain: float = 1.0,
+        feedback: float = 1.0,
+        temperature: float = 1.0,
+        free_steps: int = 150,
+        free_tol: float = 1e-4,
+        nudging: Literal["loss", "cotangent"] = "loss",
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        lr_factors: list[float] | None = None,
+        readout_lr_factor: float = 1.0,
+        readout_decay_factor: float = 1.0,
+        schedule: Literal["constant", "cosine"] = "constant",
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise InvalidOptionError(unknown_name("model.activation", activation, _ACTIVATIONS))
+        if not lr > 0 or not 0 <= momentum < 1 or weight_decay < 0:
+            raise InvalidOptionError(
+                f"model.lr must be positive, model.momentum in [0, 1), model.weight_decay at least 0, not {lr}, "
+                f"{momentum} and {weight_decay}."
+            )
+        if free_steps < 1 or not free_tol > 0:
+            raise InvalidOptionError(
+                f"model.free_steps must be at least 1 and model.free_tol positive, not {free_steps} and {free_tol}."
+            )
+        if lr_factors is not None and (network != "cnn" or len(lr_factors) != len(hidden)):
+            raise InvalidOptionError(
+                f"model.lr_factors has one number for each layer of a CNN, not {lr_factors} with "
+                f"model.network={network} and model.hidden={list(hidden)}."
+            )
+        options: dict[str, Any] = {
+            "phi": _ACTIVATIONS[activation],
+            "damping": damping,
+            "gain": gain,
+            "angle": angle,
+            "f_max_iter": free_steps,
+            "f_tol": free_tol,
+        }
+        self.network: VectorField
+        if network == "mlp":
+            pixels = shape[0] * shape[1] * shape[2]
+            layers = {f"l{k}": size for k, size in enumerate(hidden, start=1)}
+            sizes = {"in": pixels, **layers, "out": n_classes}
+            self.network = VectorFieldMLP(sizes, connections, feedback=feedback, readout="softmax", **options)
+        elif connections is not None:
+            raise InvalidOptionError("model.connections are those of an MLP: a CNN is a chain of layers.")
+        else:
+            self.network = VectorFieldCNN(shape, hidden, n_classes, temperature=temperature, **options)
+        self.nudging = nudging
+        self.optimizer, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
+        self.lr_factors = lr_factors
+        self.readout_factors = (readout_lr_factor, readout_decay_factor)
+        self.schedule = schedule
+        self._labels: Tensor | None = None
+        self._counts: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits at the equilibrium."""
+        logits: Tensor = self.network(images.flatten(1) if isinstance(self.network, VectorFieldMLP) else images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, self._labels = batch
+        logits = self(images)
+        loss = self.network.loss(logits, self._labels)
+        wrong = (logits.argmax(1) != self._labels).float().mean()
+        values = {"train/loss": loss.detach(), "train/error": 100 * wrong}
+        self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(images))
+        self.log("train/step_loss", loss.detach(), on_step=True, on_epoch=False)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        labels = self._labels
+        nudged = any(isinstance(rule, EquilibriumRule) for deq in deqs_of(self) for rule in deq.produce_grad)
+        context = (
+            nudge_loss(self.network, lambda u: self.network.loss(self.network.read_out(u), labels))  # type: ignore[arg-type]
+            if self.nudging == "loss" and nudged
+            else nullcontext()
+        )
+        with context:
+            super().backward(loss, *args, **kwargs)
+
+    def on_validation_epoch_start(self) -> None:
+        self._counts = []
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        if not len(images):  # the share of a process in the last batch
+            return
+        logits = self(images)
+        loss = self.network.loss(logits, labels) * len(images)
+        wrong = (logits.argmax(1) != labels).sum()
+        self._counts.append(torch.stack([loss.double(), wrong.double(), wrong.new_tensor(len(images)).double()]))
+
+    def on_validation_epoch_end(self) -> None:
+        total = sum(self._counts, torch.zeros(3, dtype=torch.float64, device=self.device))
+        loss, wrong, count = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum")).float()
+        values = {"test/loss": loss / count, "test/error": 100 * wrong / count, "angle": self.angle()}
+        self.log_dict(
+            {name: value for name, value in values.items() if value is not None}, prog_bar=True, sync_dist=True
+        )
+
+    def angle(self) -> float | None:
+        """Mean angle between backward and transposed forward weights, in degrees; `None` without such pairs."""
+        angles = self.network.connection_angles().values()
+        return sum(angles) / len(angles) if angles else None
+
+    def parts(self) -> dict[str, slice]:
+        """Where each layer of an MLP lies in the state."""
+        return self.network.slices() if isinstance(self.network, VectorFieldMLP) else {}
+
+    def configure_optimizers(self) -> Any:
+        groups = [self._group(name, parameter) for name, parameter in self.network.named_parameters()]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, self.lr, self.momentum)
+        else:
+            optimizer = torch.optim.AdamW(groups, self.lr)
+        if self.schedule == "constant":
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _group(self, name: str, parameter: Tensor) -> dict[str, Any]:
+        lr_factor, decay_factor = self._factors(name)
+        return {
+            "params": [parameter],
+            "lr": self.lr * lr_factor,
+            "weight_decay": self.weight_decay * decay_factor,
+        }
+
+    def _factors(self, name: str) -> tuple[float, float]:
+        """Of learning rate and weight decay of a parameter of the network."""
+        kind, _, rest = name.partition(".")
+        if kind == "head" or name.endswith("-out") or name == "biases.out":
+            return self.readout_factors
+        if self.lr_factors is None:
+            return 1.0, 1.0
+        # Layer k + 1 is reached by forward weight k + 1, and left backwards by backward weight k.
+        return self.lr_factors[int(rest) + (kind == "backward_weights")], 1.0

@@ -1,0 +1,339 @@
+"""One run of a recipe: configuration, trainer, resumption, and the record of what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from torchdeq_ep.compare.files import write_whole
+from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning, unknown_name
+from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
+from torchdeq_ep_lightning.data import ImageData
+from torchdeq_ep_lightning.module import VectorFieldClassifier
+
+RECIPES = Path(__file__).parent / "recipes"
+RESULT = "result.json"
+_CONFIG = "config.yaml"
+_CHECKPOINT = "last.ckpt"
+# What may differ between the two halves of a resumed run.
+_FREE_KEYS = ("out", "fresh", "quiet", "config", "trainer.enable_progress_bar", "trainer.enable_model_summary")
+_ALIASES = {"--seed": "--seed_everything"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Args:
+        recipe: Name of the recipe.
+        backward: Spec of the mode, or a schedule of them.
+        seed: The seed.
+        history: Measurements at the end of each epoch, by name.
+        out: Directory of the run.
+    """
+
+    recipe: str
+    backward: Any
+    seed: int
+    history: tuple[dict[str, float], ...]
+    out: Path
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Measurements at the end."""
+        return self.history[-1]
+
+
+class Record(Callback):
+    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+        self._place: dict[str, int] | None = None
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.perf_counter()
+        # Lightning forgets the place of a loader that was asked for its length before the checkpoint was read, as the
+        # cosine schedule does.
+        if self._place is not None:
+            cast(Any, trainer.train_dataloader).load_state_dict(self._place)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["place_in_epoch"] = cast(Any, trainer.train_dataloader).state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._place = checkpoint["place_in_epoch"]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": self._elapsed(), **measured}
+        self.history = [*self.history[: trainer.current_epoch], row]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self._seconds = list(state_dict["history"]), state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + (time.perf_counter() - self._since if self._since else 0.0)
+
+
+class TrainCLI(LightningCLI):
+    """Lightning's command line with the options of this package: modes, homeostasis, measurements, results."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--backward", type=str | dict[int, str], default="ep", help="mode, or modes by epoch")
+        parser.add_argument("--out", type=str | None, default=None, help="directory of the results")
+        parser.add_argument("--fresh", type=bool, default=False, help="start over instead of resuming")
+        parser.add_argument("--quiet", type=bool, default=False, help="no progress bar and no summary")
+        parser.add_argument("--checkpoint_every", type=int, default=100, help="steps between two checkpoints")
+        for callback, key in (
+            (SwapBackward, "swap"),
+            (Homeostasis, "homeostasis"),
+            (AlignmentMonitor, "alignment"),
+        ):
+            parser.add_lightning_class_args(callback, key)
+        parser.link_arguments("backward", "swap.backward")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "homeostasis.seed")
+        parser.link_arguments("data.shape", "model.shape", apply_on="instantiate")
+        parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # Lightning's own warns if the process has other arguments
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config
+        if config.checkpoint_every < 1:
+            raise InvalidOptionError(f"checkpoint_every must be at least 1, not {config.checkpoint_every}.")
+        if isinstance(config.seed_everything, bool):
+            raise InvalidOptionError("seed_everything must be a whole number: a run is repeated by its seed.")
+        # Refused here, before any data are read.
+        swap = config.swap
+        SwapBackward(config.backward, **{name: value for name, value in vars(swap).items() if name != "backward"})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config
+        out = Path(config.out)
+        self.record = Record()
+        checkpoint = ModelCheckpoint(
+            out,
+            filename=_CHECKPOINT.removesuffix(".ckpt"),
+            every_n_train_steps=config.checkpoint_every,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        extra: list[Callback] = [NudgeStats(), self.record, checkpoint]
+        if config.trainer.enable_progress_bar is None and config.quiet:
+            kwargs["enable_progress_bar"] = False
+        elif config.trainer.enable_progress_bar is not False:
+            extra.append(RichProgressBar(leave=False))
+        if config.quiet:
+            kwargs["enable_model_summary"] = False
+        if config.trainer.logger is None:
+            kwargs["logger"] = [CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")]
+        extra_callbacks = [self._get(self.config_init, key) for key in self.parser.callback_keys]
+        settings = {**self.config_init.trainer, **kwargs, "default_root_dir": str(out)}
+        return self._instantiate_trainer(settings, [*extra_callbacks, *extra])
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes of this package by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: Name of one of this package's, or the path of a YAML file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        InvalidOptionError: If there is none.
+
+    Example:
+        >>> find_recipe("digits-mlp").name
+        'digits-mlp.yaml'
+    """
+    known = recipes()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise InvalidOptionError(f"there is no recipe file {path}.")
+    raise InvalidOptionError(f"{unknown_name('recipe', name, known)} Or give the path of a YAML file.")
+
+
+def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
+    """Train a recipe, resume it, or return its result if it is finished.
+
+    Args:
+        recipe: Name of a recipe, or the path of a YAML file.
+        overrides: Options in the form of the command line, e.g. `["--backward", "hep", "--model.angle", "90"]`.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        InvalidOptionError: If the recipe does not exist, an option is not acceptable, or the directory holds a run of
+            another configuration.
+        SystemExit: If an option cannot be parsed; the message on standard error names the key.
+    """
+    path = find_recipe(recipe)
+    arguments = [_ALIASES.get(argument, argument) for argument in overrides]
+    with _quiet_lightning():
+        cli = _configure(path, arguments)
+        config = cli.config
+        out = Path(config.out)
+        finished = _read_result(out) if not config.fresh else None
+        if finished is not None:
+            return finished
+        cli.instantiate()
+        trainer = cli.trainer
+        last = out / _CHECKPOINT
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+        result = Result(path.stem, config.backward, config.seed_everything, tuple(cli.record.history), out)
+        if trainer.is_global_zero and trainer.state.finished:
+            plain = {**vars(result), "out": str(out)}
+            _write(out / RESULT, json.dumps(plain, indent=1) + "\n")
+    return result
+
+
+class _Cli(TrainCLI):
+    """Parses at once, and instantiates when asked."""
+
+    def instantiate_classes(self) -> None:
+        return
+
+    def instantiate(self) -> None:
+        super().instantiate_classes()
+
+
+def _configure(path: Path, arguments: list[str]) -> _Cli:
+    cli = _Cli(
+        VectorFieldClassifier,
+        ImageData,
+        save_config_callback=None,
+        trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=["--config", str(path), *arguments],
+        run=False,
+    )
+    config = cli.config
+    if config.out is None:
+        slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in str(config.backward))
+        config.out = str(Path("runs") / path.stem / f"{slug}-seed{config.seed_everything}")
+    out = Path(config.out)
+    plain = yaml.safe_load(cli.parser.dump(config, skip_link_targets=True, format="yaml"))
+    saved = out / _CONFIG
+    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    if saved.is_file() and not config.fresh:
+        _refuse_other(yaml.safe_load(saved.read_text(encoding="utf-8")), plain, out)
+    elif leader:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidOptionError(f"cannot make the directory {out}: {error}") from error
+        for stale in (RESULT, _CHECKPOINT):
+            (out / stale).unlink(missing_ok=True)
+        _write(saved, yaml.safe_dump(plain, sort_keys=False))
+    return cli
+
+
+def _refuse_other(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    one, other = _flat(before), _flat(now)
+    for key in sorted(one.keys() | other.keys()):
+        if key not in _FREE_KEYS and one.get(key) != other.get(key):
+            raise InvalidOptionError(
+                f"{out} holds a run with {key}={one.get(key)!r}, which cannot be resumed with {other.get(key)!r}: give "
+                "another --out, or --fresh true to start over."
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        path: value
+        for key, entry in tree.items()
+        for path, value in _flat(entry, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _read_result(out: Path) -> Result | None:
+    try:
+        plain = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
+
+
+def _write(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
+# Lightning's advice on matters that this package has decided. Each with what it is about.
+_NOISE = (
+    ".*does not have many workers.*",  # batches are slices of tensors in memory
+    ".*Checkpoint directory .* exists and is not empty.*",  # resumption is what it is for
+    ".*number of training batches .* is smaller than the logging interval.*",  # epochs are logged in any case
+    # Deprecations inside Lightning.
+    ".*treespec, LeafSpec.*",
+    r"\s*``instantiate_classes`` was deprecated",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+)
+
+
+# What these say at every start: the seed, the devices, advertisements.
+_CHATTY = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero", "lightning_fabric")
+
+
+@contextmanager
+def _quiet_lightning() -> Any:
+    chatty = [(logger, logger.level) for logger in map(logging.getLogger, _CHATTY)]
+    for logger, _ in chatty:
+        logger.setLevel(logging.WARNING)
+    try:
+        with _filtered():
+            yield
+    finally:
+        for logger, level in chatty:
+            logger.setLevel(level)
+
+
+@contextmanager
+def _filtered() -> Any:
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message)
+        # One line for every other step of a long run: NudgeStats counts them, and the summary has the count.
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        warnings.filterwarnings("ignore", category=TruncationWarning)
+        yield
