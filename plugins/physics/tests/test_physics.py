@@ -8,12 +8,12 @@ import subprocess
 import pytest
 import torch
 import torchdeq
-import torchdeq_ep_physics as physics
-from torchdeq_ep_physics import recipes
-from torchdeq_ep_physics.command import main
 
 import torchdeq_ep as tep
+import torchdeq_ep_physics as physics
 from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError, SolverError, SolverTimeoutError
+from torchdeq_ep_physics import recipes
+from torchdeq_ep_physics.command import main
 
 needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
 
