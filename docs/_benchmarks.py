@@ -30,12 +30,17 @@ SECTIONS = {
 One backward pass, from the loss to the gradient of all parameters. The reference is torchdeq's IFT with whichever of
 its own solvers is fastest on that model. Each backward runs at the loosest tolerance at which its gradient is within
 1e-3 of its limit in double precision: the exact gradient for `ift`, `aep` and torchdeq, that of vanishing nudges for
-the others. `error` is what it reached; where it is above 1e-3, no tolerance was enough. Below 1 is faster, or less
-memory, than torchdeq.
+the others. `error` is what it reached; where it is above 1e-3, no tolerance was enough, since a one-sided nudge has a
+truncation error of its own. Below 1 is faster, or less memory, than torchdeq.
+
+Which of the two wins depends on the loss. EP solves with `J`, implicit differentiation with `J^T`, from the same
+cotangent. If the map ends in a norm, as the convolutional block does, `J^T` removes the components of the cotangent that the norm
+ignores in its first step, and `J` does not. With the regression loss, whose cotangent consists of little else,
+implicit differentiation therefore needs far fewer steps.
 """,
     "overhead": """## Overhead
 
-A nudged solve (one-sided, to 1e-3) over as many calls of the bare map. `plain` does not accelerate, `relaxation` is the
+A nudged solve (one-sided, to 1e-3) over as many calls of the bare map. `plain` does not accelerate, `auto` is the
 default: it costs more per call and makes fewer calls. The last column is the time of both solves in calls of the map.
 """,
     "training gradient": """## One training gradient
@@ -67,6 +72,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "against torchdeq": {
         "model": "model",
         "batch": "batch",
+        "task": "task",
         "backward": "backward",
         "ratio": "time",
         "memory_ratio": "peak memory",

@@ -135,7 +135,7 @@ class Backward(ABC):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        if norm(equilibrium.cotangent) == 0.0:
+        if equilibrium.cotangent_size == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
         with undisturbed(equilibrium.records):
             return self._solve(equilibrium)

@@ -236,6 +236,7 @@ class _NudgedProblem:
     metric: Tensor | None
     metric_calls: int
     force: Tensor
+    force_size: float
     correction: AsymmetricCorrection | None
     state_force: Callable[[Tensor], Tensor] | None
     unit_amplitude: float
@@ -258,8 +259,11 @@ class _NudgedProblem:
                 )
         correction = AsymmetricCorrection.at(equilibrium, metric) if mode.correction else None
         # A fixed point at zero has no scale of its own: one per entry then stands for it.
-        state_norm = norm(equilibrium.z) or equilibrium.z.numel() ** 0.5
-        return cls(equilibrium, metric, metric_calls, force, correction, state_force, state_norm / norm(force))
+        state_size = equilibrium.size or equilibrium.z.numel() ** 0.5
+        force_size = equilibrium.cotangent_size if metric is None else norm(force)
+        return cls(
+            equilibrium, metric, metric_calls, force, force_size, correction, state_force, state_size / force_size
+        )
 
 
 class _NudgedSolve:
@@ -309,7 +313,7 @@ class _NudgedSolve:
                 for _ in range(schedule.steps):
                     last, d = d, displacement_map(d)
                 self._count(displacement_map, 1, schedule.steps)
-                self.trace += (norm(d - last) / norm(self._problem.force),)
+                self.trace += (norm(d - last) / self._problem.force_size,)
                 total += coefficients[k] / schedule.periods * d[0].real
         self._judge(Relaxation(d, self.trace[-1], self.trace, not math.isfinite(self.trace[-1])))
         return total
@@ -328,7 +332,7 @@ class _NudgedSolve:
     def _relax(self, nodes: tuple[Node, ...], starts: list[Tensor]) -> Tensor:
         displacement_map = self._map(nodes)
         start = torch.stack([start.to(displacement_map.dtype) for start in starts])
-        relaxation = self._mode.run(displacement_map, start, norm(self._problem.force), self._tol, self._floor)
+        relaxation = self._mode.run(displacement_map, start, self._problem.force_size, self._tol, self._floor)
         self._judge(relaxation)
         self._count(displacement_map, len(nodes), len(relaxation.trace))
         self.trace += relaxation.trace
@@ -350,10 +354,17 @@ class _NudgedSolve:
 
 def _groups(nodes: tuple[Node, ...], stacked: bool) -> list[tuple[Node, ...]]:
     """The nodes in the order in which they are solved, real ones first; those of a group together."""
-    real = tuple(node for node in nodes if not isinstance(node, complex))
-    others = tuple(node for node in nodes if isinstance(node, complex))
-    groups = [real, others] if stacked else [(node,) for node in real + others]
-    return [group for group in groups if group]
+    real = [node for node in nodes if not isinstance(node, complex)]
+    others = [node for node in nodes if isinstance(node, complex)]
+    if stacked:
+        return [tuple(group) for group in (real, others) if group]
+    ordered: list[Node] = list(real)
+    while others:  # the node farthest from all before it (Leja), else high-degree polynomials would not interpolate
+        known = ordered + [node.conjugate() for node in ordered if isinstance(node, complex)]
+        farthest = max(others, key=lambda node: math.prod(abs(node - other) for other in known))
+        ordered.append(farthest)
+        others.remove(farthest)
+    return [(node,) for node in ordered]
 
 
 def _extrapolate(solved: dict[Node, Tensor], node: Node) -> Tensor:

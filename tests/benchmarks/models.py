@@ -143,16 +143,23 @@ class Tiny(Block):
 
 @dataclass
 class Case:
-    """A model with a batch."""
+    """A model with a batch, and a loss of the equilibrium: `"classification"` or `"regression"`."""
 
     model: nn.Module
     x: Tensor
+    task: str = "classification"
 
     def loss(self, writer: Writer = None) -> Tensor:
-        """Half the mean squared distance of the equilibrium from a fixed target."""
+        """Cross-entropy of ten linear features of the mean over positions; or half the squared distance from a ramp."""
         state = self.model(self.x, writer)
-        target = torch.linspace(-1, 1, state.numel(), dtype=state.dtype).reshape(state.shape)
-        return 0.5 * (state - target).square().sum() / len(state)
+        if self.task == "regression":
+            target = torch.linspace(-1, 1, state.numel(), dtype=state.dtype).reshape(state.shape)
+            return 0.5 * (state - target).square().sum() / len(state)
+        features = state if state.dim() == 2 else state.flatten(2).mean(2)
+        generator = torch.Generator().manual_seed(1)
+        read_out = torch.randn(features.shape[1], 10, generator=generator).to(state.dtype) / features.shape[1] ** 0.5
+        labels = torch.randint(10, (len(state),), generator=generator)
+        return functional.cross_entropy(features @ read_out, labels)
 
     def gradient(self, loss: Tensor) -> Tensor:
         """The gradient by all parameters, as one vector. The graph is kept, so that it can be taken again."""
@@ -161,18 +168,18 @@ class Case:
 
     def double(self) -> Case:
         """The same case in double precision; the model is converted in place."""
-        return Case(self.model.double(), self.x.double())
+        return Case(self.model.double(), self.x.double(), self.task)
 
 
-def make(kind: str, batch: int | None = None) -> Case:
+def make(kind: str, batch: int | None = None, task: str = "classification") -> Case:
     """A case by name; `batch` samples, or the number that the name stands for."""
     torch.manual_seed(0)
     if kind == "dense":
-        return Case(Dense(), torch.rand(batch or 50, 784))
+        return Case(Dense(), torch.rand(batch or 50, 784), task)
     if kind == "convolutional":
-        return Case(Convolutional(), torch.randn(batch or 16, 3, 16, 16))
+        return Case(Convolutional(), torch.randn(batch or 16, 3, 16, 16), task)
     if kind == "attention":
-        return Case(Attention(), torch.randn(batch or 16, 32, 64))
+        return Case(Attention(), torch.randn(batch or 16, 32, 64), task)
     if kind == "graph":
-        return Case(Graph(), torch.randn(Graph.nodes, 64))
-    return Case(Tiny(), torch.randn(batch or 1, 16))
+        return Case(Graph(), torch.randn(Graph.nodes, 64), task)
+    return Case(Tiny(), torch.randn(batch or 1, 16), task)
