@@ -121,7 +121,7 @@ def test_the_convolutional_network_learns(tmp_path, backward):
 
 
 def per_step(out: Path) -> list[float]:
-    rows = list(csv.DictReader(next((out / "csv").glob("*/metrics.csv")).open()))
+    rows = list(csv.DictReader(next((out / "csv").glob("*/metrics.csv")).read_text().splitlines()))
     return [float(row["train/step_loss"]) for row in rows if row.get("train/step_loss")]
 
 
