@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -61,68 +59,6 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert (tmp_path / "page.md").read_text() == (out / "results.md").read_text()
     assert main(["sweep", "no-such-recipe"]) == 2
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "wiring"),
-    [
-        ("fig4-angle", []),
-        ("fig4-loop", ["--model.connections", "[in-l1, l1-l2, l2-l3, l3-l1, l3-out]"]),
-    ],
-)
-def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, wiring):
-    options = ["--data.source", "digits", "--data.shape", "null", "--model.hidden", "[64, 64, 10]", *wiring]
-    options += [
-        "--model.optimizer",
-        "adamw",
-        "--model.lr",
-        "2e-3",
-        "--model.schedule",
-        "cosine",
-        "--model.damping",
-        "0.3",
-    ]
-    options += [
-        "--trainer.max_epochs",
-        "12",
-        "--alignment.every",
-        "0",
-        "--quiet",
-        "true",
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    options += ["--backward", "ep-infinitesimal", "--homeostasis.probes", "1"]
-    for seed in range(3):
-        losses = []
-        for weight in ("0", "10"):
-            choice = ["--homeostasis.weight", weight, "--homeostasis.enabled", "true" if weight != "0" else "false"]
-            result = run(recipe, [*options, *choice, "--seed", str(seed), "--out", str(tmp_path / f"{weight}-{seed}")])
-            losses.append(result.last["test/error"])
-        assert losses[1] < losses[0], (seed, losses)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backward", ["ift", "ep", "hep:n_points=4"])
-def test_the_convolutional_network_learns(tmp_path, backward):
-    """One epoch of 2,000 images at a quarter of the width; the images are made up, in the schema of CIFAR-10."""
-    source = write_coloured(tmp_path / "data", 2000, 200)
-    out = tmp_path / "out"
-    options = ["--backward", backward, "--data.source", str(source), "--data.image_column", "image", "--quiet", "true"]
-    options += ["--model.hidden", "[32, 64, 128, 128]", "--data.batch", "50", "--homeostasis.enabled", "false"]
-    options += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
-    options += ["--trainer.max_epochs", "1", "--out", str(out)]
-    result = run("cifar10-cnn", options)
-    losses = per_step(out)
-    assert len(losses) == 40
-    assert sum(losses[-5:]) < sum(losses[:5])
-    assert result.last["test/loss"] < 2.3  # of a guess
-
-
-def per_step(out: Path) -> list[float]:
-    rows = list(csv.DictReader(next((out / "csv").glob("*/metrics.csv")).open()))
-    return [float(row["train/step_loss"]) for row in rows if row.get("train/step_loss")]
 
 
 @pytest.mark.slow

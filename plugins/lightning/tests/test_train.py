@@ -53,7 +53,7 @@ def test_a_run_and_its_files(tmp_path, capsys):
     assert [row["epoch"] for row in result["history"]] == [1, 2, 3]
     for name in ("test/error", "train/loss", "angle", "alignment/cosine", "alignment/cosine/l1", "nudge/iterations"):
         assert name in result["history"][-1]
-    rows = list(csv.DictReader((out / "csv" / "version_0" / "metrics.csv").open()))
+    rows = list(csv.DictReader((out / "csv" / "version_0" / "metrics.csv").read_text().splitlines()))
     assert sum(bool(row["test/error"]) for row in rows) == 3
     before = (out / "result.json").stat().st_mtime_ns
     assert main(["train", "digits-mlp", "--backward", "ep", "--seed", "4", "--out", str(out), *TINY]) == 0

@@ -37,7 +37,7 @@ def train(arguments: list[str]) -> int:
         sys.stdout.write(_USAGE.format(names=", ".join(recipes())))
         return 0 if arguments else 2
     result = run(arguments[0], arguments[1:])
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         return 0
     last = result.last
     sys.stdout.write(
