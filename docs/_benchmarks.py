@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 INTRODUCTION = """# Benchmarks
 
-This page is made from [`{file}`](benchmarks/{file}), a run of `make bench` on {date}, by `docs/_benchmarks.py`.
-Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}, {gpu}.
+This page is made from [`{file}`](benchmarks/{file}), a run of `make bench` on {date}, by
+`docs/_benchmarks.py`. Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}, {gpu}.
 
 All figures are ratios. Before each timed run comes a run of what it is compared with, so that other load on the machine
 meets both; a ratio is that of the medians. Yours will differ: `make bench` writes `build/benchmark.json`, and
@@ -34,9 +34,9 @@ the others. `error` is what it reached; where it is above 1e-3, no tolerance was
 truncation error of its own. Below 1 is faster, or less memory, than torchdeq.
 
 Which of the two wins depends on the loss. EP solves with `J`, implicit differentiation with `J^T`, from the same
-cotangent. If the map ends in a norm, as the convolutional block does, `J^T` removes the components of the cotangent that the norm
-ignores in its first step, and `J` does not. With the regression loss, whose cotangent consists of little else,
-implicit differentiation therefore needs far fewer steps.
+cotangent. If the map ends in a norm, as the convolutional block does, `J^T` removes the components of the cotangent
+that the norm ignores in its first step, and `J` does not. With the regression loss, whose cotangent has much of them,
+implicit differentiation needs far fewer steps.
 """,
     "overhead": """## Overhead
 
@@ -47,7 +47,7 @@ default: it costs more per call and makes fewer calls. The last column is the ti
 
 The dense network, batch 50: free phase, nudged phases and parameter gradients together, in calls of the bare map. The
 tolerances are the loosest with which the error is no larger than that of the papers' scheme of 150 free and 20 nudged
-plain steps.
+plain steps. A one-sided nudge cannot get there, and runs at the tightest ones.
 """,
     "scaling with N": """## Scaling
 

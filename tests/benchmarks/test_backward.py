@@ -63,9 +63,9 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def limits(kind: str, batch: int | None) -> dict[str, Tensor]:
+def limits(kind: str, batch: int | None, task: str = "classification") -> dict[str, Tensor]:
     """The gradients to which the backwards converge, in double precision."""
-    case = make(kind, batch).double()
+    case = make(kind, batch, task).double()
     found = {}
     for mode in (tep.ImplicitDifferentiation(tol=1e-8, max_iter=500), tep.InfinitesimalEP(tol=1e-8, max_iter=500)):
         with tep.use_backward(case.model, mode), quiet():
@@ -73,10 +73,10 @@ def limits(kind: str, batch: int | None) -> dict[str, Tensor]:
     return found
 
 
-def contender(name: str, kind: str, batch: int | None = None) -> Contender:
+def contender(name: str, kind: str, batch: int | None = None, task: str = "classification") -> Contender:
     """A backward at the loosest tolerance that is accurate enough; the tightest one if none is."""
-    case = make(kind, batch)
-    limit = limits(kind, batch)["ImplicitDifferentiation" if name in EXACT else "InfinitesimalEP"]
+    case = make(kind, batch, task)
+    limit = limits(kind, batch, task)["ImplicitDifferentiation" if name in EXACT else "InfinitesimalEP"]
     records: list[Mapping[str, Any]] = []
     for tol in TOLERANCES:
         if name in TORCHDEQ:
@@ -94,9 +94,9 @@ def contender(name: str, kind: str, batch: int | None = None) -> Contender:
 
 
 @cache
-def fastest_torchdeq(kind: str, batch: int | None) -> Contender:
+def fastest_torchdeq(kind: str, batch: int | None, task: str = "classification") -> Contender:
     """torchdeq's implicit differentiation with the one of its own solvers that is fastest here."""
-    candidates = [c for c in (contender(name, kind, batch) for name in TORCHDEQ) if c.error <= ACCURACY]
+    candidates = [c for c in (contender(name, kind, batch, task) for name in TORCHDEQ) if c.error <= ACCURACY]
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
     with quiet():
         for _ in range(ROUNDS):
@@ -131,20 +131,31 @@ def compare(
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(
-    ("kind", "batch"),
-    [("dense", 50), ("dense", 400), ("convolutional", 16), ("convolutional", 4), ("attention", 16), ("graph", None)],
+    ("kind", "batch", "task"),
+    [
+        ("dense", 50, "classification"),
+        ("dense", 400, "classification"),
+        ("convolutional", 16, "classification"),
+        ("convolutional", 4, "classification"),
+        ("convolutional", 16, "regression"),
+        ("attention", 16, "classification"),
+        ("graph", None, "classification"),
+    ],
 )
-def test_against_implicit_differentiation(benchmark: BenchmarkFixture, kind: str, batch: int | None, name: str) -> None:
+def test_against_implicit_differentiation(
+    benchmark: BenchmarkFixture, kind: str, batch: int | None, task: str, name: str
+) -> None:
     if kind == "graph" and name.startswith("hep"):
         pytest.skip("a sparse product has no rule for complex states")
     benchmark.group = "against torchdeq"
-    ours, reference = contender(name, kind, batch), fastest_torchdeq(kind, batch)
+    ours, reference = contender(name, kind, batch, task), fastest_torchdeq(kind, batch, task)
     compare(benchmark, ours.run, reference.run)
     with quiet():
         memory = [peak_memory(c.run, torch.device("cpu")) for c in (ours, reference)]
     benchmark.extra_info.update(
         model=kind,
         batch=batch,
+        task=task,
         backward=name,
         reference=reference.name,
         tol=ours.tol,
