@@ -39,7 +39,7 @@ demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table 
 	@echo "written: demo/compare.png  demo/compare.md  demo/compare.json"
 
 test: $(STAMP) ## run the tests and the examples in docstrings and documentation, without the slow ones
-	@$(BIN)/python -m pytest -q -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
 
 # pytest exits with 5 if no test was collected.
 slow: $(STAMP) ## run the slow tests

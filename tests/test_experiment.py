@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torchdeq_ep.experiment import (
 )
 from torchdeq_ep.experiment.train import run_name
 
-TINY = Setup(epochs=2, batch=20, hidden=(8, 6), strength=10.0)
+TINY = Setup(epochs=2, batch=20, hidden=(8, 6), strength=0.7)
 
 
 def some_images(n: int = 60, seed: int = 0) -> Images:
@@ -177,7 +178,7 @@ def test_all_modes_start_from_the_same_network() -> None:
 
 
 def test_homeostasis_aligns_weights_and_error_vectors() -> None:
-    setup = dataclasses.replace(TINY, epochs=25, batch=30, strength=10.0, lr=2e-2)
+    setup = dataclasses.replace(TINY, epochs=25, batch=30, strength=0.7, lr=2e-2)
     images = some_images()
     plain_ep, homeostatic = (train(setup, mode, 0, images).epochs[-1] for mode in ("ep", "ep-homeostasis"))
     assert homeostatic.angle < 30 < plain_ep.angle
@@ -215,7 +216,7 @@ def test_results_of_another_setup_or_other_data_are_not_taken(tmp_path: Path) ->
         run_name(TINY, "ift", 0, images),
     }
     assert len(names) == 5
-    heavier = dataclasses.replace(TINY, strength=20.0)
+    heavier = dataclasses.replace(TINY, strength=0.9)
     assert run_name(heavier, "ep", 0, images) == run_name(TINY, "ep", 0, images)
     assert run_name(heavier, "ep-homeostasis", 0, images) != run_name(TINY, "ep-homeostasis", 0, images)
 
@@ -238,6 +239,7 @@ def of_error(mode: Any, seed: int, error: float) -> Run:
 def test_table_and_gap_are_those_of_the_last_epochs(tmp_path: Path) -> None:
     runs = [of_error("ift", 0, 2.0), of_error("ep", 0, 5.0), of_error("ep", 1, 7.0), of_error("ep-homeostasis", 0, 3.0)]
     assert gap_closed(runs) == pytest.approx(0.75)
+    assert math.isnan(gap_closed([dataclasses.replace(runs[0], failure="diverged"), *runs[1:]]))
     text = table(runs)
     assert "| EP | 2 | 6.00 ± 1.41 % |" in text
     assert "closes 75% of the gap" in text
@@ -251,7 +253,7 @@ def test_report_holds_the_setup(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     document, picture = write_report([of_error("ep", 0, 5.0)], TINY, some_images(), tmp_path)
     assert document.read_text().startswith("# thirds, 12 - 8 - 6 - 3, backward weights at 90°")
-    assert "strength 10.0" in document.read_text()
+    assert "strength 0.7" in document.read_text()
     assert picture.exists()
 
 

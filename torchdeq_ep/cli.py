@@ -158,7 +158,7 @@ def _add_experiment(subparsers: Any) -> None:
         "feedback": "strength of backward relative to forward weights that the metric takes for symmetric",
         "gain": "factor of the initial recurrent weights",
         "lr": "initial learning rate of Adam",
-        "strength": "learning rate of homeostasis",
+        "strength": "learning rate of homeostasis, per unit of the state",
     }
     for name, text in helps.items():
         value = getattr(preset, name)

@@ -53,7 +53,7 @@ def relaxation_solver(
         >>> import torch
         >>> z, _, info = relaxation_solver(torch.cos, torch.zeros(1, 1), tol=1e-5)
         >>> z.round(decimals=3)
-        tensor([[0.7391]])
+        tensor([[0.7390]])
     """
     if stop_mode not in STOP_MODES:
         raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))

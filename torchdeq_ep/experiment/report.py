@@ -64,8 +64,11 @@ def gap_closed(runs: Sequence[Run]) -> float:
         runs: All runs.
 
     Returns:
-        `(EP - with homeostasis) / (EP - exact)`; NaN if a mode is missing or EP alone is not worse than exact ones.
+        `(EP - with homeostasis) / (EP - exact)`; NaN if a mode is missing, if a run failed, or if EP alone is not worse
+        than exact gradients.
     """
+    if any(run.failure for run in runs):
+        return math.nan
     spreads = [last_spread(runs, mode, "test_error") for mode in MODES]
     exact, plain, homeostatic = (math.nan if spread is None else spread.mean for spread in spreads)
     return (plain - homeostatic) / (plain - exact) if plain > exact else math.nan

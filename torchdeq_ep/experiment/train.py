@@ -47,24 +47,24 @@ class Setup:
         damping: Share of the old state kept in each step of the map.
         gain: Factor of the initial recurrent weights.
         lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
-        strength: Learning rate of homeostasis: gradient descent on the penalty, beside Adam on the loss. It falls along
-            the same cosine.
+        strength: Learning rate of homeostasis per unit of the state: gradient descent on the penalty, which is divided by
+            their number, beside Adam on the loss. It falls along the same cosine.
         probes: Probe vectors of the penalty, per step.
 
     Raises:
         InvalidOptionError: If a number is out of range.
     """
 
-    epochs: int = 20
-    batch: int = 50
+    epochs: int = 10
+    batch: int = 100
     hidden: tuple[int, ...] = (256, 256)
     angle: float = 90.0
     feedback: float = 0.25
     readout: Readout = "softmax"
     damping: float = 0.3
     gain: float = 0.5
-    lr: float = 2e-3
-    strength: float = 250.0
+    lr: float = 1e-3
+    strength: float = 0.5
     probes: int = 1
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
                 rows = torch.randperm(len(images.train_x), generator=order)
                 try:
                     for batch in torch.split(rows, setup.batch):
-                        strength = setup.strength * float(scheduler.get_last_lr()[0]) / setup.lr
+                        strength = setup.strength * model.state_size * float(scheduler.get_last_lr()[0]) / setup.lr
                         x, y = images.train_x[batch], images.train_y[batch]
                         losses.append(_step(model, optimizer, homeostasis, strength, x, y))
                         scheduler.step()
