@@ -25,7 +25,7 @@ DIVERGED = 1e4
 
 _STALL = 12
 _FAST = 0.2
-_MEMORY = 4
+_MEMORY = 6
 OWN_SOLVERS = {"auto": _MEMORY, "plain": 1}
 """Names of the package's own loop, and how many values each combines."""
 _RESTARTS = 20

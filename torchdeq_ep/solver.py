@@ -24,7 +24,7 @@ def relaxation_solver(
     tol: float = 1e-3,
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
-    memory: int = 4,
+    memory: int = 6,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
     """Plain iteration, with Anderson mixing as soon as it proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].

@@ -47,8 +47,8 @@ class Setup:
         damping: Share of the old state kept in each step of the map.
         gain: Factor of the initial recurrent weights.
         lr: Learning rate of Adam at the start; it falls to 0 along a cosine.
-        strength: Learning rate of homeostasis per unit of the state: gradient descent on the penalty, which is divided by
-            their number, beside Adam on the loss. It falls along the same cosine.
+        strength: Learning rate of homeostasis per unit of the state, by whose number the penalty is divided: gradient
+            descent on the penalty, beside Adam on the loss. It falls along the same cosine.
         probes: Probe vectors of the penalty, per step.
 
     Raises:
