@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.experiment.data import DataError, decode_image, load_images
+from torchdeq_ep.errors import DataError, InvalidOptionError
+from torchdeq_ep.experiment.data import decode_image, load_images
 
 DIGITS = "digits"
 
