@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,7 +203,7 @@ def _sent(nudge: Nudge, executor: object) -> tuple[Any, ...]:
 def _received(state: Any, nudge: Nudge, shape: torch.Size | None) -> Tensor:
     try:
         # A copy: a solver that starts from its last answer may return the same memory each time.
-        tensor = (state.detach() if isinstance(state, Tensor) else torch.as_tensor(state)).clone()
+        tensor = (state.detach() if isinstance(state, Tensor) else torch.as_tensor(np.asarray(state))).clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise SolverShapeError(f"returned {type(state).__name__}, which is no array of numbers: {error}") from error
     if tensor.is_complex() or tensor.dtype is torch.bool:
