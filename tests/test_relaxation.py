@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import contraction
 
+from torchdeq_ep.compare.measure import plan
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.relaxation import affine_weights, iterate, relax
 
@@ -138,6 +139,11 @@ def test_complex_states_are_solved_as_pairs(solver):
     )
     exact = torch.linalg.solve(torch.eye(6, dtype=torch.complex128) - matrix, offset.T).T
     assert float((result.displacement - exact).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["auto", "plain"])
+def test_the_names_of_the_own_loop_are_accepted_wherever_a_solver_is(name):
+    assert [entry.solver for entry in plan(["ep"], [name])] == [name]
 
 
 def test_unknown_solvers_are_named():

@@ -30,7 +30,7 @@ from torchdeq_ep.evaluation import STATEFUL, change_tolerance, undisturbed
 from torchdeq_ep.holomorphic.mode import Crossing
 from torchdeq_ep.jacobian import Product, jvp, vjp
 from torchdeq_ep.metric import Metric
-from torchdeq_ep.relaxation import OWN_SOLVERS, Relaxation, Solver, Step, find_solver, relax
+from torchdeq_ep.relaxation import Relaxation, Solver, Step, check_solver, relax
 
 Correction = Literal["asymmetric"]
 
@@ -160,8 +160,7 @@ class RelaxedBackward(Backward):
             raise InvalidOptionError(
                 f"tol must lie between 0 and 1, not be {self.tol!r}: it is relative to the norm of the cotangent."
             )
-        if self.solver is not None and self.solver not in OWN_SOLVERS:
-            find_solver(self.solver)
+        check_solver(self.solver)
 
     def run(self, step: Step, start: Tensor, scale: float, tol: float, floor: float) -> Relaxation:
         """Relax a stack of nodes with the options of this mode."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ DIVERGED = 1e4
 
 _STALL = 12
 _FAST = 0.2
-_MEMORY = 6
-OWN_SOLVERS = {"auto": _MEMORY, "plain": 1}
-"""Names of the package's own loop, and how many values each combines."""
 _RESTARTS = 20
+
+MEMORY = 6
+"""How many values the mixing combines."""
+OWN_SOLVERS = {"auto": MEMORY, "plain": 1}
+"""Names of the package's own loop, and how many values each combines."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ def relax(
     def real_step(d: Tensor) -> Tensor:
         return torch.view_as_real(step(torch.view_as_complex(d))) if start.is_complex() else step(d)
 
-    memory = _own_memory(solver)
-    if memory:
+    solver = check_solver(solver)
+    if isinstance(solver, str):
+        memory = OWN_SOLVERS[solver]
         result = iterate(real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory)
     else:
-        foreign = find_solver(cast(str | Solver, solver))
-        result = _drive(foreign, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
+        result = _drive(solver, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
     displacement = result.displacement
     # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
     lost = float(displacement.norm()) > scale * len(start) / torch.finfo(displacement.dtype).eps ** 0.5
@@ -102,11 +104,25 @@ def relax(
     return Relaxation(displacement, result.residual, result.trace, result.diverged or lost)
 
 
-def _own_memory(solver: str | Solver | None) -> int:
-    """How many values the package's own loop combines; 0 if another solver was chosen."""
+def check_solver(solver: str | Solver | None) -> str | Solver:
+    """What a choice of solver stands for.
+
+    Args:
+        solver: As for [`relax`][torchdeq_ep.relaxation.relax].
+
+    Returns:
+        `"auto"` or `"plain"` for the package's own loop, and the solver itself otherwise.
+
+    Raises:
+        InvalidOptionError: If no solver of that name is registered.
+
+    Example:
+        >>> check_solver(None), check_solver("plain"), check_solver("anderson").__name__
+        ('auto', 'plain', 'anderson_solver')
+    """
     if solver is None:
-        return _MEMORY
-    return OWN_SOLVERS.get(solver, 0) if isinstance(solver, str) else 0
+        return "auto"
+    return solver if isinstance(solver, str) and solver in OWN_SOLVERS else find_solver(solver)
 
 
 def iterate(
@@ -117,7 +133,7 @@ def iterate(
     tol: float = 1e-6,
     max_iter: int = 100,
     floor: float = 0.0,
-    memory: int = _MEMORY,
+    memory: int = MEMORY,
 ) -> Relaxation:
     """Plain iteration while a step gains a factor of five, Anderson mixing from then on.
 

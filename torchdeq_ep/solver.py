@@ -11,7 +11,7 @@ from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.relaxation import iterate
+from torchdeq_ep.relaxation import MEMORY, iterate
 
 STOP_MODES = ("abs", "rel")
 _TINY = 1e-9
@@ -24,14 +24,14 @@ def relaxation_solver(
     tol: float = 1e-3,
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
-    memory: int = 6,
+    memory: int = MEMORY,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
     """Plain iteration, with Anderson mixing as soon as it proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].
 
     Registered with torchdeq on import: `get_deq(f_solver="relaxation")`. It takes the options of torchdeq's own solvers
     and stops where they do. Unlike theirs, its mixing has one set of weights for the whole state, because rows of a
-    state may be coupled; and an iteration costs a few per cent more than the call of `func` it makes.
+    state may be coupled.
 
     Args:
         func: The map.

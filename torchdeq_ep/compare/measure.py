@@ -25,7 +25,7 @@ from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.evaluation import Map, undisturbed
 from torchdeq_ep.host import deqs_of
 from torchdeq_ep.registry import BackwardRule, available_backwards, get_backward
-from torchdeq_ep.relaxation import Solver, find_solver
+from torchdeq_ep.relaxation import Solver, check_solver
 
 OWN_SOLVER = "own"
 
@@ -152,8 +152,7 @@ def plan(
     for spec in chosen:
         get_backward(spec)
     for solver in drivers:
-        if solver is not None:
-            find_solver(solver)
+        check_solver(solver)
     return tuple(_entry(spec, solver) for spec in chosen for solver in drivers)
 
 
