@@ -107,7 +107,7 @@ class Epoch:
         cosine: Between the error vectors of EP and of the exact adjoint, on test images.
         symmetry: `tr(A^2) / |A|_F^2` of the off-diagonal part `A` of `J M`: 1 if symmetric, 0 if unrelated.
         angle: Mean angle between backward and transposed forward weights, in degrees.
-        residual: Relative residual of the free phase as in training, on test images.
+        residual: Relative residual after the free phase by plain steps, to the tolerance of training, on test images.
         unconverged: Steps of the epoch in which a phase did not reach its tolerance.
         seconds: Time since the start of training.
     """
@@ -185,7 +185,9 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
         torch.manual_seed(seed)
         order = torch.Generator().manual_seed(seed)
         model = setup.model(images)
-        homeostasis = _homeostasis(model, setup, seed) if mode == "ep-homeostasis" else None
+        homeostasis = None
+        if mode == "ep-homeostasis":
+            homeostasis = register_homeostasis(model, 1.0, setup.probes, metric=model.metric, seed=seed)
         optimizer = torch.optim.Adam(model.parameters(), lr=setup.lr)
         per_epoch = -(-len(images.train_x) // setup.batch)
         total = setup.epochs * per_epoch
@@ -218,10 +220,6 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
         return Run(mode, seed, tuple(epochs), failure)
 
 
-def _homeostasis(model: VectorFieldMLP, setup: Setup, seed: int) -> Homeostasis:
-    return register_homeostasis(model, 1.0, setup.probes, metric=model.metric, seed=seed)
-
-
 def _ep(model: VectorFieldMLP, tol: float) -> EquilibriumPropagation:
     return EquilibriumPropagation("symmetric", metric=model.metric, tol=tol)
 
@@ -238,12 +236,13 @@ def _step(
     optimizer.zero_grad()
     loss = model.loss(model(x), y)
     torch.autograd.backward(loss)
-    downhill: tuple[Tensor | None, ...] = ()
-    if homeostasis is not None:
-        downhill = torch.autograd.grad(homeostasis.penalty(), parameters, allow_unused=True)
+    if homeostasis is None:
+        optimizer.step()
+        return float(loss.detach())
+    gradients = torch.autograd.grad(homeostasis.penalty(), parameters, allow_unused=True)
     optimizer.step()
     with torch.no_grad():
-        for parameter, gradient in zip(parameters, downhill, strict=False):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.sub_(gradient, alpha=strength)
     return float(loss.detach())
