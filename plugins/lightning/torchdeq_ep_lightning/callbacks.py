@@ -113,7 +113,20 @@ class PerSample(Backward):
         return self.solve(equilibrium)
 
 
-class SwapBackward(Callback):
+class _Attached(Callback):
+    """A callback that attaches something to the module, and takes it off when training ends, in whatever way."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        raise NotImplementedError
+
+
+class SwapBackward(_Attached):
     """Train with another backward pass, or with one after the other.
 
     Args:
@@ -202,19 +215,13 @@ class SwapBackward(Callback):
             self._handle = use_backward(pl_module, self.mode(spec, trainer, pl_module))
             self._in_force = spec
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove()
-
     def _remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
 
-class Homeostasis(Callback):
+class Homeostasis(_Attached):
     """Jacobian homeostasis during training, without a change to `training_step`.
 
     The gradient of the penalty is added in the backward pass. The probes depend on the seed, the step and the process
@@ -297,19 +304,13 @@ class Homeostasis(Callback):
             values = {"penalty": last.penalty, "weighted": last.weighted, "symmetry": last.symmetry}
             _log(pl_module, {f"homeostasis/{name}": value for name, value in values.items()})
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove()
-
     def _remove(self) -> None:
         if self._registered is not None:
             self._registered.remove()
         self._registered = None
 
 
-class NudgeStats(Callback):
+class NudgeStats(_Attached):
     """Log what the solves of a training step did: steps, calls, amplitude, residual, and how many went wrong.
 
     Under `nudge/`: `iterations`, `calls`, `beta` (relative), `residual`, the shares of solves that missed their
@@ -343,12 +344,6 @@ class NudgeStats(Callback):
             values = [solve[name] for solve in self._solves if name in solve]
             means[name] = sum(values) / len(values)
         _log(pl_module, means)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove()
 
     def _listen(self, deq: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         before = kwargs.get("backward_writer")
