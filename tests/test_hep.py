@@ -198,6 +198,54 @@ def test_several_tensors_and_loss_nudging_with_cross_entropy():
     assert relative_error(gradient("ep:beta=0.3"), reference) > 1e-6  # the nudge is not small
 
 
+def test_loss_nudging_takes_the_metric_of_the_nudged_state():
+    """The papers' dynamics: potentials are nudged by `dL/dphi`, here written out and iterated by hand."""
+    torch.manual_seed(1)
+    weight, x = WEIGHT[:6, :6] + WEIGHT[:6, :6].T, torch.randn(2, 6, dtype=torch.float64)
+    readout, targets = nn.Linear(6, 3).double(), torch.tensor([0, 2])
+    sigmoid, beta = tep.nn.shifted_sigmoid, 0.4
+
+    def slope(u):
+        return 4 * sigmoid(u) * (1 - sigmoid(u))
+
+    def f(u):
+        return 0.5 * sigmoid(u) @ weight + x
+
+    def loss_of_state(u):
+        return functional.cross_entropy(readout(sigmoid(u)), targets)
+
+    def nudged(b):
+        u = free
+        for _ in range(500):
+            activity = sigmoid(u).detach().requires_grad_()
+            (force,) = torch.autograd.grad(functional.cross_entropy(readout(activity), targets), activity)
+            u = f(u) + b * force
+        return u
+
+    free = torch.zeros(2, 6, dtype=torch.float64)
+    for _ in range(500):
+        free = f(free)
+    expected = (nudged(beta) - nudged(-beta)) / (2 * beta) * slope(free)
+
+    deq = torchdeq.get_deq(f_max_iter=300, f_tol=1e-13)
+    drive = x.clone().requires_grad_()
+    options = {"metric": lambda u: 1 / slope(u), "tol": 1e-10, "max_iter": 500}
+
+    def gradient(mode):
+        with tep.use_backward(deq, mode):
+            (u,), _ = deq(lambda u: 0.5 * sigmoid(u) @ weight + drive, torch.zeros_like(free))
+            with tep.nudge_loss(deq, loss_of_state):
+                return torch.autograd.grad(loss_of_state(u), drive)[0]
+
+    def nudge(stencil):
+        return tep.EquilibriumPropagation(stencil, scale="absolute", **options)
+
+    assert relative_error(gradient(nudge(tep.Stencil.symmetric(beta))), expected) < 1e-8
+    limit = gradient(tep.InfinitesimalEP(**options))
+    assert relative_error(expected, limit) > 1e-4  # the nudge is not small
+    assert relative_error(gradient(nudge(tep.Stencil.contour(0.1, n_points=8))), limit) < 1e-8
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

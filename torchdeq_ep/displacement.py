@@ -191,9 +191,12 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
 
 
 def loss_force(
-    equilibrium: Equilibrium, metric: Tensor | None, piecewise: Piecewise | None = None
+    equilibrium: Equilibrium, metric: Metric | None, diagonal: Tensor | None, piecewise: Piecewise | None = None
 ) -> tuple[Force, float]:
-    """The force of loss nudging, `z -> M dL/dz`, in the scale of the cotangent.
+    """The force of loss nudging, `z -> M(z) dL/dz`, in the scale of the cotangent.
+
+    The metric is that of the nudged state, as in arXiv 2309.02214, where potentials are nudged by `dL/dphi`: with that
+    of the free state, a unit that was saturated there and no longer is would be pulled by many times that.
 
     The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
     mean instead of a sum); the factor is found from the two gradients at the free state. At a complex state
@@ -201,7 +204,8 @@ def loss_force(
 
     Args:
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
-        metric: Diagonal of `M`, or `None` for the identity.
+        metric: As for [`diagonal_metric`][torchdeq_ep.displacement.diagonal_metric].
+        diagonal: What that returned. It stands for `"auto"` at every state.
         piecewise: As for [`DisplacementMap`][torchdeq_ep.displacement.DisplacementMap].
 
     Returns:
@@ -212,6 +216,8 @@ def loss_force(
         raise InvalidOptionError("loss nudging needs a loss_of_state: use tep.nudge_loss(module, loss_of_state).")
 
     continued_loss = holomorphic_map(loss, piecewise)
+    # Where a metric is cut off, the bound holds at complex states too.
+    continued_metric = holomorphic_map(metric, "real-part") if callable(metric) else None
 
     def gradient(z: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -232,6 +238,7 @@ def loss_force(
     mismatch = norm(cotangent - factor * at_rest) / norm(cotangent)
 
     def force(z: Tensor) -> Tensor:
-        return factor * (gradient(z) if metric is None else metric * gradient(z))
+        scale = diagonal if continued_metric is None else continued_metric(z)
+        return factor * (gradient(z) if scale is None else scale * gradient(z))
 
     return force, mismatch

@@ -248,7 +248,7 @@ class _NudgedProblem:
         force = (equilibrium.cotangent if metric is None else metric * equilibrium.cotangent).to(wide)
         state_force = None
         if equilibrium.loss_of_state is not None:
-            state_force, mismatch = loss_force(equilibrium, metric, mode.piecewise)
+            state_force, mismatch = loss_force(equilibrium, mode.metric, metric, mode.piecewise)
             if mismatch > _LOSS_MISMATCH:
                 warnings.warn(
                     "the loss given to nudge_loss has another gradient at the free state than the one that reached "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -33,6 +35,27 @@ def shifted_sigmoid(x: Tensor) -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(shifted_sigmoid, (x,), x)
     return _sigmoid(4 * x - 2)
+
+
+def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise activation: in closed form for the papers' sigmoid, by a JVP for others.
+
+    Args:
+        phi: The activation.
+        x: Real tensor, or a complex one if `phi` takes it.
+
+    Returns:
+        `phi'(x)`, of the shape of `x`.
+
+    Example:
+        >>> slope(shifted_sigmoid, torch.tensor([0.5])), slope(torch.sin, torch.tensor([0.0]))
+        (tensor([1.]), tensor([1.]))
+    """
+    if phi is shifted_sigmoid:
+        value = phi(x)
+        return 4 * value * (1 - value)
+    derivative: Tensor = torch.func.jvp(phi, (x,), (torch.ones_like(x),))[1]
+    return derivative
 
 
 @continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.nn.activations import shifted_sigmoid
+from torchdeq_ep.nn.activations import shifted_sigmoid, slope
 from torchdeq_ep.nn.pooling import softmax_pool
 
 Activation = Callable[[Tensor], Tensor]
@@ -153,8 +153,8 @@ class VectorField(nn.Module, ABC):
         """What the recurrent connections contribute to all potentials, as a function of all activities."""
 
     @abstractmethod
-    def logits(self, activity: Tensor) -> Tensor:
-        """The answer read off the activities: those of the output layer, or a linear function of the last layer's."""
+    def read_out(self, u: Tensor) -> Tensor:
+        """Logits of potentials: activities of the output layer, or a linear function of those of the layers below."""
 
     @abstractmethod
     def connection_angles(self) -> dict[str, float]:
@@ -187,12 +187,7 @@ class VectorField(nn.Module, ABC):
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
         that rises everywhere.
         """
-        slope: Tensor = torch.func.jvp(self.phi, (u.detach(),), (torch.ones_like(u),))[1]
-        return 1 / slope.clamp_min(_FLATTEST)
-
-    def read_out(self, u: Tensor) -> Tensor:
-        """Logits of potentials."""
-        return self.logits(self.phi(u))
+        return 1 / slope(self.phi, u.detach()).clamp_min(_FLATTEST)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
@@ -284,7 +279,7 @@ class VectorFieldMLP(VectorField):
 
     def slices(self) -> dict[str, slice]:
         """Where each layer lies in the packed state."""
-        ends = torch.tensor([self.sizes[name] for name in self.layers]).cumsum(0).tolist()
+        ends = accumulate(self.sizes[name] for name in self.layers)
         return {name: slice(end - self.sizes[name], end) for name, end in zip(self.layers, ends, strict=True)}
 
     def inject(self, x: Tensor) -> Tensor:
@@ -309,12 +304,12 @@ class VectorFieldMLP(VectorField):
 
         return torch.cat([torch.cat([block(row, column) for column in self.layers], dim=1) for row in self.layers])
 
-    def logits(self, activity: Tensor) -> Tensor:
+    def read_out(self, u: Tensor) -> Tensor:
         slices = self.slices()
         if self.readout == "mse":
-            return activity[:, slices[_OUTPUT]]
+            return self.phi(u[:, slices[_OUTPUT]])
         sources = [c.source for c in self.connections if c.target == _OUTPUT]
-        parts = [functional.linear(activity[:, slices[s]], self.weights[f"{s}-{_OUTPUT}"]) for s in sources]
+        parts = [functional.linear(self.phi(u[:, slices[s]]), self.weights[f"{s}-{_OUTPUT}"]) for s in sources]
         logits: Tensor = torch.stack(parts).sum(0) + self.biases[_OUTPUT]
         return logits
 
@@ -495,8 +490,8 @@ class VectorFieldCNN(VectorField):
         parts = torch.split(state, [math.prod(shape) for shape in self.shapes], dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def logits(self, activity: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.unpack(activity)[-1].flatten(1))
+    def read_out(self, u: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.phi(u[:, -math.prod(self.shapes[-1]) :]))
         return logits
 
     def connection_angles(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.host import EquilibriumRule, deqs_of, nudge_loss
 from torchdeq_ep.nn import VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
 from torchdeq_ep.nn.vector_field import VectorField
+from torchdeq_ep.relaxation import find_solver
 
 Activation = Literal["shifted-sigmoid", "dsilu"]
 
@@ -38,6 +39,7 @@ class VectorFieldClassifier(LightningModule):
         temperature: Of the softmax pooling.
         free_steps: Largest number of steps of the free phase.
         free_tol: Relative residual at which it stops.
+        free_solver: Solver of the free phase: one of torchdeq's, or `"relaxation"`, the one of this package.
         nudging: `"loss"`: the force of the nudge is the gradient of the loss at the nudged state, as in the papers.
             `"cotangent"`: that at the free state.
         optimizer: `"sgd"` or `"adamw"`.
@@ -73,6 +75,7 @@ class VectorFieldClassifier(LightningModule):
         temperature: float = 1.0,
         free_steps: int = 150,
         free_tol: float = 1e-4,
+        free_solver: str = "relaxation",
         nudging: Literal["loss", "cotangent"] = "loss",
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.01,
@@ -95,6 +98,7 @@ class VectorFieldClassifier(LightningModule):
             raise InvalidOptionError(
                 f"model.free_steps must be at least 1 and model.free_tol positive, not {free_steps} and {free_tol}."
             )
+        find_solver(free_solver)
         if lr_factors is not None and (network != "cnn" or len(lr_factors) != len(hidden)):
             raise InvalidOptionError(
                 f"model.lr_factors has one number for each layer of a CNN, not {lr_factors} with "
@@ -107,6 +111,7 @@ class VectorFieldClassifier(LightningModule):
             "angle": angle,
             "f_max_iter": free_steps,
             "f_tol": free_tol,
+            "f_solver": free_solver,
         }
         self.network: VectorField
         if network == "mlp":
