@@ -68,9 +68,10 @@ class DoubleBackwardError(EPError, RuntimeError):
 class SolverError(EPError, RuntimeError):
     """A black-box solver failed: it raised, or did what one of the derived classes names.
 
-    Attributes:
-        nudge: The amplitude of the call that failed, 0 in the free phase.
-        current: The force that was added in it, or `None`.
+    Args:
+        message: What happened, where, and what to do.
+        nudge: The amplitude of the call that failed, 0 in the free phase; an attribute of the error.
+        current: The force that was added in it, or `None`; an attribute of the error.
     """
 
     def __init__(self, message: str = "", *, nudge: float = 0.0, current: Tensor | None = None) -> None:
