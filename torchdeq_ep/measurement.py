@@ -223,6 +223,7 @@ def check_count(name: str, value: object, least: int) -> None:
         >>> check_count("workers", 0, 1)
         Traceback (most recent call last):
         torchdeq_ep.errors.InvalidOptionError: workers must be a whole number of at least 1, not 0.
+        More: torchdeq-ep errors InvalidOptionError
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOptionError(f"{name} must be a whole number of at least {least}, not {value!r}.")
