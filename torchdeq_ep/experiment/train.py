@@ -247,7 +247,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
                         if on_step is not None:
                             on_step((epoch - 1) * per_epoch + len(losses), total)
                 except EPError as error:
-                    failure = f"epoch {epoch}, step {len(losses) + 1}: {type(error).__name__}: {error}"
+                    failure = f"epoch {epoch}, step {len(losses) + 1}: {type(error).__name__}: {error.args[0]}"
                     break
                 done = Epoch(epoch, sum(losses) / per_epoch, 0, 0, 0, 0, 0, unconverged, time.perf_counter() - start)
                 epochs.append(_measure(model, setup, images, done))
