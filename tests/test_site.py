@@ -39,11 +39,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert done.returncode == 0, "\n".join(warnings)
     return folder
 
 
@@ -77,6 +78,12 @@ def test_local_addresses_lead_to_files_and_anchors(site, pages):
             if not found or (anchor and target in pages and anchor not in pages[target].anchors):
                 broken.append((page.path.name, address))
     assert broken == []
+
+
+def test_examples_of_the_reference_are_shown_as_code(site):
+    text = (site / "api.html").read_text(encoding="utf-8")
+    assert text.count('<span class="gp">&gt;&gt;&gt; </span>') > 200
+    assert "<blockquote>" not in text  # what Markdown makes of >>>
 
 
 @pytest.mark.parametrize(

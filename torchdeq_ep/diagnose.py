@@ -116,7 +116,7 @@ class LayerDiagnosis:
         best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
         residual: Relative residual of the free phase.
         sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
-            [`AMPLITUDES`][torchdeq_ep.diagnose], by stencil; NaN where a nudge failed.
+            `AMPLITUDES`, by stencil; NaN where a nudge failed.
         floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
         symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if `f` has an operation that can
             be differentiated only once.
