@@ -59,8 +59,9 @@ types: $(STAMP) ## check types
 	@$(BIN)/mypy
 	@for plugin in $(PLUGINS); do $(BIN)/mypy -p $$(basename $$plugin/torchdeq_ep_*) || exit 1; done
 
+# Not --quiet, which keeps --strict from seeing the warnings.
 docs: $(STAMP) ## build the documentation: site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "written: site/index.html"
 
 figures: $(STAMP) ## measure and draw the figures of the documentation again

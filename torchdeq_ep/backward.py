@@ -61,6 +61,11 @@ class NudgeReport:
             coefficients over its nodes; NaN for other stencils.
         radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
         trace: Relative residual at every step, one relaxation after the other.
+
+    Example:
+        >>> report = NudgeReport("ep", beta=0.01, calls=30, residual=2e-4, tol=1e-4, converged=False)
+        >>> report.residual <= report.tol
+        False
     """
 
     backward: str
@@ -85,6 +90,13 @@ class Backward(ABC):
 
     A mode is called as `mode(f, z_star, cotangent)` and returns the error vector. Any callable of that form can take
     the place of a mode; deriving from this class adds the checks, and a report of each solve.
+
+    Example:
+        >>> mode = ImplicitDifferentiation(tol=1e-6)
+        >>> isinstance(mode, Backward)
+        True
+        >>> mode(lambda z: 0.5 * z, torch.zeros(2), torch.ones(2))
+        tensor([2.0000, 2.0000])
     """
 
     def __call__(self, f: Callable[..., Any], z_star: State, cotangent: State) -> State:

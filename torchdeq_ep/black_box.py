@@ -68,6 +68,11 @@ class EquilibriumReport:
         standard_error: That of the gradient, for `theta`, in the form of `theta`; `None` without repeats.
         standard_error_x: Likewise for `x`.
         degrees_of_freedom: Of the standard errors (Welch and Satterthwaite).
+
+    Example:
+        >>> report = EquilibriumReport("symmetric", 0.1, 0.1, 0.01, 9.0, calls=9, failures=0)
+        >>> report.signal_to_noise, report.standard_error is None
+        (9.0, True)
     """
 
     stencil: str

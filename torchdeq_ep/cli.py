@@ -1,10 +1,11 @@
-"""The command line: `torchdeq-ep list`, `compare`, `diagnose` and `experiment`, and commands of other distributions."""
+"""The command line: `list`, `compare`, `diagnose`, `experiment`, `errors`, and commands of other distributions."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torchdeq_ep.compare.measure import compare, plan
 from torchdeq_ep.compare.plot import check_plot
 from torchdeq_ep.compare.table import Comparison, to_rich
 from torchdeq_ep.diagnose import Diagnosis, diagnose, to_rich_tables
-from torchdeq_ep.errors import EPError, InvalidOptionError
+from torchdeq_ep.errors import EPError, InvalidOptionError, unknown_name
 from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
 from torchdeq_ep.experiment.train import Mode
 from torchdeq_ep.registry import available_backwards, describe_backward, get_backward
@@ -30,6 +31,7 @@ COMMAND_GROUP = "torchdeq_ep.commands"
 """Entry points of this group are subcommands: a name, and a callable from the remaining arguments to an exit code."""
 
 _FAILED = 2
+_ENTRY = re.compile(r"^## (\w+)\n+(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 Problem = tuple[nn.Module, Any, Callable[..., Any]]
 
@@ -108,6 +110,9 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     _add_problem_and_files(diagnosing, "alignment against amplitude")
     diagnosing.set_defaults(run=_diagnose)
     _add_experiment(subparsers)
+    explaining = subparsers.add_parser("errors", help="print what the documentation says about an error or warning")
+    explaining.add_argument("name", nargs="?", metavar="NAME", help="class of the error; default: list them")
+    explaining.set_defaults(run=_errors)
 
     for name, entry in commands.items():
         origin = entry.dist.name if entry.dist else entry.value
@@ -186,7 +191,20 @@ def _description(name: str) -> str:
     try:
         return describe_backward(name)
     except EPError as error:  # a plugin that cannot be imported hides no other mode
-        return f"({error})"
+        return f"({str(error).splitlines()[0]})"
+
+
+def _errors(options: argparse.Namespace) -> int:
+    page = Path(__file__).with_name("errors.md")  # put there in a wheel
+    page = page if page.is_file() else Path(__file__).parents[1] / "docs" / "errors.md"
+    entries = dict(_ENTRY.findall(page.read_text(encoding="utf-8")))
+    if options.name is None:
+        sys.stdout.writelines(f"{name}\n" for name in entries)
+    elif options.name in entries:
+        sys.stdout.write(f"{options.name}\n\n{entries[options.name].rstrip()}\n")
+    else:
+        raise InvalidOptionError(unknown_name("error", options.name, entries))
+    return 0
 
 
 def _first_line(thing: Any) -> str:
@@ -317,6 +335,7 @@ def load_problem(spelling: str) -> Problem:
         >>> load_problem("torchdeq_ep.compare.digits:nothing")
         Traceback (most recent call last):
         torchdeq_ep.errors.InvalidOptionError: module 'torchdeq_ep.compare.digits' has no attribute 'nothing'.
+        More: torchdeq-ep errors InvalidOptionError
     """
     module_name, colon, name = spelling.partition(":")
     if not colon or not module_name or not name:
@@ -367,7 +386,7 @@ def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
     return command(arguments)
 
 
-_BUILT_IN = ("list", "compare", "diagnose", "experiment")
+_BUILT_IN = ("list", "compare", "diagnose", "experiment", "errors")
 
 
 if __name__ == "__main__":

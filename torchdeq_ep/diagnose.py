@@ -54,6 +54,11 @@ class Part:
     Args:
         relative: Its norm, relative to that of the exact error vector or gradient.
         cosine: Cosine of the angle between the exact one and the exact one with this part added.
+
+    Example:
+        >>> part = Part.of(torch.tensor([0.0, 0.75]), torch.tensor([1.0, 0.0]))
+        >>> round(part.relative, 4), round(part.cosine, 4)
+        (0.75, 0.8)
     """
 
     relative: float
@@ -61,7 +66,15 @@ class Part:
 
     @classmethod
     def of(cls, part: Tensor, exact: Tensor) -> Part:
-        """The part `part` of an estimate of `exact`."""
+        """The part `part` of an error, measured against the exact vector.
+
+        Args:
+            part: What is added to the exact vector.
+            exact: The exact error vector or gradient.
+
+        Returns:
+            The two numbers; NaN where the exact vector is zero.
+        """
         scale = norm(exact)
         spoiled = exact + part
         lengths = scale * norm(spoiled)
@@ -78,6 +91,11 @@ class Parts:
         asymmetry: What the limit differs from the exact adjoint by, because the Jacobian is not symmetric.
         convergence: What the free and nudged phases add by stopping early.
         total: All three together.
+
+    Example:
+        >>> none, some = Part(0.0, 1.0), Part(0.1, 0.995)
+        >>> Parts(finite_nudge=none, asymmetry=some, convergence=none, total=some).asymmetry.relative
+        0.1
     """
 
     finite_nudge: Part
@@ -98,13 +116,25 @@ class LayerDiagnosis:
         best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
         residual: Relative residual of the free phase.
         sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
-            [`AMPLITUDES`][torchdeq_ep.diagnose], by stencil; NaN where a nudge failed.
+            `AMPLITUDES`, by stencil; NaN where a nudge failed.
         floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
         symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if `f` has an operation that can
             be differentiated only once.
         spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`.
         advice: What to do, in one sentence.
         notes: What the mode and the spectral radius warned about.
+
+    Example:
+        >>> import torchdeq
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.deq, self.linear = torchdeq.get_deq(f_tol=1e-6), torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return self.deq(lambda z: 0.5 * torch.tanh(self.linear(z)) + x, torch.zeros_like(x))[0][-1]
+        >>> (layer,) = diagnose(Model(), torch.randn(2, 4), torch.Tensor.sum).layers
+        >>> layer.name, sorted(layer.parameters), layer.spectral_radius < 1
+        ('deq', ['linear.bias', 'linear.weight'], True)
     """
 
     name: str
@@ -128,6 +158,14 @@ class Diagnosis:
     Args:
         backward: The mode diagnosed.
         layers: The DEQs, in the order of the backward pass.
+
+    Example:
+        >>> part = Part(0.0, 1.0)
+        >>> layer = LayerDiagnosis(
+        ...     "deq", Parts(part, part, part, part), {}, 0.01, 0.01, 1e-7, {}, 1.0, None, 0.5, "Nothing to do.", ()
+        ... )
+        >>> Diagnosis("ep", (layer,)).advice
+        ('Nothing to do.',)
     """
 
     backward: str

@@ -44,6 +44,17 @@ class DisplacementMap:
         state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
         piecewise: What complex nodes make of piecewise analytic operations, see
             [`mode`][torchdeq_ep.holomorphic.mode.mode].
+
+    Raises:
+        InvalidOptionError: If `piecewise` is not acceptable.
+        NotHolomorphicError: In a call, if the nudges are complex and `f` cannot be evaluated there.
+
+    Example:
+        >>> z = torch.zeros(2)
+        >>> free = Equilibrium(lambda z: 0.5 * z, z, z, torch.ones(2), eps=1e-7)
+        >>> step = DisplacementMap(free, (0.5,), torch.ones(2))
+        >>> step(torch.full((1, 2), 2.0))  # 0.5 d + g has the fixed point 2 g
+        tensor([[2., 2.]])
     """
 
     def __init__(
@@ -130,6 +141,12 @@ class AsymmetricCorrection:
     Args:
         limit: `d -> M J^T M^-1 d`, which is all of the map that is left as the nudge vanishes.
         forward: `d -> J d`.
+
+    Example:
+        >>> turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> correction = AsymmetricCorrection(limit=lambda d: turn.T @ d, forward=lambda d: turn @ d)
+        >>> correction(torch.tensor([1.0, 0.0]))
+        tensor([0., 2.])
     """
 
     limit: Product
@@ -137,7 +154,15 @@ class AsymmetricCorrection:
 
     @classmethod
     def at(cls, equilibrium: Equilibrium, metric: Tensor | None) -> AsymmetricCorrection:
-        """The correction at an equilibrium."""
+        """The correction at an equilibrium.
+
+        Args:
+            equilibrium: The free equilibrium.
+            metric: Diagonal of `M`, or `None` for the identity.
+
+        Returns:
+            The term, with products of the Jacobian at the free state.
+        """
         forward, adjoint = products(equilibrium.f, equilibrium.z)
         return cls(scaled_adjoint(adjoint, metric), forward)
 
@@ -157,6 +182,11 @@ def scaled_adjoint(adjoint: Product, metric: Tensor | None) -> Product:
 
     Returns:
         The map of one displacement.
+
+    Example:
+        >>> product = scaled_adjoint(lambda v: v.flip(0), torch.tensor([1.0, 2.0]))
+        >>> product(torch.tensor([1.0, 1.0]))
+        tensor([0.5000, 2.0000])
     """
     return adjoint if metric is None else lambda d: metric * adjoint(d / metric)
 
@@ -175,6 +205,10 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
 
     Raises:
         InvalidOptionError: If the metric is not positive and finite, or has another shape.
+
+    Example:
+        >>> diagonal_metric(lambda z: 1 - z**2, torch.tanh, torch.tensor([0.0, 0.5]))
+        (tensor([1.0000, 0.7500]), 0)
     """
     if metric is None:
         return None, 0
@@ -210,6 +244,17 @@ def loss_force(
 
     Returns:
         The force, and how far the two gradients are from parallel: `|g - factor dL/dz| / |g|`.
+
+    Raises:
+        InvalidOptionError: If the equilibrium has no `loss_of_state`.
+        MapContractError: If the loss is not a scalar.
+
+    Example:
+        >>> z = torch.tensor([1.0, 2.0])
+        >>> free = Equilibrium(lambda z: z, z, z, 2 * z, 1e-7, loss_of_state=lambda z: z.square().sum() / 2)
+        >>> force, mismatch = loss_force(free, None, None)
+        >>> force(torch.ones(2)), mismatch
+        (tensor([2., 2.]), 0.0)
     """
     loss = equilibrium.loss_of_state
     if loss is None:

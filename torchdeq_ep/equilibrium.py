@@ -37,6 +37,13 @@ class Packing:
         dtypes: Dtype of each tensor.
         lenient: The forward pass runs under autocast: keep states in float32 at least, and cast values of `f` in
             another floating dtype.
+
+    Example:
+        >>> packing = Packing.of((torch.zeros(2), torch.zeros(1, 2)))
+        >>> packing.pack((torch.ones(2), torch.zeros(1, 2)))
+        tensor([1., 1., 0., 0.])
+        >>> packing.unpack(torch.arange(4.0))
+        (tensor([0., 1.]), tensor([[2., 3.]]))
     """
 
     container: Container
@@ -141,7 +148,15 @@ class Packing:
         return self._wrap(whole)
 
     def restore(self, packed: Tensor, like: State) -> State:
-        """The state that a packed tensor stands for, in the dtypes of `like`, which autocast may have made coarser."""
+        """The state that a packed tensor stands for, in the dtypes of `like`, which autocast may have made coarser.
+
+        Args:
+            packed: A tensor as `pack` returns it.
+            like: A state with the dtypes wanted.
+
+        Returns:
+            The state.
+        """
         state = self.unpack(packed)
         if isinstance(state, Tensor) or isinstance(like, Tensor):
             return cast(Tensor, state).to(cast(Tensor, like).dtype)
@@ -196,6 +211,12 @@ class Equilibrium:
         eps: Relative rounding error of one call of `f`.
         records: Whether `f` has layers that would record running statistics.
         loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
+
+    Example:
+        >>> z = torch.tensor([3.0, 4.0])
+        >>> free = Equilibrium(torch.cos, z, 1.1 * z, torch.ones(2), eps=1e-7)
+        >>> free.size, round(free.residual, 3)
+        (5.0, 0.1)
     """
 
     f: Map
@@ -222,14 +243,22 @@ class Equilibrium:
         return norm(self.value - self.z) / (self.size if self.size > _MIN_NORM else 1.0)
 
     def advanced(self) -> Equilibrium:
-        """The equilibrium one step of `f` further on, if that is closer to the fixed point."""
+        """The equilibrium one step of `f` further on, if that is closer to the fixed point.
+
+        Returns:
+            An equilibrium at `f(z*)`, or this one.
+        """
         value = self.f(self.value)
         if not norm(value - self.value) < norm(self.value - self.z):
             return self
         return replace(self, z=self.value, value=value)
 
     def require_finite(self) -> None:
-        """Raises NonFiniteError if the cotangent or the value of `f` holds NaN or infinity."""
+        """Refuse a cotangent or a value of `f` that holds NaN or infinity.
+
+        Raises:
+            NonFiniteError: If one does; the message counts the entries.
+        """
         if math.isfinite(self.cotangent_size) and math.isfinite(self.residual):
             return
         for name, tensor in (("the cotangent dL/dz*", self.cotangent), ("f(z*) at the free fixed point", self.value)):
@@ -243,11 +272,34 @@ class Equilibrium:
 
 
 def norm(tensor: Tensor) -> float:
-    """Euclidean norm of all entries, as a number."""
+    """Euclidean norm of all entries, as a number.
+
+    Args:
+        tensor: Of any shape, real or complex.
+
+    Returns:
+        The norm.
+
+    Example:
+        >>> norm(torch.tensor([[3.0, 4.0]]))
+        5.0
+    """
     return float(torch.linalg.vector_norm(tensor.detach()))
 
 
 def relative_difference(tensor: Tensor, reference: Tensor) -> float:
-    """`|tensor - reference| / |reference|` over all entries; absolute where the reference is zero."""
+    """`|tensor - reference| / |reference|` over all entries; absolute where the reference is zero.
+
+    Args:
+        tensor: What is compared.
+        reference: What it is compared with, of the same shape.
+
+    Returns:
+        The ratio of the norms.
+
+    Example:
+        >>> relative_difference(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 0.0]))
+        1.5
+    """
     scale = norm(reference)
     return norm(tensor - reference) / (scale if scale > _MIN_NORM else 1.0)

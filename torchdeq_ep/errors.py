@@ -2,18 +2,32 @@
 
 All errors derive from [`EPError`][torchdeq_ep.errors.EPError] and all warnings from
 [`EPWarning`][torchdeq_ep.errors.EPWarning], so one `except` or one warning filter catches the lot. Each message
-says what happened, where, and what to do about it.
+says what happened, where, and what to do about it. Its last line is the command that prints the entry of its class in
+the documentation, also where there is no network.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
+_POINTER = "\nMore: torchdeq-ep errors {}"
+_ANY_POINTER = re.compile(_POINTER.format(r"\w+"))
 
-class EPError(Exception):
+
+class _Explained(BaseException):
+    """Ends its message with a pointer to the documentation of its class, and of no other whose message it quotes."""
+
+    def __str__(self) -> str:
+        message = _ANY_POINTER.sub("", super().__str__())
+        kind = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("torchdeq_ep"))
+        return message + _POINTER.format(kind.__name__) if message else message
+
+
+class EPError(_Explained, Exception):
     """Base class of all errors raised by torchdeq_ep."""
 
 
@@ -68,9 +82,10 @@ class DoubleBackwardError(EPError, RuntimeError):
 class SolverError(EPError, RuntimeError):
     """A black-box solver failed: it raised, or did what one of the derived classes names.
 
-    Attributes:
-        nudge: The amplitude of the call that failed, 0 in the free phase.
-        current: The force that was added in it, or `None`.
+    Args:
+        message: What happened, where, and what to do.
+        nudge: The amplitude of the call that failed, 0 in the free phase; an attribute of the error.
+        current: The force that was added in it, or `None`; an attribute of the error.
     """
 
     def __init__(self, message: str = "", *, nudge: float = 0.0, current: Tensor | None = None) -> None:
@@ -95,7 +110,7 @@ class MissingDependencyError(EPError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
 
-class EPWarning(UserWarning):
+class EPWarning(_Explained, UserWarning):
     """Base class of all warnings issued by torchdeq_ep."""
 
 

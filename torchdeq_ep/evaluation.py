@@ -80,7 +80,20 @@ class FrozenStatistics(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Autocast:
-    """The autocast state of one device type, to evaluate `f` later as it was evaluated now."""
+    """The autocast state of one device type, to evaluate `f` later as it was evaluated now.
+
+    Args:
+        device_type: As for `torch.autocast`, e.g. `"cuda"`.
+        enabled: Whether it was on.
+        dtype: Its dtype, also if it was off.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     found = Autocast.current("cpu")
+        >>> with found.restored(True):
+        ...     torch.is_autocast_enabled("cpu")
+        True
+    """
 
     device_type: str
     enabled: bool
@@ -88,12 +101,26 @@ class Autocast:
 
     @classmethod
     def current(cls, device_type: str) -> Autocast:
-        """The state in force here, for `device_type`."""
+        """The state in force here, for `device_type`.
+
+        Args:
+            device_type: As for `torch.autocast`.
+
+        Returns:
+            The state.
+        """
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     @contextmanager
     def restored(self, enabled: bool) -> Iterator[None]:
-        """A context with this state, or with autocast off if `enabled` is false."""
+        """A context with this state, or with autocast off if `enabled` is false.
+
+        Args:
+            enabled: Whether autocast may be on.
+
+        Yields:
+            Nothing.
+        """
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=enabled and self.enabled):
             yield
 
@@ -110,6 +137,13 @@ def undisturbed(guarded: bool = True) -> Iterator[FrozenStatistics]:
 
     Yields:
         The guard, which knows whether anything was withheld.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2).train()
+        >>> with undisturbed() as guard:
+        ...     value = norm(torch.randn(8, 2))
+        >>> value.requires_grad, guard.withheld, norm.running_mean
+        (False, True, tensor([0., 0.]))
     """
     frozen = FrozenStatistics()
     with torch.no_grad(), frozen if guarded else nullcontext():
@@ -124,5 +158,9 @@ def change_tolerance(eps: float) -> float:
 
     Returns:
         A thousand times that, but no less than 1e-9 and no more than 5 %.
+
+    Example:
+        >>> change_tolerance(2e-16), change_tolerance(1e-3)
+        (1e-09, 0.05)
     """
     return min(max(1e3 * eps, 1e-9), 0.05)

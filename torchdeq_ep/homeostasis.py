@@ -99,6 +99,11 @@ class SymmetryMeasurement:
         symmetry_se: Its standard error.
         asymmetry: `|A| / |J M|`: 0 is symmetric.
         asymmetry_se: Its standard error.
+
+    Example:
+        >>> found = SymmetryMeasurement(0.02, 0.001, 0.75, 0.01, 0.3, 0.01)
+        >>> f"{found.symmetry} +- {found.symmetry_se}"
+        '0.75 +- 0.01'
     """
 
     penalty: float
@@ -155,6 +160,12 @@ class HomeostasisReport(SymmetryMeasurement):
     Args:
         weighted: The sum of the penalties times their weights, which is what the loss is made larger by.
         deqs: The measurement of each DEQ, by its name in `module.named_modules()`; `""` if the module is the DEQ.
+
+    Example:
+        >>> of_deq = SymmetryMeasurement(0.02, 0.001, 0.75, 0.01, 0.3, 0.01)
+        >>> report = HomeostasisReport(**vars(of_deq), weighted=0.002, deqs={"deq": of_deq})
+        >>> report.symmetry, list(report.deqs)
+        (0.75, ['deq'])
     """
 
     weighted: float
@@ -163,6 +174,9 @@ class HomeostasisReport(SymmetryMeasurement):
 
 class Homeostasis:
     """What [`register_homeostasis`][torchdeq_ep.homeostasis.register_homeostasis] returns.
+
+    Args:
+        regulators: What measures and weights the penalty of each DEQ; `register_homeostasis` makes them.
 
     Example:
         >>> import torch, torchdeq, torchdeq_ep

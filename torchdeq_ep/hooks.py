@@ -26,6 +26,10 @@ class FixedPointHandle:
 
     `remove()` takes the hook off every DEQ, and so does the end of a `with` block.
 
+    Args:
+        deqs: The DEQs.
+        hooks: A forward hook of torch for each of them; `register_fixed_point_hook` makes them.
+
     Example:
         >>> import torchdeq, torchdeq_ep
         >>> from torchdeq_ep.hooks import register_fixed_point_hook

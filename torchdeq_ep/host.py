@@ -139,6 +139,9 @@ class BackwardHandle:
 
     Switches may be nested and removed in any order: the latest one still there is in force.
 
+    Args:
+        switched: The DEQs with their rules, as `use_backward` switched them.
+
     Example:
         >>> import torch, torchdeq, torchdeq_ep as tep
         >>> deq = torchdeq.get_deq(ift=True)
@@ -304,6 +307,7 @@ def nudge_loss(module: nn.Module, loss_of_state: Loss) -> Iterator[None]:
 
     Raises:
         NoDEQError: If no DEQ in the module has been switched.
+        InvalidOptionError: If `loss_of_state` cannot be called.
 
     Example:
         >>> import torch, torchdeq, torchdeq_ep as tep
@@ -339,6 +343,7 @@ class EPSliced(DEQSliced):  # type: ignore[misc]
 
     Raises:
         UnknownBackwardError: If no backward mode has that name.
+        InvalidOptionError: If the mode has no such option, or the option no such value.
 
     Example:
         >>> import torchdeq, torchdeq_ep
@@ -360,6 +365,7 @@ class EPIndexing(DEQIndexing):  # type: ignore[misc]
 
     Raises:
         UnknownBackwardError: If no backward mode has that name.
+        InvalidOptionError: If the mode has no such option, or the option no such value.
 
     Example:
         >>> import torchdeq, torchdeq_ep

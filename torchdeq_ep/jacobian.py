@@ -330,6 +330,12 @@ class FieldOfValues:
         real_max: Largest real part. Below 1, the continuous-time dynamics `dz/dt = f(z) - z` contracts.
         imag_max: Largest imaginary part: the largest modulus of an eigenvalue of `(J - J^T) / 2`. Zero for symmetric
             `J`.
+
+    Example:
+        >>> turn = torch.tensor([[0.3, -0.4], [0.4, 0.3]])
+        >>> box = field_of_values(lambda z: turn @ z, torch.zeros(2))
+        >>> round(box.real_max, 3), round(box.imag_max, 3)
+        (0.3, 0.4)
     """
 
     real_min: float
@@ -468,6 +474,10 @@ def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -
 
     Raises:
         InvalidOptionError: If `probes` is not a positive whole number.
+
+    Example:
+        >>> gaussian_probes(torch.zeros(3, 4), 5, torch.Generator().manual_seed(0)).shape
+        torch.Size([5, 3, 4])
     """
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise InvalidOptionError(f"probes must be a whole number of at least 1, not {probes!r}.")

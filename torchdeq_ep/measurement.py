@@ -46,6 +46,10 @@ class Nudge:
         current: The added force.
         repeat: Which of several equal calls this is.
         row: Which row of the batch, if the solver takes one at a time.
+
+    Example:
+        >>> str(Nudge(0.1, torch.tensor([3.0, 4.0])))
+        'nudge +0.1 (repeat 0, added force of norm 5)'
     """
 
     amplitude: float
@@ -71,6 +75,14 @@ class Instrument:
         executor: `None` calls one after the other; `"thread"` in threads, `"process"` each in a forked process; or an
             executor of the user.
         workers: Largest number of calls at a time.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> instrument = Instrument(lambda current: 2 * current)
+        >>> instrument.measure([Nudge(0.1, torch.ones(2))], None).states
+        [tensor([2., 2.])]
     """
 
     solve: Solve
@@ -180,14 +192,39 @@ class Instrument:
 
 @dataclass(frozen=True)
 class Measurement:
-    """States in the order of the nudges, and how many calls failed and were repeated."""
+    """What came back from several calls.
+
+    Args:
+        states: In the order of the nudges.
+        failures: How many calls failed and were repeated.
+
+    Example:
+        >>> Measurement([torch.zeros(1)], failures=0).states
+        [tensor([0.])]
+    """
 
     states: list[Tensor]
     failures: int
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Raises InvalidOptionError unless the value is a whole number of at least `least`."""
+    """Refuse what is not a whole number, or too small.
+
+    Args:
+        name: What the message calls it.
+        value: What was given.
+        least: The smallest acceptable number.
+
+    Raises:
+        InvalidOptionError: If so.
+
+    Example:
+        >>> check_count("retries", 2, 0)
+        >>> check_count("workers", 0, 1)
+        Traceback (most recent call last):
+        torchdeq_ep.errors.InvalidOptionError: workers must be a whole number of at least 1, not 0.
+        More: torchdeq-ep errors InvalidOptionError
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InvalidOptionError(f"{name} must be a whole number of at least {least}, not {value!r}.")
 

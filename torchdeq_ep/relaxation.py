@@ -42,6 +42,12 @@ class Relaxation:
         residual: Largest relative residual of a node.
         trace: The residual at every step of the map.
         diverged: The residual grew beyond all bounds or is not finite.
+
+    Example:
+        >>> import torch
+        >>> result = iterate(lambda d: 0.5 * d + 1, torch.zeros(1, 2), tol=1e-3)
+        >>> result.diverged, result.residual <= 1e-3
+        (False, True)
     """
 
     displacement: Tensor

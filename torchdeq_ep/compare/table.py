@@ -36,6 +36,11 @@ class Row:
         converged: Whether every solve did; `None` where the mode does not tell.
         warnings: What the mode warned about, in short.
         error: Why the mode has no figures, or an empty text.
+
+    Example:
+        >>> row = Row("ep", "anderson", gradient_error=1e-3, error="")
+        >>> row.label, row.notes
+        ('ep / anderson', ())
     """
 
     backward: str

@@ -28,6 +28,11 @@ class Images:
         train_y: Shape `(N,)`, int64.
         test_x: Shape `(M, pixels)`.
         test_y: Shape `(M,)`.
+
+    Example:
+        >>> pixels, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+        >>> Images("nothing", pixels, labels, pixels, labels).n_classes
+        3
     """
 
     name: str
@@ -42,7 +47,11 @@ class Images:
         return int(torch.cat([self.train_y, self.test_y]).max()) + 1
 
     def digest(self) -> str:
-        """A short fingerprint of the contents, by which results on other data are told apart."""
+        """A short fingerprint of the contents, by which results on other data are told apart.
+
+        Returns:
+            Eight hexadecimal digits.
+        """
         parts = (self.train_x, self.train_y, self.test_x, self.test_y)
         found = hashlib.sha256()
         for part in parts:

@@ -66,6 +66,14 @@ def gap_closed(runs: Sequence[Run]) -> float:
     Returns:
         `(EP - with homeostasis) / (EP - exact)`; NaN if a mode is missing, if a run failed, or if EP alone is not worse
         than exact gradients.
+
+    Example:
+        >>> runs = [
+        ...     Run(mode, 0, (Epoch(1, 0.5, error, 0.9, 0.5, 45.0, 1e-4, 0, 60.0),))
+        ...     for mode, error in (("ift", 2.0), ("ep", 6.0), ("ep-homeostasis", 3.0))
+        ... ]
+        >>> gap_closed(runs)
+        0.75
     """
     if any(run.failure for run in runs):
         return math.nan
@@ -82,6 +90,10 @@ def table(runs: Sequence[Run]) -> str:
 
     Returns:
         Markdown.
+
+    Example:
+        >>> print(table([Run("ep", 0, (Epoch(1, 0.5, 6.0, 0.9, 0.5, 45.0, 1e-4, 0, 60.0),))]).splitlines()[-1])
+        | EP | 1 | 6.00 ± 0.00 % | 0.900 ± 0.000 | 0.500 ± 0.000 | 45.0 ± 0.0° | 1.0 |
     """
     lines = [
         "| gradient | seeds | test error | cosine of EP | symmetry of `J M` | weight angle | minutes |",
@@ -117,6 +129,14 @@ def save_figure(runs: Sequence[Run], title: str, path: str | Path) -> None:
     Raises:
         MissingDependencyError: If matplotlib is not installed.
         InvalidOptionError: If the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run("ep", 0, (Epoch(1, 0.5, 6.0, 0.9, 0.5, 45.0, 1e-4, 0, 60.0),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_figure([run], "digits", f"{folder}/curves.png")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['curves.png']
     """
     check_writable(path)
     figure = new_figure(10.0, 4.4)

@@ -42,6 +42,14 @@ def run_all(
 
     Raises:
         InvalidOptionError: If there is no seed, or the directory cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> from torchdeq_ep.experiment.data import load_images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     runs = run_all(Setup(epochs=1, batch=500, hidden=(8, 8)), load_images(), folder, ["ep"], seeds=1)
+        >>> [(run.mode, run.seed, len(run.epochs)) for run in runs]
+        [('ep', 0, 2)]
     """
     if seeds < 1:
         raise InvalidOptionError(f"seeds must be at least 1, not {seeds}.")
@@ -76,6 +84,15 @@ def write_report(runs: Sequence[Run], setup: Setup, images: Images, out: str | P
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from torchdeq_ep.experiment.data import load_images
+        >>> from torchdeq_ep.experiment.train import Epoch
+        >>> run = Run("ep", 0, (Epoch(1, 0.5, 6.0, 0.9, 0.5, 45.0, 1e-4, 0, 60.0),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in write_report([run], Setup(), load_images(), folder)]
+        ['results.md', 'curves.png']
     """
     document, picture = Path(out) / "results.md", Path(out) / "curves.png"
     shape = " - ".join(str(n) for n in (images.train_x.shape[1], *setup.hidden, images.n_classes))

@@ -53,6 +53,10 @@ class Setup:
 
     Raises:
         InvalidOptionError: If a number is out of range.
+
+    Example:
+        >>> Setup(epochs=2, hidden=(64, 64)).angle
+        90.0
     """
 
     epochs: int = 10
@@ -81,7 +85,14 @@ class Setup:
                 raise InvalidOptionError(f"{name} must be positive, not {getattr(self, name)}.")
 
     def model(self, images: Images) -> VectorFieldMLP:
-        """An untrained network for these images, drawn from torch's random state."""
+        """An untrained network for these images, drawn from torch's random state.
+
+        Args:
+            images: They give the sizes of the first and the last layer.
+
+        Returns:
+            The network, with a solver and tolerance for training.
+        """
         hidden = {f"l{k}": size for k, size in enumerate(self.hidden, start=1)}
         return VectorFieldMLP(
             {"in": images.train_x.shape[1], **hidden, "out": images.n_classes},
@@ -110,6 +121,11 @@ class Epoch:
         residual: Relative residual after the free phase by plain steps, to the tolerance of training, on test images.
         unconverged: Steps of the epoch in which a phase did not reach its tolerance.
         seconds: Time since the start of training.
+
+    Example:
+        >>> before = Epoch(0, None, 90.0, 0.3, 0.0, 90.0, 1e-4, 0, 0.1)
+        >>> before.loss is None, before.angle
+        (True, 90.0)
     """
 
     epoch: int
@@ -125,7 +141,18 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what it was, its epochs, and why it ended early, if it did."""
+    """One training run: what it was, its epochs, and why it ended early, if it did.
+
+    Args:
+        mode: The kind of gradient.
+        seed: The seed.
+        epochs: Measurements before training and after each epoch that was finished.
+        failure: The error that ended it, and where; empty if it ran to its end.
+
+    Example:
+        >>> Run("ep", 0, (), "epoch 1, step 3: NudgeDivergedError: ...").failure[:15]
+        'epoch 1, step 3'
+    """
 
     mode: Mode
     seed: int
@@ -134,7 +161,14 @@ class Run:
 
     @classmethod
     def of_json(cls, plain: dict[str, Any]) -> Run:
-        """The run that `asdict` was made of."""
+        """The run that `asdict` was made of.
+
+        Args:
+            plain: A dictionary of the fields, read from JSON.
+
+        Returns:
+            The run.
+        """
         return cls(**(plain | {"epochs": tuple(Epoch(**epoch) for epoch in plain["epochs"])}))
 
 
@@ -213,7 +247,7 @@ def train(setup: Setup, mode: Mode, seed: int, images: Images, on_step: OnStep |
                         if on_step is not None:
                             on_step((epoch - 1) * per_epoch + len(losses), total)
                 except EPError as error:
-                    failure = f"epoch {epoch}, step {len(losses) + 1}: {type(error).__name__}: {error}"
+                    failure = f"epoch {epoch}, step {len(losses) + 1}: {type(error).__name__}: {error.args[0]}"
                     break
                 done = Epoch(epoch, sum(losses) / per_epoch, 0, 0, 0, 0, 0, unconverged, time.perf_counter() - start)
                 epochs.append(_measure(model, setup, images, done))

@@ -21,7 +21,7 @@ _LEAKAGE = 1e-2
 
 @dataclass(frozen=True)
 class AnalyticityReport:
-    """What [`check`][torchdeq_ep.holomorphic.check] found.
+    """What [`check`][torchdeq_ep.holomorphic.check.check] found.
 
     Args:
         analytic: Whether the map passed.
@@ -30,6 +30,11 @@ class AnalyticityReport:
         radius: Largest relative amplitude, in units of the norm of the state, at which a contour is safe: the distance
             to the nearest singularity seen along the sampled directions; `inf` for polynomials, 0 if not analytic.
         reason: Why the map failed, empty if it passed.
+
+    Example:
+        >>> report = AnalyticityReport(False, 1.0, 0.0, "its derivatives disagree")
+        >>> bool(report)
+        False
     """
 
     analytic: bool
@@ -62,7 +67,7 @@ def check(
         z: A real state at which `f` is finite.
         amplitude: How far from `z` the points are, relative to the norm of `z`.
         directions: Number of random points, and of random directions from `z`.
-        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode].
+        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode.mode].
         tol: Largest defect to accept; by default what rounding and finite differences leave, 1e-6 in double and 2e-2
             in single precision. Run the test in double precision if you can.
         seed: Of the random directions; the global random state is left alone.

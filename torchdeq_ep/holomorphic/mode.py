@@ -40,6 +40,12 @@ class Crossing:
         operation: Name of the operation, e.g. `relu`.
         units: Units evaluated at complex states, all calls and all nodes together.
         crossed: Those of them nearer to the kink in the real than in the imaginary direction.
+
+    Example:
+        >>> with mode(piecewise="real-part") as context:
+        ...     _ = torch.relu(torch.tensor([1 + 2j, 3 - 1j]))
+        >>> context.crossings
+        (Crossing(operation='relu', units=2, crossed=1),)
     """
 
     operation: str
@@ -48,10 +54,17 @@ class Crossing:
 
 
 class HolomorphicMode(FrozenStatistics):
-    """The context that [`mode`][torchdeq_ep.holomorphic.mode] makes; see there.
+    """The context that [`mode`][torchdeq_ep.holomorphic.mode.mode] makes; see there.
 
     Args:
         piecewise: `"real-part"`, or `None` to refuse piecewise analytic operations.
+
+    Example:
+        >>> with HolomorphicMode() as context:
+        ...     torch.sigmoid(torch.tensor(0j))
+        tensor(0.5000+0.j)
+        >>> context.crossings
+        ()
     """
 
     def __init__(self, piecewise: Piecewise | None = None) -> None:
@@ -201,7 +214,12 @@ class HolomorphicMap:
 
     Args:
         f: A function of tensors. The wrapper can be pickled if it can.
-        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode].
+        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode.mode].
+
+    Example:
+        >>> f = HolomorphicMap(torch.relu, piecewise="real-part")
+        >>> f(torch.tensor(2 + 1j))
+        tensor(2.+1.j)
     """
 
     f: Callable[..., Any]
@@ -220,7 +238,7 @@ def holomorphic_map(f: Callable[..., Any], piecewise: Piecewise | None = None) -
 
     Args:
         f: A function of tensors, or a module.
-        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode].
+        piecewise: As for [`mode`][torchdeq_ep.holomorphic.mode.mode].
 
     Returns:
         The wrapped function; it can be pickled and compared if `f` can.

@@ -111,6 +111,12 @@ class _SoftmaxPool(nn.Module):
 class SoftmaxPool1d(_SoftmaxPool):
     """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last dimension.
 
+    Args:
+        kernel_size: Size of the window, one number or one for each spatial dimension.
+        stride: Step between windows; `None` for the size of the window.
+        padding: Entries added on both sides, at most half of the window.
+        temperature: Positive; max pooling as it falls to 0, average pooling as it grows.
+
     Example:
         >>> SoftmaxPool1d(2)(torch.zeros(1, 3, 8)).shape
         torch.Size([1, 3, 4])
@@ -122,6 +128,12 @@ class SoftmaxPool1d(_SoftmaxPool):
 class SoftmaxPool2d(_SoftmaxPool):
     """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last two dimensions.
 
+    Args:
+        kernel_size: Size of the window, one number or one for each spatial dimension.
+        stride: Step between windows; `None` for the size of the window.
+        padding: Entries added on both sides, at most half of the window.
+        temperature: Positive; max pooling as it falls to 0, average pooling as it grows.
+
     Example:
         >>> SoftmaxPool2d(3, stride=2, padding=1, temperature=0.5)(torch.zeros(1, 3, 8, 8)).shape
         torch.Size([1, 3, 4, 4])
@@ -132,6 +144,12 @@ class SoftmaxPool2d(_SoftmaxPool):
 
 class SoftmaxPool3d(_SoftmaxPool):
     """[`softmax_pool`][torchdeq_ep.nn.softmax_pool] over the last three dimensions.
+
+    Args:
+        kernel_size: Size of the window, one number or one for each spatial dimension.
+        stride: Step between windows; `None` for the size of the window.
+        padding: Entries added on both sides, at most half of the window.
+        temperature: Positive; max pooling as it falls to 0, average pooling as it grows.
 
     Example:
         >>> SoftmaxPool3d(2)(torch.zeros(1, 3, 4, 4, 4)).shape

@@ -118,7 +118,25 @@ def angle_between(a: Tensor, b: Tensor) -> float:
 
 
 class VectorField(nn.Module, ABC):
-    """Base class: a packed state, damping, a torchdeq DEQ, and a read-out."""
+    """Base class: a packed state, damping, a torchdeq DEQ, and a read-out.
+
+    A network derives from it by defining `state_size`, `inject`, `recurrence`, `read_out` and `connection_angles`.
+
+    Args:
+        phi: Activation.
+        damping: Share of the old state kept in each step, at least 0 and less than 1.
+        gain: Factor of the initial recurrent weights.
+        angle: Initial angle in degrees, 0 to 90, between backward and forward weights.
+        readout: `"mse"` or `"softmax"`.
+        deq_options: Options of `torchdeq.get_deq`.
+
+    Raises:
+        InvalidOptionError: If an option is out of range.
+
+    Example:
+        >>> issubclass(VectorFieldMLP, VectorField)
+        True
+    """
 
     def __init__(
         self, phi: Activation, damping: float, gain: float, angle: float, readout: Readout, deq_options: dict[str, Any]
@@ -146,7 +164,11 @@ class VectorField(nn.Module, ABC):
 
     @abstractmethod
     def inject(self, x: Tensor) -> Tensor:
-        """The drive of all potentials, computed once: what inputs and biases contribute. Of shape `(B, D)`."""
+        """The drive of all potentials, computed once: what inputs and biases contribute. Of shape `(B, D)`.
+
+        Args:
+            x: Inputs.
+        """
 
     @abstractmethod
     def recurrence(self) -> Activation:
@@ -154,14 +176,28 @@ class VectorField(nn.Module, ABC):
 
     @abstractmethod
     def read_out(self, u: Tensor) -> Tensor:
-        """Logits of potentials: activities of the output layer, or a linear function of those of the layers below."""
+        """Logits of potentials: activities of the output layer, or a linear function of those of the layers below.
+
+        Args:
+            u: Potentials.
+
+        Returns:
+            Tensor of shape `(B, classes)`.
+        """
 
     @abstractmethod
     def connection_angles(self) -> dict[str, float]:
         """Angle in degrees between the forward weight and the transposed backward weight of each reciprocal pair."""
 
     def initial_state(self, batch: int) -> Tensor:
-        """Potentials of zero for a batch of that many samples."""
+        """Potentials of zero.
+
+        Args:
+            batch: Number of samples.
+
+        Returns:
+            Tensor of shape `(B, D)`.
+        """
         return next(self.parameters()).new_zeros(batch, self.state_size)
 
     def map(self, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -186,6 +222,12 @@ class VectorField(nn.Module, ABC):
 
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
         that rises everywhere.
+
+        Args:
+            u: Potentials.
+
+        Returns:
+            Tensor of the same shape, positive.
         """
         return 1 / slope(self.phi, u.detach()).clamp_min(_FLATTEST)
 
@@ -205,7 +247,14 @@ class VectorField(nn.Module, ABC):
         return 0.5 * (logits - target).square().sum() / len(logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits at the equilibrium."""
+        """Logits at the equilibrium.
+
+        Args:
+            x: Inputs.
+
+        Returns:
+            Tensor of shape `(B, classes)`.
+        """
         states, _ = self.deq(self.map(x), self.initial_state(len(x)))
         return self.read_out(states[-1])
 
@@ -278,7 +327,11 @@ class VectorFieldMLP(VectorField):
         return sum(self.sizes[name] for name in self.layers)
 
     def slices(self) -> dict[str, slice]:
-        """Where each layer lies in the packed state."""
+        """Where each layer lies in the packed state.
+
+        Returns:
+            A slice of the last dimension for each layer.
+        """
         ends = accumulate(self.sizes[name] for name in self.layers)
         return {name: slice(end - self.sizes[name], end) for name, end in zip(self.layers, ends, strict=True)}
 
@@ -295,7 +348,11 @@ class VectorFieldMLP(VectorField):
         return lambda activity: functional.linear(activity, weight)
 
     def dense_weight(self) -> Tensor:
-        """All recurrent weights as one matrix of the packed state, `(D, D)`, with zeros where nothing connects."""
+        """All recurrent weights as one matrix of the packed state, `(D, D)`, with zeros where nothing connects.
+
+        Returns:
+            The matrix, with a graph to the weights.
+        """
         zeros = next(self.parameters()).new_zeros
 
         def block(target: str, source: str) -> Tensor:
@@ -317,7 +374,14 @@ class VectorFieldMLP(VectorField):
         return super().metric(u) * self.layer_metric(u)
 
     def layer_metric(self, like: Tensor) -> Tensor:
-        """The factor of the metric that depends on the layer alone, 1 in the last one: a row of the state's size."""
+        """The factor of the metric that depends on the layer alone, 1 in the last one: a row of the state's size.
+
+        Args:
+            like: Gives dtype and device.
+
+        Returns:
+            Tensor of shape `(D,)`.
+        """
         depth = range(len(self.layers) - 1, -1, -1)
         sizes = [self.sizes[name] for name in self.layers]
         return torch.cat([like.new_full((n,), self.feedback**k) for k, n in zip(depth, sizes, strict=True)])
@@ -486,7 +550,14 @@ class VectorFieldCNN(VectorField):
         return field
 
     def unpack(self, state: Tensor) -> list[Tensor]:
-        """The packed state as one tensor of shape `(B, C, H, W)` for each layer."""
+        """The packed state as one tensor of shape `(B, C, H, W)` for each layer.
+
+        Args:
+            state: Of shape `(B, D)`.
+
+        Returns:
+            The layers in order.
+        """
         parts = torch.split(state, [math.prod(shape) for shape in self.shapes], dim=1)
         return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 

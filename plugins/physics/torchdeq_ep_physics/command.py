@@ -19,17 +19,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(prog="torchdeq-ep physics", description="Train and measure physical networks.")
-    parser.add_argument("recipe", choices=("iris", "moons", "amplifiers", "instrument", "motion"))
-    parser.add_argument(
-        "--simulator",
-        choices=("ngspice", "twin"),
-        help="what finds the operating points of iris and moons; default: ngspice where it is installed",
-    )
-    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where pictures go (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     picture = str(Path(options.out, f"{options.recipe}.png"))
     if options.recipe in ("iris", "moons"):
@@ -55,6 +45,25 @@ def main(arguments: list[str]) -> int:
         distances = recipes.motion(options.steps, seed=options.seed, path=picture)
         _say(f"distance from the target {distances[0]:.0%} -> {distances[-1]:.1%} of the motion\nwritten: {picture}")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command.
+
+    Returns:
+        Their parser.
+    """
+    made = argparse.ArgumentParser(prog="torchdeq-ep physics", description="Train and measure physical networks.")
+    made.add_argument("recipe", choices=("iris", "moons", "amplifiers", "instrument", "motion"))
+    made.add_argument(
+        "--simulator",
+        choices=("ngspice", "twin"),
+        help="what finds the operating points of iris and moons; default: ngspice where it is installed",
+    )
+    made.add_argument("--steps", type=int, default=80, metavar="N", help="of training (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    made.add_argument("--out", default=".", metavar="DIR", help="where pictures go (default: %(default)s)")
+    return made
 
 
 def _say(text: str) -> None:
