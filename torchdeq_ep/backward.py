@@ -60,7 +60,7 @@ class NudgeReport:
         truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
             coefficients over its nodes; NaN for other stencils.
         radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
-        trace: Relative residual at every step, one relaxation after the other.
+        trace: Relative residual at every step at which it was measured, one relaxation after the other.
 
     Example:
         >>> report = NudgeReport("ep", beta=0.01, calls=30, residual=2e-4, tol=1e-4, converged=False)
@@ -199,12 +199,12 @@ class RelaxedBackward(Backward):
             )
         if relaxation.diverged or relaxation.residual > MEANINGLESS:
             raise NudgeDivergedError(
-                f"{what} diverged: relative residual {relaxation.residual:.1e} after {len(relaxation.trace)} steps. "
+                f"{what} diverged: relative residual {relaxation.residual:.1e} after {relaxation.steps} steps. "
                 "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
                 "try solver='broyden', on_divergence='ift', a smaller beta, or weight norms that keep f contractive."
             )
         warnings.warn(
-            f"{what} stopped at a relative residual of {relaxation.residual:.1e} after {len(relaxation.trace)} steps "
+            f"{what} stopped at a relative residual of {relaxation.residual:.1e} after {relaxation.steps} steps "
             f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or "
             "try another solver ('anderson', 'broyden').",
             ConvergenceWarning,
@@ -225,8 +225,8 @@ class _LinearBackward(RelaxedBackward):
         floor = 100 * equilibrium.eps
         relaxation = self.run_linear(product, force, tol, floor)
         converged = self.judge(relaxation, equilibrium, tol, floor, what)
-        steps = len(relaxation.trace)
-        return relaxation.displacement[0], NudgeReport(
+        steps = relaxation.steps
+        return relaxation.value[0], NudgeReport(
             repr(self),
             calls=steps + 1,
             iterations=steps,

@@ -341,7 +341,7 @@ def _converged(equilibrium: Equilibrium) -> Equilibrium:
             max_iter=_TIGHT_STEPS,
             floor=100 * equilibrium.eps,
         )
-        z = result.displacement[0]
+        z = result.value[0]
         return replace(equilibrium, z=z, value=equilibrium.f(z))
 
 

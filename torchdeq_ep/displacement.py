@@ -1,11 +1,13 @@
-"""The displacement map `D_b`, whose fixed point is the error vector as a nudge of amplitude `b` sees it.
+"""The nudged map, whose fixed point is the error vector as a nudge of amplitude `b` sees it.
 
-With `z_b = f(z_b) + b g` the nudged equilibrium, the displacement `d = (z_b - z*) / b` is the fixed point of
+With `z*` the free state, the nudged map and the displacement of its fixed point `z_b` are
 
-    D_b(d) = (f(z* + b d) - f(z*)) / b + g,        D_0(d) = J d + g.
+    N_b(z) = f(z) + b g + (z* - f(z*)),        d_b = (z_b - z*) / b.
 
-It has the scale of `g` at every amplitude, and the residual that the free phase left in `z*` cancels. Solving for `d`
-instead of `z_b` turns finite, complex and infinitesimal nudges into one equation.
+The last term cancels the residual that the free phase left in `z*`. In the displacement the same map reads
+`D_b(d) = (N_b(z* + b d) - z*) / b = (f(z* + b d) - f(z*)) / b + g`, which has the scale of `g` at every amplitude, and
+`D_0(d) = J d + g`: finite, complex and infinitesimal nudges are one equation. It is iterated in `z`, where a step
+takes one sum beside the call of `f`, and residuals are measured in `d`.
 """
 
 from __future__ import annotations
@@ -32,14 +34,14 @@ _HOLOMORPHIC_ADVICE = (
 )
 
 
-class DisplacementMap:
-    """`d -> D_b(d)` for a stack of nodes, all real or all complex.
+class NudgedMap:
+    """`z -> N_b(z)` for a stack of nodes, all real or all complex.
 
     Args:
         equilibrium: The free equilibrium.
         nudges: The amplitudes `b_k`, absolute: already multiplied by `|z*| / |g|` if they are to be relative. Several
             are evaluated in one call of `f` by `torch.vmap`.
-        force: `M g`, of the shape of the state, added to each displacement.
+        force: `M g`, of the shape of the state, `b_k` times which is added for each node.
         correction: A linear term added to `D_b`.
         state_force: `M dL/dz` as a function of one nudged state, which replaces `force` (loss nudging).
         piecewise: What complex nodes make of piecewise analytic operations, see
@@ -52,8 +54,9 @@ class DisplacementMap:
     Example:
         >>> z = torch.zeros(2)
         >>> free = Equilibrium(lambda z: 0.5 * z, z, z, torch.ones(2), eps=1e-7)
-        >>> step = DisplacementMap(free, (0.5,), torch.ones(2))
-        >>> step(torch.full((1, 2), 2.0))  # 0.5 d + g has the fixed point 2 g
+        >>> nudged = NudgedMap(free, (0.5,), torch.ones(2))
+        >>> states = nudged.states(torch.full((1, 2), 2.0))  # 0.5 d + g has the fixed point 2 g
+        >>> nudged.displacements(nudged(states))
         tensor([[2., 2.]])
     """
 
@@ -72,39 +75,59 @@ class DisplacementMap:
         self._state_force = state_force
         self.is_complex = any(isinstance(nudge, complex) for nudge in nudges)
         self.dtype = force.dtype.to_complex() if self.is_complex else force.dtype
+        self.smallest = min(map(abs, nudges))
         self._holomorphic = mode(piecewise)
         self._amplitudes: Node | Tensor = nudges[0]
         if len(nudges) > 1:
             stack = torch.tensor(nudges, dtype=self.dtype, device=force.device)
             self._amplitudes = stack.reshape(-1, *(1 for _ in force.shape))
-        self._inverse_amplitudes = 1 / self._amplitudes  # a complex division costs ten products
-        self._z = equilibrium.z.to(self.dtype)
-        # All that does not depend on d, so that an evaluation takes one sum before the call of f and one after it.
-        self._constant = -equilibrium.value.to(self.dtype) * self._inverse_amplitudes
-        if state_force is None:
-            self._constant += force
+        self._free = equilibrium.z.to(self.dtype).unsqueeze(0)
+        pull = self._free - equilibrium.value
+        self._pull = pull if state_force is not None else _multiply_add(pull, self._amplitudes, force.to(self.dtype))
 
     @property
     def crossings(self) -> tuple[Crossing, ...]:
         """How many units of piecewise analytic operations may have left their piece at complex states."""
         return self._holomorphic.crossings
 
-    def __call__(self, d: Tensor) -> Tensor:
-        """`D_b(d)` for a stack `d` of shape `(K, *shape)`, `K` the number of nodes."""
-        states = _multiply_add(self._z, self._amplitudes, d)
+    def states(self, d: Tensor) -> Tensor:
+        """The states of displacements, `z* + b_k d_k`.
+
+        Args:
+            d: Displacements of shape `(K, *shape)`, `K` the number of nodes.
+
+        Returns:
+            States of the same shape.
+        """
+        return _multiply_add(self._free, self._amplitudes, d.to(self.dtype))
+
+    def displacements(self, states: Tensor) -> Tensor:
+        """The displacements of states, `(z_k - z*) / b_k`.
+
+        Args:
+            states: States of shape `(K, *shape)`.
+
+        Returns:
+            Displacements of the same shape.
+        """
+        # By the inverse, because a complex division costs ten products.
+        return (states - self._free) * (1 / self._amplitudes)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """`N_b(z)` for a stack of states of shape `(K, *shape)`."""
         value = self._holomorphic_value(states) if self.is_complex else self._evaluate(states)
-        response = _multiply_add(self._constant, self._inverse_amplitudes, value.to(self.dtype))
+        moved = value + self._pull
         if self._correction is not None:
-            response += torch.stack([self._correction(node) for node in d])
+            moved += torch.stack([self._correction(state) for state in states - self._free])
         if self._state_force is not None:
-            response += torch.stack([self._state_force(state) for state in states])
-        return response
+            moved += self._amplitudes * torch.stack([self._state_force(state) for state in states])
+        return moved
 
     def _evaluate(self, states: Tensor) -> Tensor:
         states = states.to(self._equilibrium.z.dtype) if not self.is_complex else states
         f = self._equilibrium.f
         if len(states) == 1:
-            return f(states[0]).unsqueeze(0)
+            return f(states[0])
         stacked: Tensor = torch.vmap(f)(states)
         return stacked
 
@@ -240,7 +263,7 @@ def loss_force(
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
         metric: As for [`diagonal_metric`][torchdeq_ep.displacement.diagonal_metric].
         diagonal: What that returned. It stands for `"auto"` at every state.
-        piecewise: As for [`DisplacementMap`][torchdeq_ep.displacement.DisplacementMap].
+        piecewise: As for [`NudgedMap`][torchdeq_ep.displacement.NudgedMap].
 
     Returns:
         The force, and how far the two gradients are from parallel: `|g - factor dL/dz| / |g|`.

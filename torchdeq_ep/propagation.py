@@ -18,7 +18,7 @@ from torchdeq_ep.backward import (
     RelaxedBackward,
     check_metric_and_correction,
 )
-from torchdeq_ep.displacement import AsymmetricCorrection, DisplacementMap, diagonal_metric, loss_force
+from torchdeq_ep.displacement import AsymmetricCorrection, NudgedMap, diagonal_metric, loss_force
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import (
     FallbackWarning,
@@ -285,8 +285,7 @@ class _NudgedSolve:
         """`Re sum_k c_k d_k`, each group of nodes started from the polynomial in `b` through those solved before."""
         solved: dict[Node, Tensor] = {}
         for group in _groups(nodes, stacked=self._mode.batching == "vmap"):
-            start = [_extrapolate(solved, node) if solved else self._first_guess() for node in group]
-            solved.update(zip(group, self._relax(group, start), strict=True))
+            solved.update(zip(group, self._relax(group, solved), strict=True))
         if any(isinstance(node, complex) for node in nodes):
             self.decay = _contour_decay([solved[node] for node in nodes], isinstance(nodes[-1], complex))
         return cast(Tensor, sum(c * solved[node].real for node, c in zip(nodes, coefficients, strict=True)))
@@ -297,10 +296,10 @@ class _NudgedSolve:
         if problem.correction is None:
             return problem.force
         relaxation = self._mode.run_linear(problem.correction.limit, problem.force, self._tol, self._floor)
-        self.calls += len(relaxation.trace)
-        self.iterations += len(relaxation.trace)
+        self.calls += relaxation.steps
+        self.iterations += relaxation.steps
         self.trace += relaxation.trace
-        return problem.force if relaxation.diverged else relaxation.displacement[0]
+        return problem.force if relaxation.diverged else relaxation.value[0]
 
     def online(self, nodes: tuple[Node, ...], coefficients: tuple[float, ...], schedule: Online) -> Tensor:
         """The same sum with each node started from the last, a fixed number of steps each, averaged over periods."""
@@ -308,19 +307,20 @@ class _NudgedSolve:
         d = self._problem.force.unsqueeze(0)
         total = torch.zeros_like(self._problem.force)
         for _ in range(schedule.periods):
-            for k, displacement_map in enumerate(maps):
-                d = d.to(displacement_map.dtype) if displacement_map.is_complex else d.real
+            for k, nudged in enumerate(maps):
+                states = nudged.states(d if nudged.is_complex else d.real)
                 for _ in range(schedule.steps):
-                    last, d = d, displacement_map(d)
-                self._count(displacement_map, 1, schedule.steps)
-                self.trace += (norm(d - last) / self._problem.force_size,)
+                    last, states = states, nudged(states)
+                d = nudged.displacements(states)
+                self._count(nudged, 1, schedule.steps)
+                self.trace += (norm(states - last) / (nudged.smallest * self._problem.force_size),)
                 total += coefficients[k] / schedule.periods * d[0].real
-        self._judge(Relaxation(d, self.trace[-1], self.trace, not math.isfinite(self.trace[-1])))
+        self._judge(Relaxation(d, self.trace[-1], self.trace, self.iterations, not math.isfinite(self.trace[-1])))
         return total
 
-    def _map(self, nodes: tuple[Node, ...]) -> DisplacementMap:
+    def _map(self, nodes: tuple[Node, ...]) -> NudgedMap:
         problem = self._problem
-        return DisplacementMap(
+        return NudgedMap(
             problem.equilibrium,
             tuple(self._unit * node for node in nodes),
             problem.force,
@@ -329,27 +329,32 @@ class _NudgedSolve:
             piecewise=self._mode.piecewise,
         )
 
-    def _relax(self, nodes: tuple[Node, ...], starts: list[Tensor]) -> Tensor:
-        displacement_map = self._map(nodes)
-        start = torch.stack([start.to(displacement_map.dtype) for start in starts])
-        relaxation = self._mode.run(displacement_map, start, self._problem.force_size, self._tol, self._floor)
+    def _start(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> Tensor:
+        return torch.stack([_extrapolate(solved, node) if solved else self._first_guess() for node in nodes])
+
+    def _relax(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> Tensor:
+        nudged = self._map(nodes)
+        start = nudged.states(self._start(nodes, solved))
+        # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
+        scale = nudged.smallest * self._problem.force_size
+        relaxation = self._mode.run(nudged, start, scale, self._tol, self._floor)
         self._judge(relaxation)
-        self._count(displacement_map, len(nodes), len(relaxation.trace))
+        self._count(nudged, len(nodes), relaxation.steps)
         self.trace += relaxation.trace
-        return relaxation.displacement
+        return nudged.displacements(relaxation.value)
 
     def _judge(self, relaxation: Relaxation) -> None:
         self.residual = max(self.residual, relaxation.residual)
         converged = self._mode.judge(relaxation, self._problem.equilibrium, self._tol, self._floor, self._what)
         self.converged = self.converged and converged
 
-    def _count(self, displacement_map: DisplacementMap, nodes: int, steps: int) -> None:
+    def _count(self, nudged: NudgedMap, nodes: int, steps: int) -> None:
         products = 2 if self._problem.correction is not None else 0
         self.calls += (1 + products) * nodes * steps
         self.iterations += steps
         if nodes > 1:
             self.batching = "vmap"
-        self.crossings += displacement_map.crossings
+        self.crossings += nudged.crossings
 
 
 def _groups(nodes: tuple[Node, ...], stacked: bool) -> list[tuple[Node, ...]]:

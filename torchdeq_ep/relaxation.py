@@ -1,6 +1,6 @@
-"""Relaxation: from a displacement map to its fixed point, by our own loop or by any torchdeq solver.
+"""Relaxation: from a map of a stack of nodes to its fixed point, by our own loop or by any torchdeq solver.
 
-Convergence is judged on the whole state of every node, by the residual `|D(d) - d|` relative to the force: solvers that
+Convergence is judged on the whole state of every node, by the residual `|N(z) - z|` relative to the nudge: solvers that
 look at rows report what is not so when the rows are coupled.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ DIVERGED = 1e4
 _STALL = 12
 _FAST = 0.2
 _RESTARTS = 20
+_UNSEEN = 4
 
 MEMORY = 6
 """How many values the mixing combines."""
@@ -38,21 +39,23 @@ class Relaxation:
     """Where a relaxation stopped.
 
     Args:
-        displacement: The estimate of the fixed point, `(K, *shape)`.
+        value: The estimate of the fixed point, `(K, *shape)`.
         residual: Largest relative residual of a node.
-        trace: The residual at every step of the map.
+        trace: The residual at every step at which it was measured: all but some of plain iteration.
+        steps: Number of steps.
         diverged: The residual grew beyond all bounds or is not finite.
 
     Example:
         >>> import torch
-        >>> result = iterate(lambda d: 0.5 * d + 1, torch.zeros(1, 2), tol=1e-3)
+        >>> result = iterate(lambda z: 0.5 * z + 1, torch.zeros(1, 2), tol=1e-3)
         >>> result.diverged, result.residual <= 1e-3
         (False, True)
     """
 
-    displacement: Tensor
+    value: Tensor
     residual: float
     trace: tuple[float, ...]
+    steps: int
     diverged: bool
 
 
@@ -66,12 +69,12 @@ def relax(
     floor: float = 0.0,
     solver: str | Solver | None = None,
 ) -> Relaxation:
-    """Solve `d = step(d)` for a stack of nodes.
+    """Solve `z = step(z)` for a stack of nodes.
 
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real or complex.
         start: First guess, of the same shape.
-        scale: What residuals are relative to: the norm of the force on a node.
+        scale: What residuals are relative to: the norm of the nudge of a node.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
@@ -86,15 +89,15 @@ def relax(
 
     Example:
         >>> import torch
-        >>> result = relax(lambda d: 0.5 * d + 1, torch.zeros(1, 2), scale=1.0, tol=1e-6, max_iter=50)
-        >>> result.displacement.round(decimals=3)
+        >>> result = relax(lambda z: 0.5 * z + 1, torch.zeros(1, 2), scale=1.0, tol=1e-6, max_iter=50)
+        >>> result.value.round(decimals=3)
         tensor([[2., 2.]])
     """
     # Solvers are given pairs of reals: torchdeq's transpose without conjugation, ours takes real inner products.
     real_start = torch.view_as_real(start) if start.is_complex() else start
 
-    def real_step(d: Tensor) -> Tensor:
-        return torch.view_as_real(step(torch.view_as_complex(d))) if start.is_complex() else step(d)
+    def real_step(z: Tensor) -> Tensor:
+        return torch.view_as_real(step(torch.view_as_complex(z))) if start.is_complex() else step(z)
 
     solver = check_solver(solver)
     if isinstance(solver, str):
@@ -102,12 +105,11 @@ def relax(
         result = iterate(real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory)
     else:
         result = _drive(solver, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
-    displacement = result.displacement
-    # So far out the residual is lost in the rounding of d itself, and a small one means nothing.
-    lost = float(displacement.norm()) > scale * len(start) / torch.finfo(displacement.dtype).eps ** 0.5
-    if start.is_complex():
-        displacement = torch.view_as_complex(displacement)
-    return Relaxation(displacement, result.residual, result.trace, result.diverged or lost)
+    # So far out the residual is lost in the rounding of the state itself, and a small one means nothing.
+    way = float(torch.linalg.vector_norm(result.value - real_start))
+    lost = way > scale * len(start) / torch.finfo(real_start.dtype).eps ** 0.5
+    value = torch.view_as_complex(result.value) if start.is_complex() else result.value
+    return replace(result, value=value, diverged=result.diverged or lost)
 
 
 def check_solver(solver: str | Solver | None) -> str | Solver:
@@ -158,43 +160,65 @@ def iterate(
 
     Example:
         >>> import torch
-        >>> iterate(torch.cos, torch.zeros(1, 1)).displacement.round(decimals=3)
+        >>> iterate(torch.cos, torch.zeros(1, 1)).value.round(decimals=3)
         tensor([[0.7390]])
     """
     point, best = start, start
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
     mixing: _Mixing | None = None
+    measured_at = next_at = 0
     for k in range(max_iter):
         value = step(point)
-        residual = (value - point) if mixing is None else mixing.add(value, point)
-        trace.append(_largest_row(residual, scale, value))
+        if k < min(next_at, max_iter - 1):
+            point = value
+            continue
+        if mixing is None:
+            trace.append(_largest_row(value - point, scale, value))
+        else:
+            residual, size = mixing.add(value, point)
+            value = mixing.latest
+            trace.append(_largest_row(residual, scale, value, size))
         if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
-            return Relaxation(best, trace[-1], tuple(trace), True)
+            return Relaxation(best.clone(), trace[-1], tuple(trace), k + 1, True)
         if trace[-1] < 0.9 * smallest:
             smallest_at = k
         if trace[-1] < smallest:
             smallest, best = trace[-1], value
+            if mixing is not None:
+                mixing.keep_latest()
         if trace[-1] <= tol or (smallest <= floor and k - smallest_at >= _STALL):
             break
-        if mixing is None:
-            if memory > 1 and (k == 0 or trace[-1] > _FAST * trace[-2]):
+        if memory == 1:
+            next_at = k + 1 + _steps_unseen(trace, k - measured_at, tol)
+            measured_at, point = k, value
+        elif mixing is None:
+            if k == 0 or trace[-1] > _FAST * trace[-2]:
                 mixing = _Mixing(memory, start)
                 mixing.add(value, point)
             point = value
         elif trace[-1] > 10 * smallest:
+            point = best = best.clone()
             mixing.forget()
-            point = best
         else:
             point = mixing.next()
-    return Relaxation(best, smallest, tuple(trace), False)
+    return Relaxation(best if mixing is None else best.clone(), smallest, tuple(trace), k + 1, False)
 
 
-def _largest_row(residual: Tensor, scale: float | Scale, value: Tensor) -> float:
+def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
+    """How many steps of plain iteration need not be looked at: half of those that are left at the present rate."""
+    if len(trace) < 2 or not 0 < trace[-1] < trace[-2] or tol <= 0:
+        return 0
+    left = gap * math.log(tol / trace[-1]) / math.log(trace[-1] / trace[-2])
+    return min(int(left / 2), _UNSEEN)
+
+
+def _largest_row(residual: Tensor, scale: float | Scale, value: Tensor, size: float | None = None) -> float:
+    """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
     if callable(scale):
         return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
     if len(residual) == 1:
-        return float(torch.linalg.vector_norm(residual)) / scale
+        return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
     return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale
 
 
@@ -206,36 +230,47 @@ class _Mixing:
     """
 
     def __init__(self, memory: int, like: Tensor) -> None:
-        self._rows = like.new_empty(memory, like.numel())
-        self._residuals = [row.view(like.shape) for row in self._rows]
-        self._values: list[Tensor] = []
+        self._shape = like.shape
+        self._values = like.new_empty(memory, like.numel())
+        self._residuals = torch.empty_like(self._values)
         self._gram = [[0.0] * memory for _ in range(memory)]
-        self._slot = 0
         self._ridge = 10 * torch.finfo(like.dtype).eps
+        self._slot, self._known = -1, 0
+        self._kept: int | None = None
+
+    @property
+    def latest(self) -> Tensor:
+        """The value that was taken in last."""
+        return self._values[self._slot].view(self._shape)
+
+    def keep_latest(self) -> None:
+        """Do not overwrite it until a later one is to be kept."""
+        self._kept = self._slot
 
     def forget(self) -> None:
         """Start anew: the values so far belong to another region."""
-        self._values, self._slot = [], 0
+        self._slot, self._known, self._kept = -1, 0, None
 
-    def add(self, value: Tensor, point: Tensor) -> Tensor:
-        """Take in a value of the map; its residual."""
-        slot, memory = self._slot, len(self._gram)
-        self._values[slot : slot + 1] = [value]
-        residual = torch.sub(value, point, out=self._residuals[slot])
-        products = torch.mv(self._rows[: len(self._values)], self._rows[slot]).tolist()
+    def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
+        """Take in a value of the map; its residual, and the norm of that."""
+        memory = len(self._gram)
+        self._slot = (self._slot + 1) % memory
+        if self._slot == self._kept:
+            self._slot = (self._slot + 1) % memory
+        slot, self._known = self._slot, min(self._known + 1, memory)
+        self._values[slot] = value.flatten()
+        residual = self._residuals[slot]
+        torch.sub(value.flatten(), point.flatten(), out=residual)
+        products = torch.mv(self._residuals[: self._known], residual).tolist()
         for other, product in enumerate(products):
             self._gram[slot][other] = self._gram[other][slot] = product
-        self._slot = (slot + 1) % memory
-        return residual
+        return residual.view(self._shape), math.sqrt(products[slot])
 
     def next(self) -> Tensor:
         """The next point."""
-        known = len(self._values)
+        known = self._known
         weights = affine_weights([row[:known] for row in self._gram[:known]], self._ridge)
-        mixed = weights[0] * self._values[0]
-        for weight, value in zip(weights[1:], self._values[1:], strict=True):
-            mixed.add_(value, alpha=weight)
-        return mixed
+        return (self._values.new_tensor(weights) @ self._values[:known]).view(self._shape)
 
 
 def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:
@@ -252,21 +287,22 @@ def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:
         >>> [round(w, 6) for w in affine_weights([[4.0, 2.0], [2.0, 1.0]], 1e-12)]
         [-1.0, 2.0]
     """
-    n = len(gram)
-    norms = [math.sqrt(gram[i][i]) for i in range(n)]
+    norms = [math.sqrt(gram[i][i]) for i in range(len(gram))]
     # Elimination without pivoting, for a positive definite matrix; the last column is the right-hand side.
     rows = [
-        [gram[i][j] / (norms[i] * norms[j]) + (ridge if i == j else 0.0) for j in range(n)] + [norms[-1] / norms[i]]
-        for i in range(n)
+        [product / (norm * other) for product, other in zip(line, norms, strict=True)] + [norms[-1] / norm]
+        for line, norm in zip(gram, norms, strict=True)
     ]
-    for i in range(n):
-        for k in range(i + 1, n):
-            factor = rows[k][i] / rows[i][i]
-            for j in range(i, n + 1):
-                rows[k][j] -= factor * rows[i][j]
-    weights = [0.0] * n
-    for i in reversed(range(n)):
-        weights[i] = (rows[i][n] - sum(rows[i][j] * weights[j] for j in range(i + 1, n))) / rows[i][i]
+    for i, pivot in enumerate(rows):
+        pivot[i] += ridge
+    for i, pivot in enumerate(rows):
+        for k in range(i + 1, len(rows)):
+            factor = rows[k][i] / pivot[i]
+            rows[k] = [entry - factor * above for entry, above in zip(rows[k], pivot, strict=True)]
+    weights: list[float] = []
+    for i in reversed(range(len(rows))):
+        solved = sum(entry * weight for entry, weight in zip(rows[i][i + 1 : -1], weights, strict=True))
+        weights.insert(0, (rows[i][-1] - solved) / rows[i][i])
     weights = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
     total = sum(weights)
     return [weight / total for weight in weights]
@@ -345,7 +381,7 @@ def _drive(solver: Solver, step: Step, start: Tensor, *, scale: float, tol: floa
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diverged = True
     residual = observer.trace[-1] if diverged else observer.smallest
-    return Relaxation(observer.best, residual, tuple(observer.trace), diverged)
+    return Relaxation(observer.best, residual, tuple(observer.trace), len(observer.trace), diverged)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.relaxation import MEMORY, iterate
+from torchdeq_ep.relaxation import MEMORY, Relaxation, iterate
 
 STOP_MODES = ("abs", "rel")
 _TINY = 1e-9
@@ -79,10 +79,10 @@ def relaxation_solver(
 
     scale = 1.0 if stop_mode == "abs" else _row_norms
     result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory)
-    z = state(result.displacement)
+    z = state(result.value)
     reached = [visited[k - 1] for k in indexing or () if k <= len(visited)]
     trajectory = reached or [z] if indexing else []  # torchdeq's solvers return at least one, too
-    return z, trajectory, _statistics(result.trace, result.displacement, stop_mode)
+    return z, trajectory, _statistics(result, stop_mode)
 
 
 def _row_norms(value: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def _row_norms(value: Tensor) -> Tensor:
     return norms + _TINY
 
 
-def _statistics(trace: Sequence[float], value: Tensor, stop_mode: str) -> SolverStat:
-    size = float(_row_norms(value).max())
-    measured = torch.tensor([list(trace)])
+def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:
+    size = float(_row_norms(result.value).max())
+    measured = torch.tensor([list(result.trace)])
     converted = measured / size if stop_mode == "abs" else measured * size
     absolute, relative = (measured, converted) if stop_mode == "abs" else (converted, measured)
     return SolverStat(
@@ -100,7 +100,7 @@ def _statistics(trace: Sequence[float], value: Tensor, stop_mode: str) -> Solver
         rel_lowest=relative.amin(1),
         abs_trace=absolute,
         rel_trace=relative,
-        nstep=torch.tensor([float(len(trace))]),
+        nstep=torch.tensor([float(result.steps)]),
     )
 
 
