@@ -5,7 +5,8 @@ With `z_b = f(z_b) + b g` the nudged equilibrium, the displacement `d = (z_b - z
     D_b(d) = (f(z* + b d) - f(z*)) / b + g,        D_0(d) = J d + g.
 
 It has the scale of `g` at every amplitude, and the residual that the free phase left in `z*` cancels. Solving for `d`
-instead of `z_b` turns finite, complex and infinitesimal nudges into one equation.
+instead of `z_b` turns finite, complex and infinitesimal nudges into one equation. These are eqs. (5) and (6) of the
+theory page; with a metric eq. (13), with the asymmetric correction eq. (19).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _HOLOMORPHIC_ADVICE = (
 
 
 class DisplacementMap:
-    """`d -> D_b(d)` for a stack of nodes, all real or all complex.
+    """`d -> D_b(d)`, [eq. (6)][eq-6] of the theory page, for a stack of nodes, all real or all complex.
 
     Args:
         equilibrium: The free equilibrium.
@@ -124,8 +125,8 @@ def _multiply_add(base: Tensor, factor: Node | Tensor, d: Tensor) -> Tensor:
 class AsymmetricCorrection:
     """`d -> M J^T M^-1 d - J d`: makes the limit of every nudge the exact adjoint, whatever `J`.
 
-    Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670). A complex displacement is corrected in
-    its real and imaginary parts, the term being linear.
+    See [eq. (19)][eq-19] of the theory page. Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670).
+    A complex displacement is corrected in its real and imaginary parts, the term being linear.
 
     Args:
         limit: `d -> M J^T M^-1 d`, which is all of the map that is left as the nudge vanishes.
@@ -193,7 +194,7 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
 def loss_force(
     equilibrium: Equilibrium, metric: Tensor | None, piecewise: Piecewise | None = None
 ) -> tuple[Force, float]:
-    """The force of loss nudging, `z -> M dL/dz`, in the scale of the cotangent.
+    """The force of loss nudging, `z -> M dL/dz`, in the scale of the cotangent: [eq. (7)][eq-7] of the theory page.
 
     The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
     mean instead of a sum); the factor is found from the two gradients at the free state. At a complex state
