@@ -65,6 +65,7 @@ docs: $(STAMP) ## build the documentation: site/index.html
 	@echo "written: site/index.html"
 
 figures: $(STAMP) ## measure and draw the figures of the documentation again
+	@$(BIN)/python docs/figures/alignment.py
 	@$(BIN)/python docs/figures/estimators.py
 
 clean: ## remove everything the other targets made, the environment included

@@ -33,7 +33,8 @@ def attach(
     """Give a fixed point, found by whatever means, the gradient of the implicit layer it belongs to.
 
     `f` is called once now, to record how it depends on its parameters and inputs, and again in the backward pass, where
-    the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`.
+    the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`, [eq. (2)][eq-2] of the
+    theory page.
 
     Args:
         f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors

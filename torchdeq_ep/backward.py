@@ -1,8 +1,8 @@
 """What a backward mode is: from a free equilibrium and a cotangent to an error vector; and the two linear modes.
 
-With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`; every nudged mode solves
-`d = D_b(d)` (see [`displacement`][torchdeq_ep.displacement]) and so tends to `(I - J)^-1 g`, which is the same vector
-when `J` is symmetric, or with a metric or a correction that makes up for it. A mode is an immutable value: it can be
+With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`, eq. (3) of the theory page;
+every nudged mode solves `d = D_b(d)`, eq. (6), and so tends to `(I - J)^-1 g`, eq. (4), which is the same vector when
+`J` is symmetric, or with a metric or a correction that makes up for it. A mode is an immutable value: it can be
 compared, pickled and shared between threads.
 """
 
@@ -48,7 +48,7 @@ class NudgeReport:
     Args:
         backward: Description of the mode.
         beta: Relative amplitude used (after `"auto"` and any shrinking); 0 for modes without a nudge.
-        nudge: Absolute amplitude used: `beta * |z*| / |M g|` for relative scaling.
+        nudge: Absolute amplitude used: `beta * |z*| / |M g|` for relative scaling ([eq. (9)][eq-9]).
         calls: States at which `f` was evaluated, plus products with its Jacobian.
         iterations: Steps of all relaxations together; one step may evaluate several stacked nodes.
         residual: Largest relative residual `|D(d) - d| / |M g|` of a node, over the whole state.
@@ -59,7 +59,8 @@ class NudgeReport:
         crossings: What piecewise analytic operations did at complex nodes (`piecewise="real-part"`).
         truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
             coefficients over its nodes; NaN for other stencils.
-        radius: Estimate of the relative amplitude at which they would cease to decay; NaN likewise.
+        radius: Estimate of the relative amplitude at which they would cease to decay, the radius of convergence of
+            [eq. (15)][eq-15]; NaN likewise.
         trace: Relative residual at every step at which it was measured, one relaxation after the other.
 
     Example:
@@ -241,6 +242,8 @@ class _LinearBackward(RelaxedBackward):
 class ImplicitDifferentiation(_LinearBackward):
     """Implicit differentiation: `v = J^T v + g`, by VJPs. What torchdeq calls IFT; exact for every map.
 
+    It solves [eq. (3)][eq-3] of the theory page.
+
     Args:
         solver: Name of a torchdeq solver or a callable; `None` for the package's own.
         max_iter: Largest number of VJPs, by default 100.
@@ -265,6 +268,8 @@ class ImplicitDifferentiation(_LinearBackward):
 @dataclass(frozen=True)
 class InfinitesimalEP(_LinearBackward):
     """The limit of vanishing nudges, `d = J d + g`, by forward-mode JVPs: the reference value of every EP mode.
+
+    It solves [eq. (4)][eq-4] of the theory page; with a metric [eq. (12)][eq-12], with the correction [eq. (3)][eq-3].
 
     Args:
         metric: Positive diagonal `M` as a function of the state, e.g. an

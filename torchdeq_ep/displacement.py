@@ -7,7 +7,8 @@ With `z*` the free state, the nudged map and the displacement of its fixed point
 The last term cancels the residual that the free phase left in `z*`. In the displacement the same map reads
 `D_b(d) = (N_b(z* + b d) - z*) / b = (f(z* + b d) - f(z*)) / b + g`, which has the scale of `g` at every amplitude, and
 `D_0(d) = J d + g`: finite, complex and infinitesimal nudges are one equation. It is iterated in `z`, where a step
-takes one sum beside the call of `f`, and residuals are measured in `d`.
+takes one sum beside the call of `f`, and residuals are measured in `d`. These are eqs. (5) and (6) of the theory page;
+with a metric eq. (13), with the asymmetric correction eq. (19).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _HOLOMORPHIC_ADVICE = (
 
 
 class NudgedMap:
-    """`z -> N_b(z)` for a stack of nodes, all real or all complex.
+    """`z -> N_b(z)` of [eq. (6)][eq-6] of the theory page, for a stack of nodes, all real or all complex.
 
     Args:
         equilibrium: The free equilibrium.
@@ -158,8 +159,8 @@ def _multiply_add(base: Tensor, factor: Node | Tensor, d: Tensor) -> Tensor:
 class AsymmetricCorrection:
     """`d -> M J^T M^-1 d - J d`: makes the limit of every nudge the exact adjoint, whatever `J`.
 
-    Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670). A complex displacement is corrected in
-    its real and imaginary parts, the term being linear.
+    See [eq. (19)][eq-19] of the theory page. Without a metric it is the term of Scurria et al. 2026 (arXiv 2602.03670).
+    A complex displacement is corrected in its real and imaginary parts, the term being linear.
 
     Args:
         limit: `d -> M J^T M^-1 d`, which is all of the map that is left as the nudge vanishes.
@@ -250,7 +251,7 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
 def loss_force(
     equilibrium: Equilibrium, metric: Metric | None, diagonal: Tensor | None, piecewise: Piecewise | None = None
 ) -> tuple[Force, float]:
-    """The force of loss nudging, `z -> M(z) dL/dz`, in the scale of the cotangent.
+    """The force of loss nudging, `z -> M(z) dL/dz`, in the scale of the cotangent: [eq. (7)][eq-7] of the theory page.
 
     The metric is that of the nudged state, as in arXiv 2309.02214, where potentials are nudged by `dL/dphi`: with that
     of the free state, a unit that was saturated there and no longer is would be pulled by many times that.

@@ -7,7 +7,7 @@ With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, the two estimators a
     antisymmetric:  |u - w|^2 / 2
 
 Both are unbiased. The second is never negative, and its standard deviation is second order in the asymmetry where that
-of the first is first order.
+of the first is first order. These are eqs. (20) to (22) of the theory page.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def symmetry_penalty(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """An unbiased estimate of `|J M - (J M)^T|_F^2 / 2 n`, with `n` entries in the state, to be minimised.
+
+    The estimators are those of [eq. (21)][eq-21] of the theory page, their variances [eq. (22)][eq-22].
 
     It can be differentiated, once, by whatever `f` depends on; `z` and `M` are held fixed. `f` is evaluated once, and
     running statistics do not move.

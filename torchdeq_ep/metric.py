@@ -1,7 +1,8 @@
 """Diagonal metrics `M` that make `J M` symmetric: from an activation, or fitted to a Jacobian.
 
 A layer `z = phi(W z + x)` has `J = D W` with `D = diag(phi')`, which is not symmetric for symmetric `W`; `J D` is. For
-a state before the activation, `u = W phi(u) + x`, `J = W D` and `J D^-1` is.
+a state before the activation, `u = W phi(u) + x`, `J = W D` and `J D^-1` is. The error vector with a metric is eq. (12)
+of the theory page, an example in two units eq. (14).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
 @dataclass(frozen=True)
 class ActivityMetric:
     """The metric of a layer with one elementwise activation and otherwise symmetric weights.
+
+    The error vector is then that of [eq. (12)][eq-12] of the theory page.
 
     Args:
         phi: The activation: `"tanh"`, `"sigmoid"`, `"shifted-sigmoid"` (the papers', `1 / (1 + exp(2 - 4 x))`), or an

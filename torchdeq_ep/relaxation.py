@@ -177,16 +177,13 @@ def iterate(
             trace.append(_largest_row(value - point, scale, value))
         else:
             residual, size = mixing.add(value, point)
-            value = mixing.latest
             trace.append(_largest_row(residual, scale, value, size))
         if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
-            return Relaxation(best.clone(), trace[-1], tuple(trace), k + 1, True)
+            return Relaxation(best, trace[-1], tuple(trace), k + 1, True)
         if trace[-1] < 0.9 * smallest:
             smallest_at = k
         if trace[-1] < smallest:
             smallest, best = trace[-1], value
-            if mixing is not None:
-                mixing.keep_latest()
         if trace[-1] <= tol or (smallest <= floor and k - smallest_at >= _STALL):
             break
         if memory == 1:
@@ -198,11 +195,11 @@ def iterate(
                 mixing.add(value, point)
             point = value
         elif trace[-1] > 10 * smallest:
-            point = best = best.clone()
             mixing.forget()
+            point = best
         else:
             point = mixing.next()
-    return Relaxation(best if mixing is None else best.clone(), smallest, tuple(trace), k + 1, False)
+    return Relaxation(best, smallest, tuple(trace), k + 1, False)
 
 
 def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
@@ -229,37 +226,28 @@ class _Mixing:
     inner products of the residuals alone, so a step costs one product with them, and one transfer of a few numbers.
     """
 
-    def __init__(self, memory: int, like: Tensor) -> None:
-        self._shape = like.shape
-        self._values = like.new_empty(memory, like.numel())
+    def __init__(self, memory: int, origin: Tensor) -> None:
+        # Values are combined as seen from the first point: with large weights of both signs, rounding grows with the
+        # size of what is combined.
+        self._origin = origin.flatten()
+        self._shape = origin.shape
+        self._values = origin.new_empty(memory, origin.numel())
         self._residuals = torch.empty_like(self._values)
         self._gram = [[0.0] * memory for _ in range(memory)]
-        self._ridge = 10 * torch.finfo(like.dtype).eps
+        self._ridge = 10 * torch.finfo(origin.dtype).eps
         self._slot, self._known = -1, 0
-        self._kept: int | None = None
-
-    @property
-    def latest(self) -> Tensor:
-        """The value that was taken in last."""
-        return self._values[self._slot].view(self._shape)
-
-    def keep_latest(self) -> None:
-        """Do not overwrite it until a later one is to be kept."""
-        self._kept = self._slot
 
     def forget(self) -> None:
         """Start anew: the values so far belong to another region."""
-        self._slot, self._known, self._kept = -1, 0, None
+        self._slot, self._known = -1, 0
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         """Take in a value of the map; its residual, and the norm of that."""
         memory = len(self._gram)
-        self._slot = (self._slot + 1) % memory
-        if self._slot == self._kept:
-            self._slot = (self._slot + 1) % memory
-        slot, self._known = self._slot, min(self._known + 1, memory)
-        self._values[slot] = value.flatten()
+        slot = self._slot = (self._slot + 1) % memory
+        self._known = min(self._known + 1, memory)
         residual = self._residuals[slot]
+        torch.sub(value.flatten(), self._origin, out=self._values[slot])
         torch.sub(value.flatten(), point.flatten(), out=residual)
         products = torch.mv(self._residuals[: self._known], residual).tolist()
         for other, product in enumerate(products):
@@ -270,7 +258,8 @@ class _Mixing:
         """The next point."""
         known = self._known
         weights = affine_weights([row[:known] for row in self._gram[:known]], self._ridge)
-        return (self._values.new_tensor(weights) @ self._values[:known]).view(self._shape)
+        values = self._values[:known]
+        return torch.addmv(self._origin, values.T, values.new_tensor(weights)).view(self._shape)
 
 
 def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:

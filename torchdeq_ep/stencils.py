@@ -3,7 +3,9 @@ r"""Stencils: the amplitudes at which an equilibrium is nudged, and how the answ
 A nudge of amplitude `b` moves the free state by `b d_b`, where `d_b` is analytic in `b` near 0 if the map is, and
 `d_0 = (I - J)^-1 g` is the error vector wanted. A stencil is nodes `b_k` and coefficients `c_k` with
 
-    sum_k c_k = 1,    Re sum_k c_k d_{b_k} = d_0 + O(beta^order).
+    sum_k c_k = 1,    Re sum_k c_k d_{b_k} = d_0 + O(beta^order),
+
+eq. (8) of the theory page.
 
 One-sided: Scellier & Bengio 2017. Symmetric: Laborieux et al. 2021 (Front. Neurosci. 15:633674). Contour: Laborieux
 & Zenke 2022 (arXiv 2209.00530, eq. 7, the Cauchy integral by the trapezoidal rule). Richardson: the classical
@@ -28,7 +30,7 @@ LARGEST_AUTO_BETA = 0.1
 
 @dataclass(frozen=True)
 class Stencil:
-    """Nodes and coefficients of a nudging scheme.
+    """Nodes and coefficients of a nudging scheme, [eq. (8)][eq-8] of the theory page.
 
     Use one of the four constructors: [`one_sided`][torchdeq_ep.Stencil.one_sided],
     [`symmetric`][torchdeq_ep.Stencil.symmetric], [`richardson`][torchdeq_ep.Stencil.richardson] or
@@ -138,7 +140,8 @@ class Stencil:
     def contour(cls, beta: Amplitude = "auto", n_points: int = 4) -> Stencil:
         """Nodes on a circle in the complex plane, error `O(beta^n_points)`; the map must be holomorphic.
 
-        The mean of `d_b` over the circle is Cauchy's integral for `d_0` (arXiv 2209.00530, eq. 7).
+        The mean of `d_b` over the circle is Cauchy's integral for `d_0` (arXiv 2209.00530, eq. 7), and
+        [eq. (17)][eq-17] of the theory page says what of the series of `d_b` is left.
 
         Args:
             beta: Radius, a positive number or `"auto"`.
@@ -192,9 +195,9 @@ class Stencil:
         """The same stencil with `beta="auto"` replaced by a number.
 
         Truncation grows as `beta^order`, rounding as `noise_gain * eps / beta`. The two are equal at
-        `(noise_gain * eps) ** (1 / (order + 1))`, which is taken, but never more than 0.1. The tolerance of a nudged
-        solve is relative to the cotangent, so it adds an error of its own that does not depend on `beta`, and does not
-        move the balance.
+        `(noise_gain * eps) ** (1 / (order + 1))` ([eq. (18)][eq-18] of the theory page), which is taken, but never more
+        than 0.1. The tolerance of a nudged solve is relative to the cotangent, so it adds an error of its own that does
+        not depend on `beta`, and does not move the balance.
 
         Args:
             eps: Relative rounding error of one call of `f`: `torch.finfo(dtype).eps`.
