@@ -125,12 +125,10 @@ class NudgedMap:
         return moved
 
     def _evaluate(self, states: Tensor) -> Tensor:
-        states = states.to(self._equilibrium.z.dtype) if not self.is_complex else states
+        if not self.is_complex:
+            states = states.to(self._equilibrium.z.dtype)
         f = self._equilibrium.f
-        if len(states) == 1:
-            return f(states[0])
-        stacked: Tensor = torch.vmap(f)(states)
-        return stacked
+        return torch.vmap(f)(states) if isinstance(self._amplitudes, Tensor) else f(states[0])
 
     def _holomorphic_value(self, states: Tensor) -> Tensor:
         with self._holomorphic:

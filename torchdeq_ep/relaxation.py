@@ -94,10 +94,12 @@ def relax(
         tensor([[2., 2.]])
     """
     # Solvers are given pairs of reals: torchdeq's transpose without conjugation, ours takes real inner products.
-    real_start = torch.view_as_real(start) if start.is_complex() else start
+    real_step, real_start = step, start
+    if start.is_complex():
+        real_start = torch.view_as_real(start)
 
-    def real_step(z: Tensor) -> Tensor:
-        return torch.view_as_real(step(torch.view_as_complex(z))) if start.is_complex() else step(z)
+        def real_step(z: Tensor) -> Tensor:
+            return torch.view_as_real(step(torch.view_as_complex(z)))
 
     solver = check_solver(solver)
     if isinstance(solver, str):
@@ -214,7 +216,7 @@ def _largest_row(residual: Tensor, scale: float | Scale, value: Tensor, size: fl
     """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
     if callable(scale):
         return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
-    if len(residual) == 1:
+    if residual.shape[0] == 1:
         return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
     return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale
 

@@ -21,6 +21,7 @@ from torchdeq_ep.homeostasis import Homeostasis, register_homeostasis
 from torchdeq_ep.host import use_backward
 from torchdeq_ep.nn.vector_field import Readout, VectorFieldMLP
 from torchdeq_ep.propagation import EquilibriumPropagation
+from torchdeq_ep.solver import relaxation_solver
 
 Mode = Literal["ift", "ep", "ep-homeostasis"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -118,7 +119,7 @@ class Epoch:
         cosine: Between the error vectors of EP and of the exact adjoint, on test images.
         symmetry: `tr(A^2) / |A|_F^2` of the off-diagonal part `A` of `J M`: 1 if symmetric, 0 if unrelated.
         angle: Mean angle between backward and transposed forward weights, in degrees.
-        residual: Relative residual after the free phase by plain steps, to the tolerance of training, on test images.
+        residual: Relative residual after a free phase as in training, on test images.
         unconverged: Steps of the epoch in which a phase did not reach its tolerance.
         seconds: Time since the start of training.
 
@@ -290,8 +291,8 @@ def _measure(model: VectorFieldMLP, setup: Setup, images: Images, epoch: Epoch) 
         weight = model.dense_weight()
         weight = weight * model.layer_metric(weight)
         f = model.map(images.test_x[:_MEASURED])
-        rough = free_phase(f, model.initial_state(len(images.test_x[:_MEASURED])), 60, _TRAINING_TOL)
-        state = free_phase(f, rough, 500, _MEASURING_TOL)
+        rough = _free_phase(f, model.initial_state(len(images.test_x[:_MEASURED])), 60, _TRAINING_TOL)
+        state = _free_phase(f, rough, 500, _MEASURING_TOL)
         residual = float((f(rough) - rough).norm() / rough.norm())
     model.train()
     angles = model.connection_angles().values()
@@ -305,23 +306,9 @@ def _measure(model: VectorFieldMLP, setup: Setup, images: Images, epoch: Epoch) 
     )
 
 
-def free_phase(f: Callable[[Tensor], Tensor], u: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Plain iteration to a relative residual.
-
-    Args:
-        f: The map.
-        u: First state.
-        max_iter: Largest number of steps.
-        tol: Relative residual at which to stop.
-
-    Returns:
-        The last state.
-    """
-    for _ in range(max_iter):
-        last, u = u, f(u)
-        if float((u - last).norm()) <= tol * float(u.norm()):
-            break
-    return u
+def _free_phase(f: Callable[[Tensor], Tensor], u: Tensor, max_iter: int, tol: float) -> Tensor:
+    state: Tensor = relaxation_solver(f, u, max_iter=max_iter, tol=tol, stop_mode="rel")[0]
+    return state
 
 
 def _cosine(model: VectorFieldMLP, f: Callable[[Tensor], Tensor], state: Tensor, labels: Tensor) -> float:
