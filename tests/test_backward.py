@@ -581,3 +581,55 @@ def test_contours_that_are_too_large_are_warned_about():
     problem = tanh_problem(gain=0.9)
     with pytest.warns(TruncationWarning, match="Use beta="):
         tep.get_backward("hep:beta=1.2")(problem.f, problem.z, problem.g)
+
+
+# --- extreme sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ift", "ep-infinitesimal"])
+@pytest.mark.parametrize("size", [1e3, 1.0, 1e-3])
+def test_linear_modes_in_half_precision_do_not_depend_on_the_size_of_the_cotangent(name, size):
+    problem = tanh_problem(16, (4,), seed=0, gain=0.5, dtype=torch.float16)
+    unit = problem.g.double().norm()
+    v = tep.get_backward(name)(problem.f, problem.z, (size * problem.g.double() / unit).half())
+    reference = problem.dense(transpose=name == "ift") * (size / unit)
+    assert relative_error(v.double(), reference) < 1e-2
+
+
+@pytest.mark.parametrize("scale", ["relative", "absolute"])
+def test_a_nudge_below_the_rounding_of_the_state_is_refused(scale):
+    z = torch.ones(3)
+    mode = tep.EquilibriumPropagation(tep.Stencil.symmetric(1e-12), scale=scale)
+    with pytest.raises(InvalidOptionError, match="lost in the rounding"):
+        mode(lambda z: 0.5 * z + 0.5, z, torch.ones(3))
+
+
+def test_the_message_of_a_retried_divergence_has_its_pointer_at_the_end():
+    with pytest.raises(NudgeDivergedError) as caught:
+        tep.EquilibriumPropagation(solver="plain")(lambda z: -3 * z + 0.1 * z**2, torch.zeros(4), torch.ones(4))
+    assert "were tried." in caught.value.args[0]
+    assert "More:" not in caught.value.args[0]
+
+
+def test_the_map_may_return_a_buffer_that_it_overwrites():
+    problem = tanh_problem(8, (2,), seed=3)
+    buffer = torch.empty_like(problem.z)
+
+    def into_the_buffer(z):
+        return buffer.copy_(problem.f(z)) if not z.requires_grad else problem.f(z)
+
+    for name in ("ep-one-sided", "ep", "ep-richardson"):
+        v = tep.get_backward(name)(into_the_buffer, problem.z, problem.g)
+        assert torch.equal(v, tep.get_backward(name)(problem.f, problem.z, problem.g))
+
+
+def test_a_stack_of_nodes_solves_the_exact_limit_once(monkeypatch):
+    problem = tanh_problem(8, (2,), seed=3)
+    solves = []
+    solve_limit = tep.EquilibriumPropagation.run_linear
+    monkeypatch.setattr(
+        tep.EquilibriumPropagation, "run_linear", lambda *args: solves.append(args) or solve_limit(*args)
+    )
+    mode = tep.EquilibriumPropagation(tep.Stencil.richardson(), correction="asymmetric", batching="vmap")
+    assert relative_error(mode(problem.f, problem.z, problem.g), problem.dense(transpose=True)) < 1e-8
+    assert len(solves) == 1

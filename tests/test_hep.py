@@ -321,6 +321,24 @@ def test_piecewise_maps_can_be_allowed_and_are_watched():
     assert sum(crossing.crossed for crossing in wide[1].crossings) > 0
 
 
+def test_the_online_schedule_reports_each_crossing_once():
+    weight = contraction(12, 3, 0.5)
+
+    def f(z):
+        return functional.leaky_relu(z @ weight.T + X, 0.1)
+
+    z = solve(f, torch.zeros(2, 12, dtype=torch.float64))
+    stencil = tep.Stencil.contour(1e-3, n_points=4)
+    reports = [
+        tep.EquilibriumPropagation(
+            stencil, schedule=tep.Online(steps=20, periods=periods), piecewise="real-part"
+        ).solve(Equilibrium(f, z, f(z), torch.ones_like(z), 2.2e-16))[1]
+        for periods in (1, 3)
+    ]
+    once, thrice = (sum(crossing.units for crossing in report.crossings) for report in reports)
+    assert thrice == 3 * once > 0
+
+
 # --- the online schedule ---------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from problems import contraction
 from torchdeq_ep.compare.measure import plan
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.relaxation import affine_weights, iterate, relax
+from torchdeq_ep.solver import relaxation_solver
 
 NAMES = [None, "plain", "relaxation", "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
 
@@ -161,3 +162,34 @@ def test_solvers_registered_with_torchdeq_are_found(monkeypatch):
         step, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-6, max_iter=50, solver="twice"
     )
     assert result.residual <= 1e-6
+
+
+@pytest.mark.parametrize("solver", NAMES)
+@pytest.mark.parametrize("shape", [(), (3,), (4, 6, 5)])
+def test_the_residual_is_that_of_the_whole_state_whatever_its_shape(solver, shape):
+    size = math.prod(shape)
+    matrix, offset = contraction(size, 0, 0.5), torch.randn(size, dtype=torch.float64)
+
+    def step(z):
+        return (z.reshape(1, size) @ matrix.T + offset).reshape(1, *shape)
+
+    start = torch.zeros(1, *shape, dtype=torch.float64)
+    result = relax(step, start, scale=float(offset.norm()), tol=1e-3, max_iter=200, solver=solver)
+    assert float((step(result.value) - result.value).norm()) <= 1e-3 * float(offset.norm())
+
+
+def test_no_steps_at_all_are_refused():
+    with pytest.raises(InvalidOptionError, match="max_iter"):
+        relaxation_solver(torch.cos, torch.zeros(1, 1), max_iter=0)
+
+
+@pytest.mark.parametrize("memory", [1, 6])
+def test_the_map_may_return_a_buffer_that_it_overwrites(memory):
+    step, buffer = Affine(0.5, nodes=1), torch.empty(1, 20, dtype=torch.float64)
+
+    def into_the_buffer(z):
+        buffer.copy_(step(z))
+        return buffer
+
+    z, _, _ = relaxation_solver(into_the_buffer, torch.zeros_like(buffer), tol=1e-8, max_iter=200, memory=memory)
+    assert step.residual(z) < 1e-6

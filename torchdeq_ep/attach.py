@@ -190,16 +190,19 @@ def _solve_by_callable(mode: BackwardRule, equilibrium: Equilibrium) -> tuple[Te
 
 
 def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
-    """Whether `f` needs the autocast of the forward pass, `f(z*)`, and whether `f` records running statistics."""
+    """Whether `f` needs the autocast of the forward pass, `f(z*)`, and whether `f` records running statistics.
+
+    The value is a copy, because `f` may return a buffer that its next call overwrites.
+    """
     with undisturbed() as guard:
         if layer.autocast.enabled:
             try:
                 with layer.autocast.restored(False):
-                    return False, layer.f(z), guard.withheld
+                    return False, layer.f(z).clone(), guard.withheld
             except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
                 pass
         with layer.autocast.restored(True):
-            return layer.autocast.enabled, layer.f(z), guard.withheld
+            return layer.autocast.enabled, layer.f(z).clone(), guard.withheld
 
 
 def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, tolerance: float) -> None:

@@ -121,7 +121,7 @@ class Backward(ABC):
         g = packing.pack(cotangent, "the cotangent").detach()
         packed = packing.map(f)
         with undisturbed() as guard:
-            value = packed(z)
+            value = packed(z).clone()  # f may return a buffer that its next call overwrites
         equilibrium = Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps, guard.withheld)
         return packing.unpack(self.solve(equilibrium)[0])
 
@@ -181,12 +181,13 @@ class RelaxedBackward(Backward):
         return relax(step, start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, solver=self.solver)
 
     def run_linear(self, product: Product, force: Tensor, tol: float, floor: float) -> Relaxation:
-        """Relax `v = product(v) + force`, as a stack of one."""
+        """Relax `v = product(v) + force`, as a stack of one, in single precision at least."""
+        wide = force.to(torch.promote_types(force.dtype, torch.float32))  # squares of float16 underflow
 
         def step(v: Tensor) -> Tensor:
-            return (product(v[0]) + force).unsqueeze(0)
+            return (product(v[0].to(force.dtype)) + wide).unsqueeze(0)
 
-        return self.run(step, force.unsqueeze(0), norm(force), tol, floor)
+        return self.run(step, wide.unsqueeze(0), norm(wide), tol, floor)
 
     def judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
         """Whether a relaxation converged; speaks up if not, and raises if it is no estimate at all."""
@@ -227,7 +228,7 @@ class _LinearBackward(RelaxedBackward):
         relaxation = self.run_linear(product, force, tol, floor)
         converged = self.judge(relaxation, equilibrium, tol, floor, what)
         steps = relaxation.steps
-        return relaxation.value[0], NudgeReport(
+        return relaxation.value[0].to(force.dtype), NudgeReport(
             repr(self),
             calls=steps + 1,
             iterations=steps,

@@ -36,7 +36,7 @@ _HOLOMORPHIC_ADVICE = (
 
 
 class NudgedMap:
-    """`z -> N_b(z)` of [eq. (6)][eq-6] of the theory page, for a stack of nodes, all real or all complex.
+    """`z -> N_b(z)`, whose displacements follow [eq. (6)][eq-6] of the theory page, for nodes all real or all complex.
 
     Args:
         equilibrium: The free equilibrium.

@@ -206,7 +206,7 @@ class Equilibrium:
     Args:
         f: The map, on packed states; opaque.
         z: Packed fixed point `z* = f(z*)`, real, detached.
-        value: `f(z*)`. Kept apart from `z` because a solver stops early: the displacement map cancels the difference.
+        value: `f(z*)`. Kept apart from `z` because a solver stops early: the nudged map cancels the difference.
         cotangent: `g = dL/dz*`, of the shape of `z`.
         eps: Relative rounding error of one call of `f`.
         records: Whether `f` has layers that would record running statistics.
@@ -248,7 +248,7 @@ class Equilibrium:
         Returns:
             An equilibrium at `f(z*)`, or this one.
         """
-        value = self.f(self.value)
+        value = self.f(self.value).clone()
         if not norm(value - self.value) < norm(self.value - self.z):
             return self
         return replace(self, z=self.value, value=value)

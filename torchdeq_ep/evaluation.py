@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 Map = Callable[[Tensor], Tensor]
 
 STATEFUL = (
-    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, or a "
-    "layer that updates its state on every call."
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, a layer "
+    "that updates its state on every call, or a map that works in place on its argument."
 )
 
 _STATISTICS: dict[Callable[..., Tensor], str] = {

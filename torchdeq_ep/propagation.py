@@ -165,6 +165,7 @@ class EquilibriumPropagation(RelaxedBackward):
         if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
             equilibrium = equilibrium.advanced()
         problem = _NudgedProblem.pose(self, equilibrium)
+        self._require_visible(stencil, problem)
         retries = _RETRIES if self.on_divergence == "shrink" else 0
         for retry in range(retries + 1):
             try:
@@ -176,7 +177,7 @@ class EquilibriumPropagation(RelaxedBackward):
                     return ImplicitDifferentiation(max_iter=self.max_iter, tol=self.tol)._solve(equilibrium)
                 if retry == retries:
                     tried = f" Amplitudes down to beta = {stencil.beta:.1e} were tried." if retries else ""
-                    raise NudgeDivergedError(f"{error}{tried}") from error
+                    raise NudgeDivergedError(f"{error.args[0]}{tried}") from error
                 stencil = stencil.at(float(stencil.beta) / 2)
         v = displacement if problem.metric is None else displacement / problem.metric
         calls = report.calls + advance + problem.metric_calls
@@ -194,6 +195,17 @@ class EquilibriumPropagation(RelaxedBackward):
                 stacklevel=2,
             )
         return stencil
+
+    def _require_visible(self, stencil: Stencil, problem: _NudgedProblem) -> None:
+        """Raises InvalidOptionError if the nudge is lost in the rounding of the state."""
+        eps, beta = problem.equilibrium.eps, float(stencil.beta)
+        relative = beta if self.scale == "relative" else beta / problem.unit_amplitude
+        rounding = stencil.noise_gain * eps / relative
+        if rounding >= 1:
+            raise InvalidOptionError(
+                f"a nudge of relative amplitude {relative:.1e} is lost in the rounding of f, which is {eps:.0e}: the "
+                f"error vector would be noise. Use beta='auto', or at least {100 * stencil.noise_gain * eps:.0e}."
+            )
 
     def _solve_at(self, problem: _NudgedProblem, stencil: Stencil) -> tuple[Tensor, NudgeReport]:
         eps = problem.equilibrium.eps
@@ -312,9 +324,10 @@ class _NudgedSolve:
                 for _ in range(schedule.steps):
                     last, states = states, nudged(states)
                 d = nudged.displacements(states)
-                self._count(nudged, 1, schedule.steps)
+                self._count(1, schedule.steps)
                 self.trace += (norm(states - last) / (nudged.smallest * self._problem.force_size),)
                 total += coefficients[k] / schedule.periods * d[0].real
+        self.crossings = tuple(crossing for nudged in maps for crossing in nudged.crossings)
         self._judge(Relaxation(d, self.trace[-1], self.trace, self.iterations, not math.isfinite(self.trace[-1])))
         return total
 
@@ -330,7 +343,9 @@ class _NudgedSolve:
         )
 
     def _start(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> Tensor:
-        return torch.stack([_extrapolate(solved, node) if solved else self._first_guess() for node in nodes])
+        if not solved:
+            return self._first_guess().expand(len(nodes), *self._problem.force.shape)
+        return torch.stack([_extrapolate(solved, node) for node in nodes])
 
     def _relax(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> Tensor:
         nudged = self._map(nodes)
@@ -339,7 +354,8 @@ class _NudgedSolve:
         scale = nudged.smallest * self._problem.force_size
         relaxation = self._mode.run(nudged, start, scale, self._tol, self._floor)
         self._judge(relaxation)
-        self._count(nudged, len(nodes), relaxation.steps)
+        self._count(len(nodes), relaxation.steps)
+        self.crossings += nudged.crossings
         self.trace += relaxation.trace
         return nudged.displacements(relaxation.value)
 
@@ -348,13 +364,12 @@ class _NudgedSolve:
         converged = self._mode.judge(relaxation, self._problem.equilibrium, self._tol, self._floor, self._what)
         self.converged = self.converged and converged
 
-    def _count(self, nudged: NudgedMap, nodes: int, steps: int) -> None:
+    def _count(self, nodes: int, steps: int) -> None:
         products = 2 if self._problem.correction is not None else 0
         self.calls += (1 + products) * nodes * steps
         self.iterations += steps
         if nodes > 1:
             self.batching = "vmap"
-        self.crossings += nudged.crossings
 
 
 def _groups(nodes: tuple[Node, ...], stacked: bool) -> list[tuple[Node, ...]]:

@@ -74,7 +74,7 @@ def relax(
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real or complex.
         start: First guess, of the same shape.
-        scale: What residuals are relative to: the norm of the nudge of a node.
+        scale: What residuals are relative to: the norm of the term of the map that does not depend on the state.
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
@@ -339,7 +339,7 @@ class _Observer:
 
     def __call__(self, point: Tensor) -> Tensor:
         value = self._step(point)
-        residual = float(torch.linalg.vector_norm(value - point, dim=1).max()) / self._scale
+        residual = _largest_row(value - point, self._scale, value)
         self.trace.append(residual)
         if residual < self.smallest:
             self.best, self.smallest = value, residual

@@ -47,7 +47,7 @@ def relaxation_solver(
         row for the whole state. The mode that is not `stop_mode` is converted with the norm of the largest row.
 
     Raises:
-        InvalidOptionError: If `stop_mode` is neither of the two.
+        InvalidOptionError: If `stop_mode` is neither of the two, or `max_iter` is less than 1.
 
     Example:
         >>> import torch
@@ -57,6 +57,8 @@ def relaxation_solver(
     """
     if stop_mode not in STOP_MODES:
         raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+    if max_iter < 1:
+        raise InvalidOptionError(f"max_iter must be at least 1, not {max_iter}: the solver returns a value of the map.")
     wide = torch.promote_types(x0.dtype, torch.float32)
     rows = len(x0) if x0.dim() > 1 else 1
     visited: list[Tensor] = []
@@ -75,7 +77,7 @@ def relaxation_solver(
         value = func(state(flat))
         if len(visited) < last_wanted:
             visited.append(value)
-        return as_rows(value)
+        return as_rows(value).clone()  # func may return a buffer that its next call overwrites
 
     scale = 1.0 if stop_mode == "abs" else _row_norms
     result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory)
