@@ -40,8 +40,9 @@ implicit differentiation needs far fewer steps.
 """,
     "overhead": """## Overhead
 
-A nudged solve (one-sided, to 1e-3) over the same calls of the bare map, at the states that the solve visited. `plain` does not accelerate, `auto` is the
-default: it costs more per call and makes fewer calls. The last column is the time of both solves in calls of the map.
+A nudged solve (one-sided, to 1e-3) over the same calls of the bare map, at the states that the solve visited. `plain`
+does not accelerate, `auto` is the default: it costs more per call and makes fewer calls. The last column is the time of
+the solve in calls of the map.
 """,
     "training gradient": """## One training gradient
 
