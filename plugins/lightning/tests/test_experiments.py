@@ -19,6 +19,8 @@ SMALL = [
     *("--model.hidden", "[12, 8]", "--trainer.accelerator", "cpu", "--alignment.every", "2"),
 ]
 
+QUIET = ["--quiet", "true", "--trainer.accelerator", "cpu"]
+
 
 def test_every_combination_is_a_run():
     names = [
@@ -59,6 +61,42 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert (tmp_path / "page.md").read_text() == (out / "results.md").read_text()
     assert main(["sweep", "no-such-recipe"]) == 2
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
+
+
+def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):
+    accuracies = {
+        mode: 100 - run("digits-mlp", ["--backward", mode, "--out", str(tmp_path / mode), *QUIET]).last["test/error"]
+        for mode in ("ift", "hep")
+    }
+    assert abs(accuracies["hep"] - accuracies["ift"]) <= 1
+
+
+# As in the experiment of the package: EP nudges by the cotangent, homeostasis descends beside Adam.
+HOMEOSTASIS = [
+    *("--data.source", "digits", "--data.shape", "null", "--data.batch", "100", "--model.damping", "0.3"),
+    *("--model.optimizer", "adamw", "--model.lr", "1e-3", "--model.schedule", "cosine", "--model.nudging", "cotangent"),
+    *("--model.free_tol", "1e-3", "--swap.amplitude", "relative", "--swap.beta", "null", "--swap.max_iter", "null"),
+    *("--swap.tol", "1e-2", "--homeostasis.descent", "true", "--homeostasis.probes", "1"),
+    *("--trainer.max_epochs", "10", "--alignment.every", "0"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "network", "weight"),
+    [
+        ("fig4-angle", ["--model.hidden", "[256, 256]", "--model.feedback", "0.25"], "256"),
+        ("fig4-loop", ["--model.hidden", "[128, 128, 128]", "--model.gain", "1", "--model.feedback", "0.1"], "50"),
+    ],
+)
+def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network, weight):
+    out = tmp_path / "out"
+    sweep = ["sweep", recipe, "--backward", "ep", "--homeostasis", "0", weight, "--seed", "0", "1", "2"]
+    assert main([*sweep, "--out", str(out), *HOMEOSTASIS, *network]) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    errors = {(row["homeostasis"], row["seed"]): row["history"][-1]["test/error"] for row in runs}
+    for seed in range(3):
+        assert errors[float(weight), seed] < errors[0.0, seed]
 
 
 @pytest.mark.slow

@@ -60,6 +60,11 @@ def test_a_run_and_its_files(tmp_path, capsys):
     assert (out / "result.json").stat().st_mtime_ns == before  # a finished run is not repeated
 
 
+def test_a_run_that_ends_before_it_is_tested(tmp_path, capsys):
+    assert main(["train", "digits-mlp", *TINY, "--trainer.max_steps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "not tested" in capsys.readouterr().out
+
+
 def test_runs_are_repeated_by_their_seed(tmp_path):
     options = ["--backward", "ep", "--homeostasis.enabled", "true", *TINY]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
