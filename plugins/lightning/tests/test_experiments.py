@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert (tmp_path / "page.md").read_text() == (out / "results.md").read_text()
     assert main(["sweep", "no-such-recipe"]) == 2
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
+
+
+def test_the_page_of_the_documentation_is_that_of_its_results(tmp_path):
+    docs = Path(__file__).parents[3] / "docs"
+    page = tmp_path / "page.md"
+    page.write_text((docs / "reproduction.md").read_text())
+    results = [docs / "reproduction" / f"{name}.json" for name in ("digits", "table1", "angle", "loop")]
+    assert report([str(page), *map(str, results)]) == 0
+    assert page.read_text() == (docs / "reproduction.md").read_text()
 
 
 def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):

@@ -116,7 +116,7 @@ class PerSample(Backward):
 class Means:
     """Means of what is measured in each step: over `log_every_n_steps` of the trainer, and over the epoch.
 
-    Lightning's own `log` takes a millisecond for each value, which is long beside a step of a small network.
+    Lightning's own `log`, called for each value in each step, is slow beside a step of a small network.
 
     Example:
         >>> means = Means()
