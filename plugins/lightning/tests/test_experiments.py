@@ -95,8 +95,8 @@ HOMEOSTASIS = [
 @pytest.mark.parametrize(
     ("recipe", "network", "weight"),
     [
-        ("fig4-angle", ["--model.hidden", "[256, 256]", "--model.feedback", "0.25"], "256"),
-        ("fig4-loop", ["--model.hidden", "[128, 128, 128]", "--model.gain", "1", "--model.feedback", "0.1"], "50"),
+        ("fig4-angle", ["--model.hidden", "[256, 256]", "--model.feedback", "0.25"], "0.5"),
+        ("fig4-loop", ["--model.hidden", "[128, 128, 128]", "--model.gain", "1", "--model.feedback", "0.1"], "0.13"),
     ],
 )
 def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network, weight):

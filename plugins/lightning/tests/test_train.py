@@ -17,7 +17,7 @@ import yaml
 
 from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
+from torchdeq_ep_lightning.training import _configure, _quiet_lightning, find_recipe, recipes, run
 
 TINY = [
     *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
@@ -192,6 +192,7 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     options += ["--data.test_limit", "50", "--data.batch", "20", "--trainer.max_epochs", "1", "--quiet", "true"]
     options += ["--model.hidden", "[12, 8]", "--model.free_tol", "1e-11", "--alignment.every", "0"]
     options += ["--trainer.precision", "64-true", "--trainer.accelerator", "cpu", "--checkpoint_every", "20"]
+    options += ["--homeostasis.enabled", "false"]
     errors = []
     for processes in ("1", "2"):
         out = tmp_path / processes
@@ -211,5 +212,6 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
 
 def weights_at_start(options: list[str], out: Path) -> dict[str, torch.Tensor]:
     cli = _configure(find_recipe("digits-mlp"), [*options[2:], "--out", str(out)])
-    cli.instantiate()
+    with _quiet_lightning():
+        cli.instantiate()
     return {key: value.double() for key, value in cli.model.state_dict().items()}

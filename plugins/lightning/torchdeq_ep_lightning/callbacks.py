@@ -21,6 +21,7 @@ from torchdeq_ep.displacement import diagonal_metric
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.homeostasis import Estimator, register_homeostasis
+from torchdeq_ep.hooks import fixed_point
 from torchdeq_ep.host import BackwardHandle, EquilibriumRule, deqs_of, use_backward
 from torchdeq_ep.jacobian import symmetry_score
 from torchdeq_ep.propagation import EquilibriumPropagation
@@ -299,9 +300,9 @@ class Homeostasis(_Attached):
             With 0 the symmetry is measured and logged, and nothing changes.
         descent: `False`: the weighted penalty is added to the loss, as in the papers, and the optimiser mixes the two
             gradients. `True`: beside each step of the optimisers the parameters take a step of plain gradient descent
-            on the penalty. `weight` is then its learning rate, times what the schedule of the first optimiser has left
-            of its own. The penalty is divided by the entries of the state, so a rate is of the order of their number
-            in one sample.
+            on the penalty. `weight` is then its learning rate for each entry of the state of one sample, by whose
+            number the penalty is divided, times what the schedule of the first optimiser has left of its own. The
+            state then has one row for each sample.
         by: Whether the keys of a dict count epochs or steps.
         every: Penalise at every so many batches.
         probes: Gaussian probes each time.
@@ -344,6 +345,7 @@ class Homeostasis(_Attached):
         self.metric, self.descent = metric, descent
         self.options: dict[str, Any] = {"probes": probes, "estimator": estimator}
         self._registered: Any = None
+        self._handles: list[RemovableHandle] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._means = Means()
 
@@ -361,14 +363,29 @@ class Homeostasis(_Attached):
             return
         # One registration for each batch: its probes then follow from the step, without a state to be saved.
         key = repr((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        weight = self.weight_at(trainer.current_epoch, trainer.global_step)
         self._registered = register_homeostasis(
             pl_module,
-            self.weight_at(trainer.current_epoch, trainer.global_step),
+            self._rates(pl_module, weight) if self.descent else weight,
             metric=named(pl_module, self.metric),
             inject=False if self.descent else partial(loss_scale, trainer),
             seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"),
             **self.options,
         )
+
+    def _rates(self, pl_module: LightningModule, weight: float) -> dict[str, Callable[[int], float]]:
+        """For each DEQ the weight times the entries of its state, which is known when the penalty is asked for."""
+        entries: dict[str, int] = {}
+
+        def count(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            state = fixed_point(args, kwargs, output)[1]
+            entries[name] = sum(part[0].numel() for part in ([state] if isinstance(state, Tensor) else state))
+
+        deqs = deqs_of(pl_module)
+        names = {name: module for name, module in pl_module.named_modules() if module in deqs}
+        for name, deq in names.items():
+            self._handles.append(deq.register_forward_hook(partial(count, name), with_kwargs=True))
+        return {name: lambda _, name=name: weight * entries[name] for name in names}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         penalty = self._registered.penalty() if self._registered is not None and self.descent else None
@@ -406,9 +423,9 @@ class Homeostasis(_Attached):
         self._means.end_epoch(pl_module)
 
     def _remove(self) -> None:
-        if self._registered is not None:
-            self._registered.remove()
-        self._registered = None
+        for handle in [*self._handles, *([] if self._registered is None else [self._registered])]:
+            handle.remove()
+        self._handles, self._registered = [], None
 
 
 class NudgeStats(_Attached):
