@@ -191,7 +191,7 @@ class LinearTask(LightningModule):
 
 @pytest.mark.parametrize(("accumulate", "rates"), [(1, (1, 0.5, 0.25, 0.125)), (2, (1, 0.5))])
 def test_homeostasis_by_a_descent_of_its_own(tmp_path, accumulate, rates):
-    """The penalty times the entries `n` of the state is `|W - W^T|^2 / 2`; the rate follows the schedule of the optimiser."""
+    """The penalty times the entries `n` of the state is `|W - W^T|^2 / 2`; the rate follows the schedule."""
     module = LinearTask()
     weight = module.weight.detach().clone()
     for rate in rates:

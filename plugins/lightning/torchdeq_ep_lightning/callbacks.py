@@ -385,7 +385,11 @@ class Homeostasis(_Attached):
         names = {name: module for name, module in pl_module.named_modules() if module in deqs}
         for name, deq in names.items():
             self._handles.append(deq.register_forward_hook(partial(count, name), with_kwargs=True))
-        return {name: lambda _, name=name: weight * entries[name] for name in names}
+
+        def rate(name: str, _: int) -> float:
+            return weight * entries[name]
+
+        return {name: partial(rate, name) for name in names}
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         penalty = self._registered.penalty() if self._registered is not None and self.descent else None
