@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torchdeq
 from lightning_problems import TransformerTask, fit, sequences
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
@@ -168,6 +170,37 @@ def test_homeostasis_is_the_penalty_added_to_the_loss(tmp_path):
         assert not torch.allclose(weights(callback), weights(without), atol=1e-4)
 
 
+class LinearTask(LightningModule):
+    """A linear map, whose Jacobian is its weight, and a loss without a gradient: only descent moves the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.2 * torch.randn(4, 4))
+        self.deq = torchdeq.get_deq(ift=True)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0][:, 0]
+        (z,), _ = self.deq(lambda z: z @ self.weight.T + x, torch.zeros_like(x))
+        return 0 * z.sum()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), 0.1)
+        halving = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halving, "interval": "step"}}
+
+
+@pytest.mark.parametrize(("accumulate", "rates"), [(1, (1, 0.5, 0.25, 0.125)), (2, (1, 0.5))])
+def test_homeostasis_by_a_descent_of_its_own(tmp_path, accumulate, rates):
+    """The penalty times the entries `n` of the state is `|W - W^T|^2 / 2`; the rate follows the schedule."""
+    module = LinearTask()
+    weight = module.weight.detach().clone()
+    for rate in rates:
+        weight -= 0.025 * rate * 2 * (weight - weight.T)
+    start = module.weight.detach().clone()
+    fit(module, tmp_path, Homeostasis(0.025, descent=True, probes=5000), accumulate_grad_batches=accumulate)
+    assert torch.allclose(module.weight, weight, atol=0.05 * float((weight - start).abs().max()))
+
+
 def test_homeostasis_schedule_and_log(tmp_path):
     module = TransformerTask()
     trainer = fit(module, tmp_path, Homeostasis({0: 0.0, 1: 3.0}), max_epochs=2)
@@ -210,6 +243,16 @@ def test_nudge_stats_are_those_of_the_reports(tmp_path):
     plain = fit(TransformerTask(), tmp_path, NudgeStats()).callback_metrics
     assert float(plain["nudge/iterations"]) > 0
     assert "nudge/beta" not in plain
+
+
+def test_means_of_the_last_steps_and_of_the_epoch(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="log")
+    options = {"logger": logger, "log_every_n_steps": 2}
+    trainer = fit(TransformerTask(), tmp_path, SwapBackward("ep:beta=0.01"), NudgeStats(), **options)
+    rows = list(csv.DictReader((tmp_path / "log" / "metrics.csv").read_text().splitlines()))
+    steps = [float(row["nudge/calls_step"]) for row in rows if row.get("nudge/calls_step")]
+    assert len(steps) == 2  # of four steps
+    assert float(trainer.callback_metrics["nudge/calls"]) == pytest.approx(sum(steps) / 2)
 
 
 def test_alignment_is_that_of_the_dense_jacobian(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ SMALL = [
     *("--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20", "--trainer.max_epochs", "1"),
     *("--model.hidden", "[12, 8]", "--trainer.accelerator", "cpu", "--alignment.every", "2"),
 ]
+
+QUIET = ["--quiet", "true", "--trainer.accelerator", "cpu"]
 
 
 def test_every_combination_is_a_run():
@@ -59,6 +62,51 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert (tmp_path / "page.md").read_text() == (out / "results.md").read_text()
     assert main(["sweep", "no-such-recipe"]) == 2
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
+
+
+def test_the_page_of_the_documentation_is_that_of_its_results(tmp_path):
+    docs = Path(__file__).parents[3] / "docs"
+    page = tmp_path / "page.md"
+    page.write_text((docs / "reproduction.md").read_text())
+    results = [docs / "reproduction" / f"{name}.json" for name in ("digits", "table1", "angle", "loop")]
+    assert report([str(page), *map(str, results)]) == 0
+    assert page.read_text() == (docs / "reproduction.md").read_text()
+
+
+def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):
+    accuracies = {
+        mode: 100 - run("digits-mlp", ["--backward", mode, "--out", str(tmp_path / mode), *QUIET]).last["test/error"]
+        for mode in ("ift", "hep")
+    }
+    assert abs(accuracies["hep"] - accuracies["ift"]) <= 1
+
+
+# As in the experiment of the package: EP nudges by the cotangent, homeostasis descends beside Adam.
+HOMEOSTASIS = [
+    *("--data.source", "digits", "--data.shape", "null", "--data.batch", "100", "--model.damping", "0.3"),
+    *("--model.optimizer", "adamw", "--model.lr", "1e-3", "--model.schedule", "cosine", "--model.nudging", "cotangent"),
+    *("--model.free_tol", "1e-3", "--swap.amplitude", "relative", "--swap.beta", "null", "--swap.max_iter", "null"),
+    *("--swap.tol", "1e-2", "--homeostasis.descent", "true", "--homeostasis.probes", "1"),
+    *("--trainer.max_epochs", "10", "--alignment.every", "0"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "network", "weight"),
+    [
+        ("fig4-angle", ["--model.hidden", "[256, 256]", "--model.feedback", "0.25"], "0.5"),
+        ("fig4-loop", ["--model.hidden", "[128, 128, 128]", "--model.gain", "1", "--model.feedback", "0.1"], "0.13"),
+    ],
+)
+def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network, weight):
+    out = tmp_path / "out"
+    sweep = ["sweep", recipe, "--backward", "ep", "--homeostasis", "0", weight, "--seed", "0", "1", "2"]
+    assert main([*sweep, "--out", str(out), *HOMEOSTASIS, *network]) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    errors = {(row["homeostasis"], row["seed"]): row["history"][-1]["test/error"] for row in runs}
+    for seed in range(3):
+        assert errors[float(weight), seed] < errors[0.0, seed]
 
 
 @pytest.mark.slow

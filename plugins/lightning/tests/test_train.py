@@ -17,7 +17,7 @@ import yaml
 
 from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
+from torchdeq_ep_lightning.training import _configure, _quiet_lightning, find_recipe, recipes, run
 
 TINY = [
     *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
@@ -58,6 +58,11 @@ def test_a_run_and_its_files(tmp_path, capsys):
     before = (out / "result.json").stat().st_mtime_ns
     assert main(["train", "digits-mlp", "--backward", "ep", "--seed", "4", "--out", str(out), *TINY]) == 0
     assert (out / "result.json").stat().st_mtime_ns == before  # a finished run is not repeated
+
+
+def test_a_run_that_ends_before_it_is_tested(tmp_path, capsys):
+    assert main(["train", "digits-mlp", *TINY, "--trainer.max_steps", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "not tested" in capsys.readouterr().out
 
 
 def test_runs_are_repeated_by_their_seed(tmp_path):
@@ -187,6 +192,7 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     options += ["--data.test_limit", "50", "--data.batch", "20", "--trainer.max_epochs", "1", "--quiet", "true"]
     options += ["--model.hidden", "[12, 8]", "--model.free_tol", "1e-11", "--alignment.every", "0"]
     options += ["--trainer.precision", "64-true", "--trainer.accelerator", "cpu", "--checkpoint_every", "20"]
+    options += ["--homeostasis.enabled", "false"]
     errors = []
     for processes in ("1", "2"):
         out = tmp_path / processes
@@ -206,5 +212,6 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
 
 def weights_at_start(options: list[str], out: Path) -> dict[str, torch.Tensor]:
     cli = _configure(find_recipe("digits-mlp"), [*options[2:], "--out", str(out)])
-    cli.instantiate()
+    with _quiet_lightning():
+        cli.instantiate()
     return {key: value.double() for key, value in cli.model.state_dict().items()}

@@ -21,6 +21,7 @@ from torchdeq_ep.displacement import diagonal_metric
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.homeostasis import Estimator, register_homeostasis
+from torchdeq_ep.hooks import fixed_point
 from torchdeq_ep.host import BackwardHandle, EquilibriumRule, deqs_of, use_backward
 from torchdeq_ep.jacobian import symmetry_score
 from torchdeq_ep.propagation import EquilibriumPropagation
@@ -111,6 +112,73 @@ class PerSample(Backward):
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         return self.solve(equilibrium)
+
+
+class Means:
+    """Means of what is measured in each step: over `log_every_n_steps` of the trainer, and over the epoch.
+
+    Lightning's own `log`, called for each value in each step, is slow beside a step of a small network.
+
+    Example:
+        >>> means = Means()
+        >>> means.add({"loss": 1.0}), means.add({"loss": 2.0})
+        (None, None)
+        >>> means.epoch
+        {'loss': 1.5}
+    """
+
+    def __init__(self) -> None:
+        self._recent: dict[str, list[float]] = {}
+        self._epoch: dict[str, list[float]] = {}
+
+    @property
+    def recent(self) -> dict[str, float]:
+        """Means since the last that were logged."""
+        return {name: sum(values) / len(values) for name, values in self._recent.items()}
+
+    @property
+    def epoch(self) -> dict[str, float]:
+        """Means over the epoch so far."""
+        return {name: sum(values) / len(values) for name, values in self._epoch.items()}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take the measurements of one step, or of a part of it.
+
+        Args:
+            values: By name; not every step must have every name.
+        """
+        for name, value in values.items():
+            self._recent.setdefault(name, []).append(value)
+            self._epoch.setdefault(name, []).append(value)
+
+    def end_batch(self, trainer: Trainer, batch_idx: int) -> dict[str, float]:
+        """At the end of every n-th batch, give the loggers the means of the last n, under `NAME_step`.
+
+        Args:
+            trainer: The trainer.
+            batch_idx: Number of the batch in the epoch.
+
+        Returns:
+            What was logged.
+        """
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or (batch_idx + 1) % every:
+            return {}
+        logged = {f"{name}_step": mean for name, mean in self.recent.items()}
+        for logger in trainer.loggers if logged else []:
+            logger.log_metrics(logged, step=trainer.global_step)
+        self._recent = {}
+        return logged
+
+    def end_epoch(self, pl_module: LightningModule, prog_bar: bool = False) -> None:
+        """Log the means of the epoch, and start anew.
+
+        Args:
+            pl_module: Whose `log` is called.
+            prog_bar: Whether they are shown.
+        """
+        _log(pl_module, self.epoch, prog_bar)
+        self._recent, self._epoch = {}, {}
 
 
 class _Attached(Callback):
@@ -224,12 +292,17 @@ class SwapBackward(_Attached):
 class Homeostasis(_Attached):
     """Jacobian homeostasis during training, without a change to `training_step`.
 
-    The gradient of the penalty is added in the backward pass. The probes depend on the seed, the step and the process
-    alone, so a run that is resumed draws the same ones.
+    The gradient of the penalty is added in the backward pass, or followed by a step of its own (`descent`). The probes
+    depend on the seed, the step and the process alone, so a run that is resumed draws the same ones.
 
     Args:
-        weight: Weight of the penalty, or a dict of weights by the epoch or step from which they hold. With 0 the
-            symmetry is measured and logged, and nothing changes.
+        weight: Factor of the gradient of the penalty, or a dict of factors by the epoch or step from which they hold.
+            With 0 the symmetry is measured and logged, and nothing changes.
+        descent: `False`: the weighted penalty is added to the loss, as in the papers, and the optimiser mixes the two
+            gradients. `True`: beside each step of the optimisers the parameters take a step of plain gradient descent
+            on the penalty. `weight` is then its learning rate for each entry of the state of one sample, by whose
+            number the penalty is divided, times what the schedule of the first optimiser has left of its own. The
+            state then has one row for each sample.
         by: Whether the keys of a dict count epochs or steps.
         every: Penalise at every so many batches.
         probes: Gaussian probes each time.
@@ -249,6 +322,7 @@ class Homeostasis(_Attached):
     def __init__(
         self,
         weight: float | dict[int, float] = 0.1,
+        descent: bool = False,
         by: Unit = "epoch",
         every: int = 1,
         probes: int = 5,
@@ -268,9 +342,12 @@ class Homeostasis(_Attached):
             if not 0 <= value < math.inf:
                 raise InvalidOptionError(f"weight must be a number of at least 0, not {value!r}.")
         self.by, self.every, self.seed, self.enabled = by, every, seed, enabled
-        self.metric = metric
+        self.metric, self.descent = metric, descent
         self.options: dict[str, Any] = {"probes": probes, "estimator": estimator}
         self._registered: Any = None
+        self._handles: list[RemovableHandle] = []
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._means = Means()
 
     def weight_at(self, epoch: int, step: int) -> float:
         """The weight at an epoch and step."""
@@ -286,14 +363,55 @@ class Homeostasis(_Attached):
             return
         # One registration for each batch: its probes then follow from the step, without a state to be saved.
         key = repr((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        weight = self.weight_at(trainer.current_epoch, trainer.global_step)
         self._registered = register_homeostasis(
             pl_module,
-            self.weight_at(trainer.current_epoch, trainer.global_step),
+            self._rates(pl_module, weight) if self.descent else weight,
             metric=named(pl_module, self.metric),
-            inject=partial(loss_scale, trainer),
+            inject=False if self.descent else partial(loss_scale, trainer),
             seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"),
             **self.options,
         )
+
+    def _rates(self, pl_module: LightningModule, weight: float) -> dict[str, Callable[[int], float]]:
+        """For each DEQ the weight times the entries of its state, which is known when the penalty is asked for."""
+        entries: dict[str, int] = {}
+
+        def count(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            state = fixed_point(args, kwargs, output)[1]
+            entries[name] = sum(part[0].numel() for part in ([state] if isinstance(state, Tensor) else state))
+
+        deqs = deqs_of(pl_module)
+        names = {name: module for name, module in pl_module.named_modules() if module in deqs}
+        for name, deq in names.items():
+            self._handles.append(deq.register_forward_hook(partial(count, name), with_kwargs=True))
+
+        def rate(name: str, _: int) -> float:
+            return weight * entries[name]
+
+        return {name: partial(rate, name) for name in names}
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        penalty = self._registered.penalty() if self._registered is not None and self.descent else None
+        if penalty is None or not penalty.requires_grad:
+            return
+        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        # The backward pass of the loss may need what the two have in common.
+        gradients = torch.autograd.grad(penalty, trained, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                share = gradient / trainer.accumulate_grad_batches
+                self._gradients[parameter] = self._gradients.get(parameter, 0) + share
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        groups = trainer.optimizers[0].param_groups
+        left = groups[0]["lr"] / groups[0].get("initial_lr", groups[0]["lr"])
+        with torch.no_grad():
+            for parameter, gradient in self._gradients.items():
+                parameter.sub_(trainer.strategy.reduce(gradient, reduce_op="mean"), alpha=left)
+        self._gradients = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -302,12 +420,16 @@ class Homeostasis(_Attached):
         self._remove()
         if last is not None:
             values = {"penalty": last.penalty, "weighted": last.weighted, "symmetry": last.symmetry}
-            _log(pl_module, {f"homeostasis/{name}": value for name, value in values.items()})
+            self._means.add({f"homeostasis/{name}": value for name, value in values.items()})
+        self._means.end_batch(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._means.end_epoch(pl_module)
 
     def _remove(self) -> None:
-        if self._registered is not None:
-            self._registered.remove()
-        self._registered = None
+        for handle in [*self._handles, *([] if self._registered is None else [self._registered])]:
+            handle.remove()
+        self._handles, self._registered = [], None
 
 
 class NudgeStats(_Attached):
@@ -325,11 +447,10 @@ class NudgeStats(_Attached):
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._solves: list[dict[str, float]] = []
+        self._means = Means()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._remove()
-        self._solves = []
         for deq in deqs_of(pl_module):
             self._handles.append(deq.register_forward_pre_hook(self._listen, with_kwargs=True))
             self._handles.append(deq.register_forward_hook(self._watch))
@@ -338,18 +459,16 @@ class NudgeStats(_Attached):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._remove()
-        names = {name for solve in self._solves for name in solve}
-        means = {}
-        for name in sorted(names):
-            values = [solve[name] for solve in self._solves if name in solve]
-            means[name] = sum(values) / len(values)
-        _log(pl_module, means)
+        self._means.end_batch(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._means.end_epoch(pl_module)
 
     def _listen(self, deq: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         before = kwargs.get("backward_writer")
 
         def writer(statistics: Any) -> None:
-            self._solves.append(_statistics(deq, statistics))
+            self._means.add(_statistics(deq, statistics))
             if before is not None:
                 before(statistics)
 
@@ -358,7 +477,7 @@ class NudgeStats(_Attached):
     def _watch(self, deq: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if deq.training:
             iterations, residual = _solver_numbers(output[1])
-            self._solves.append({"free/iterations": iterations, "free/residual": residual})
+            self._means.add({"free/iterations": iterations, "free/residual": residual})
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -555,6 +674,6 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     return float((one * other).sum()) / lengths if lengths > 0 else math.nan
 
 
-def _log(pl_module: LightningModule, values: dict[str, float]) -> None:
+def _log(pl_module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:
     for name, value in values.items():
-        pl_module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        pl_module.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)

@@ -40,9 +40,11 @@ def train(arguments: list[str]) -> int:
     if getattr(rank_zero_only, "rank", 0):
         return 0
     last = result.last
+    # An epoch that was cut short, for instance by trainer.max_steps, is not tested.
+    right = f"{100 - last['test/error']:.2f} % right" if "test/error" in last else "not tested"
     sys.stdout.write(
-        f"{result.recipe}, {result.backward}, seed {result.seed}: {100 - last['test/error']:.2f} % right after "
-        f"{last['epoch']} epochs, {last['seconds']:.0f} s; results in {result.out}\n"
+        f"{result.recipe}, {result.backward}, seed {result.seed}: {right} after {last['epoch']} epochs, "
+        f"{last['seconds']:.0f} s; results in {result.out}\n"
     )
     missed = last.get("nudge/unconverged", 0.0)
     if missed:

@@ -15,6 +15,7 @@ from torchdeq_ep.host import EquilibriumRule, deqs_of, nudge_loss
 from torchdeq_ep.nn import VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
 from torchdeq_ep.nn.vector_field import VectorField
 from torchdeq_ep.relaxation import find_solver
+from torchdeq_ep_lightning.callbacks import Means
 
 Activation = Literal["shifted-sigmoid", "dsilu"]
 
@@ -130,21 +131,26 @@ class VectorFieldClassifier(LightningModule):
         self.schedule = schedule
         self._labels: Tensor | None = None
         self._counts: list[Tensor] = []
+        self._means = Means()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the equilibrium."""
         logits: Tensor = self.network(images.flatten(1) if isinstance(self.network, VectorFieldMLP) else images)
         return logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, self._labels = batch
         logits = self(images)
         loss = self.network.loss(logits, self._labels)
         wrong = (logits.argmax(1) != self._labels).float().mean()
-        values = {"train/loss": loss.detach(), "train/error": 100 * wrong}
-        self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(images))
-        self.log("train/step_loss", loss.detach(), on_step=True, on_epoch=False)
-        return loss
+        return {"loss": loss, "train/loss": loss.detach(), "train/error": 100 * wrong}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._means.add({name: float(outputs[name]) for name in ("train/loss", "train/error")})
+        self.log_dict(self._means.end_batch(self.trainer, batch_idx), prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        self._means.end_epoch(self, prog_bar=True)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         labels = self._labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -20,6 +21,8 @@ Series = dict[str, list[tuple[float, Spread]]]
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GROUND = "#FAFAFA"
+_TITLE = "# Reproduction\n\n"
+MARK = "<!-- What follows is written by torchdeq_ep_lightning.report. -->\n\n"
 
 
 def label(row: Row) -> str:
@@ -137,11 +140,11 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
     Returns:
         A page in Markdown.
     """
-    lines = ["# Reproduction", ""]
+    lines: list[str] = []
     for sweep in sweeps:
-        command = " ".join(["torchdeq-ep sweep", *sweep["command"]])
+        command = shlex.join(["torchdeq-ep", "sweep", *sweep["command"]])
         lines += [f"## {Path(sweep['recipe']).stem}", "", "```console", f"$ {command}", "```", ""]
-        lines += [_TABLE_HEAD, "|---|---|---|---|---|---|---|---|"]
+        lines += [_TABLE_HEAD, "|---|---|---|---|---|---|---|---|---|"]
         groups: dict[tuple[str, float | None], list[Row]] = {}
         for row in sweep["runs"]:
             groups.setdefault((label(row), row["angle"]), []).append(row)
@@ -149,10 +152,12 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
         failures = [row for row in sweep["runs"] if row["failure"]]
         lines += ["", *(f"Failed: {label(row)}, seed {row['seed']}: {row['failure']}" for row in failures)]
         lines += [""] if failures else []
-    return "\n".join(lines).rstrip() + "\n"
+    return _TITLE + "\n".join(lines).rstrip() + "\n"
 
 
-_TABLE_HEAD = "| gradient | initial angle | seeds | epochs | test error | cosine | symmetry | seconds per step |"
+_TABLE_HEAD = (
+    "| gradient | initial angle | seeds | epochs | test error | of each seed | cosine | symmetry | seconds per step |"
+)
 
 
 def _line(name: str, angle: float | None, rows: Sequence[Row]) -> str:
@@ -169,6 +174,7 @@ def _line(name: str, angle: float | None, rows: Sequence[Row]) -> str:
         str(len(last)),
         f"{max((epoch['epoch'] for epoch in last), default=0):g}",
         cell("test/error", 2, " %"),
+        ", ".join(f"{epoch['test/error']:.2f}" for epoch in last if "test/error" in epoch) or "-",
         cell("alignment/cosine", 3),
         cell("alignment/symmetry", 3),
         Spread.of(speeds).text(3) if speeds else "-",
@@ -178,6 +184,8 @@ def _line(name: str, angle: float | None, rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write one page of several sweeps: `python -m torchdeq_ep_lightning.report PAGE RESULTS.json ...`.
+
+    What a page that exists has before the line `MARK` is kept.
 
     Args:
         arguments: The page, and the results of each sweep.
@@ -196,8 +204,12 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         raise InvalidOptionError(f"cannot read the results of a sweep: {error}") from error
 
+    head, mark, _ = page.read_text(encoding="utf-8").partition(MARK) if page.is_file() else ("", "", "")
+    tables = to_markdown(sweeps)
+    text = head + mark + tables.removeprefix(_TITLE) if mark else tables
+
     def write(temporary: Path) -> None:
-        temporary.write_text(to_markdown(sweeps), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
     write_whole(page, write)
     return 0

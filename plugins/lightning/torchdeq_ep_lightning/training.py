@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
@@ -58,8 +58,11 @@ class Result:
         return self.history[-1]
 
 
-class Record(Callback):
-    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption."""
+class Record(Checkpoint):
+    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption.
+
+    As one of Lightning's checkpoints it comes last, so that it sees what the module's own hooks log.
+    """
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
