@@ -1,20 +1,13 @@
 """The page of benchmarks says what the newest recorded run measured."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "_benchmarks.py"
-
 
 @pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("benchmarks_page", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator(docs_script):
+    return docs_script("_benchmarks")
 
 
 def test_the_page_is_made_from_the_newest_run(generator):

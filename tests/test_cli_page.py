@@ -1,8 +1,6 @@
 """The page of the command line says what the parsers of this version accept."""
 
-import importlib.util
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -10,15 +8,11 @@ from torchdeq_ep import cli
 
 pytest.importorskip("torchdeq_ep_lightning")
 pytest.importorskip("torchdeq_ep_physics")
-SCRIPT = Path(__file__).parents[1] / "docs" / "_cli.py"
 
 
 @pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("cli_page", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generator(docs_script):
+    return docs_script("_cli")
 
 
 def test_the_page_is_made_from_the_parsers(generator, monkeypatch):
