@@ -196,10 +196,13 @@ class EquilibriumPropagation(RelaxedBackward):
             )
         return stencil
 
+    def _relative_amplitude(self, stencil: Stencil, problem: _NudgedProblem) -> float:
+        beta = float(stencil.beta)
+        return beta if self.scale == "relative" else beta / problem.unit_amplitude
+
     def _require_visible(self, stencil: Stencil, problem: _NudgedProblem) -> None:
         """Raises InvalidOptionError if the nudge is lost in the rounding of the state."""
-        eps, beta = problem.equilibrium.eps, float(stencil.beta)
-        relative = beta if self.scale == "relative" else beta / problem.unit_amplitude
+        eps, relative = problem.equilibrium.eps, self._relative_amplitude(stencil, problem)
         rounding = stencil.noise_gain * eps / relative
         if rounding >= 1:
             raise InvalidOptionError(
@@ -211,7 +214,7 @@ class EquilibriumPropagation(RelaxedBackward):
         eps = problem.equilibrium.eps
         beta = float(stencil.beta)
         unit = problem.unit_amplitude if self.scale == "relative" else 1.0
-        relative = beta if self.scale == "relative" else beta / problem.unit_amplitude
+        relative = self._relative_amplitude(stencil, problem)
         # Rounding of f, seen through the division by the smallest amplitude of the stencil.
         noise = eps / (relative * min(abs(node) for node in stencil.unit_nodes))
         tol = self.tol or max(2 * stencil.noise_gain * eps / relative, 100 * eps)

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         except InvalidOptionError:
             raise
         except EPError as error:  # a nudge that diverges for good is a result too
-            rows.append(asdict(cell) | {"history": [], "failure": f"{type(error).__name__}: {error}"})
+            rows.append(asdict(cell) | {"history": [], "failure": f"{type(error).__name__}: {error.args[0]}"})
             sys.stdout.write(f"  failed: {error}\n")
         plain = {"recipe": options.recipe, "overrides": overrides, "command": list(arguments), "runs": rows}
         _write(results, json.dumps(plain, indent=1) + "\n")
