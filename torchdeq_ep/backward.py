@@ -187,7 +187,9 @@ class RelaxedBackward(Backward):
         def step(v: Tensor) -> Tensor:
             return (product(v[0].to(force.dtype)) + wide).unsqueeze(0)
 
-        return self.run(step, wide.unsqueeze(0), norm(wide), tol, floor)
+        size = norm(wide)
+        relaxation = self.run(step, wide.unsqueeze(0), size, tol, floor)
+        return relaxation.after(norm(relaxation.value), size)
 
     def judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
         """Whether a relaxation converged; speaks up if not, and raises if it is no estimate at all."""

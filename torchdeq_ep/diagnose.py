@@ -334,7 +334,7 @@ def _converged(equilibrium: Equilibrium) -> Equilibrium:
     """The same layer at its fixed point, solved to rounding error."""
     with undisturbed(equilibrium.records):
         result = relax(
-            lambda stack: equilibrium.f(stack[0]).unsqueeze(0),
+            lambda stack: equilibrium.f(stack[0]).clone().unsqueeze(0),
             equilibrium.value.detach().unsqueeze(0),
             scale=norm(equilibrium.value) or 1.0,
             tol=2 * equilibrium.eps,

@@ -356,11 +356,13 @@ class _NudgedSolve:
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
         scale = nudged.smallest * self._problem.force_size
         relaxation = self._mode.run(nudged, start, scale, self._tol, self._floor)
+        displacements = nudged.displacements(relaxation.value)
+        relaxation = relaxation.after(norm(displacements), self._problem.force_size)
         self._judge(relaxation)
         self._count(len(nodes), relaxation.steps)
         self.crossings += nudged.crossings
         self.trace += relaxation.trace
-        return nudged.displacements(relaxation.value)
+        return displacements
 
     def _judge(self, relaxation: Relaxation) -> None:
         self.residual = max(self.residual, relaxation.residual)

@@ -24,14 +24,15 @@ DIVERGED = 1e4
 """A residual this many times the first one (or not finite) counts as divergence."""
 
 _STALL = 12
-_FAST = 0.2
+_PATIENCE = 15
+_WINDOW = 4
 _RESTARTS = 20
 _UNSEEN = 4
 
 MEMORY = 6
 """How many values the mixing combines."""
 OWN_SOLVERS = {"auto": MEMORY, "plain": 1}
-"""Names of the package's own loop, and how many values each combines."""
+"""Names of the package's own loop, and how many values each may combine."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Relaxation:
         residual: Largest relative residual of a node.
         trace: The residual at every step at which it was measured: all but some of plain iteration.
         steps: Number of steps.
-        diverged: The residual grew beyond all bounds or is not finite.
+        diverged: The residual grew beyond all bounds or is not finite, or the way to the value is too long.
 
     Example:
         >>> import torch
@@ -57,6 +58,19 @@ class Relaxation:
     trace: tuple[float, ...]
     steps: int
     diverged: bool
+
+    def after(self, way: float, scale: float) -> Relaxation:
+        """The same, called diverged if the way was so long that a small residual means nothing.
+
+        Args:
+            way: The norm of the whole displacement.
+            scale: That of the force on a node, in the same unit.
+
+        Returns:
+            The result; diverged where the residual is lost in the rounding of the state itself.
+        """
+        lost = way > scale * len(self.value) / torch.finfo(self.value.dtype).eps ** 0.5
+        return replace(self, diverged=self.diverged or lost)
 
 
 def relax(
@@ -107,11 +121,7 @@ def relax(
         result = iterate(real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory)
     else:
         result = _drive(solver, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
-    # So far out the residual is lost in the rounding of the state itself, and a small one means nothing.
-    way = float(torch.linalg.vector_norm(result.value - real_start))
-    lost = way > scale * len(start) / torch.finfo(real_start.dtype).eps ** 0.5
-    value = torch.view_as_complex(result.value) if start.is_complex() else result.value
-    return replace(result, value=value, diverged=result.diverged or lost)
+    return replace(result, value=torch.view_as_complex(result.value)) if start.is_complex() else result
 
 
 def check_solver(solver: str | Solver | None) -> str | Solver:
@@ -145,7 +155,10 @@ def iterate(
     floor: float = 0.0,
     memory: int = MEMORY,
 ) -> Relaxation:
-    """Plain iteration while a step gains a factor of five, Anderson mixing from then on.
+    """Extrapolated iteration, Anderson mixing if that proves slow, or plain iteration.
+
+    The loop starts with extrapolation, which holds nothing that plain iteration
+    does not. Once more than ten steps are left at the rate of the last four, mixing takes over.
 
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real. Each value must be a new tensor.
@@ -165,21 +178,20 @@ def iterate(
         >>> iterate(torch.cos, torch.zeros(1, 1)).value.round(decimals=3)
         tensor([[0.7390]])
     """
-    point, best = start, start
+    point = best = start
     smallest, smallest_at = math.inf, 0
     trace: list[float] = []
-    mixing: _Mixing | None = None
+    acceleration: _Extrapolation | _Mixing | None = _Extrapolation() if memory > 1 else None
     measured_at = next_at = 0
     for k in range(max_iter):
         value = step(point)
         if k < min(next_at, max_iter - 1):
             point = value
             continue
-        if mixing is None:
-            trace.append(_largest_row(value - point, scale, value))
+        if acceleration is None:
+            trace.append(_largest_row(value - point, None, scale, value))
         else:
-            residual, size = mixing.add(value, point)
-            trace.append(_largest_row(residual, scale, value, size))
+            trace.append(_largest_row(*acceleration.add(value, point), scale, value))
         if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
             return Relaxation(best, trace[-1], tuple(trace), k + 1, True)
         if trace[-1] < 0.9 * smallest:
@@ -188,37 +200,81 @@ def iterate(
             smallest, best = trace[-1], value
         if trace[-1] <= tol or (smallest <= floor and k - smallest_at >= _STALL):
             break
-        if memory == 1:
+        if acceleration is None:
             next_at = k + 1 + _steps_unseen(trace, k - measured_at, tol)
             measured_at, point = k, value
-        elif mixing is None:
-            if k == 0 or trace[-1] > _FAST * trace[-2]:
-                mixing = _Mixing(memory, start)
-                mixing.add(value, point)
-            point = value
-        elif trace[-1] > 10 * smallest:
-            mixing.forget()
-            point = best
-        else:
-            point = mixing.next()
+            continue
+        if trace[-1] > 10 * smallest:
+            point = acceleration.restart(best)
+            continue
+        if isinstance(acceleration, _Extrapolation) and k >= _WINDOW and k % 2 == 0 and _is_slow(trace, tol):
+            acceleration = _Mixing(memory, value)
+            acceleration.add(value, point)
+        point = acceleration.next()
     return Relaxation(best, smallest, tuple(trace), k + 1, False)
 
 
+def _is_slow(trace: list[float], tol: float) -> bool:
+    """Whether more than `_PATIENCE` steps are left at the rate of the last `_WINDOW`."""
+    gained = math.log(trace[-1 - _WINDOW] / trace[-1])
+    return tol <= 0 or math.log(trace[-1] / tol) * _WINDOW > _PATIENCE * gained
+
+
 def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
-    """How many steps of plain iteration need not be looked at: half of those that are left at the present rate."""
+    """How many steps of plain iteration need not be looked at: one less than are left at the present rate."""
     if len(trace) < 2 or not 0 < trace[-1] < trace[-2] or tol <= 0:
         return 0
     left = gap * math.log(tol / trace[-1]) / math.log(trace[-1] / trace[-2])
-    return min(int(left / 2), _UNSEEN)
+    return min(int(left), _UNSEEN)
 
 
-def _largest_row(residual: Tensor, scale: float | Scale, value: Tensor, size: float | None = None) -> float:
+def _largest_row(residual: Tensor, size: float | None, scale: float | Scale, value: Tensor) -> float:
     """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
     if callable(scale):
         return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
     if residual.shape[0] == 1:
         return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
     return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale
+
+
+class _Extrapolation:
+    """Every second step goes on along its residual, to where that of a linear map would be smallest.
+
+    Let `p` and `r` be the residuals of two steps in a row, and `value` the end of the second. The next point is
+    `value + t r` with the `t` for which `|r + t (r - p)|` is smallest: Anderson mixing of two values, in every second
+    step (Banerjee, Suryanarayana & Pask 2016, Chem. Phys. Lett. 647:31). Besides what
+    plain iteration holds, it holds `p` for the length of a step.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[Tensor, float] | None = None
+
+    def restart(self, point: Tensor) -> Tensor:
+        """Start anew from a point."""
+        self._first = None
+        return point
+
+    def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
+        """Take in a value of the map; its residual, and the norm of that."""
+        residual = value - point
+        size = float(torch.linalg.vector_norm(residual))
+        self._last = value, residual, size
+        return residual, size
+
+    def next(self) -> Tensor:
+        """The next point."""
+        value, residual, size = self._last
+        del self._last
+        if self._first is None:
+            self._first = residual, size
+            return value
+        previous, previous_size = self._first
+        self._first = None
+        product = float(torch.dot(residual.flatten(), previous.flatten()))
+        change = size**2 - 2 * product + previous_size**2
+        # Two residuals that are equal but for rounding tell nothing.
+        known = change > 100 * torch.finfo(value.dtype).eps * size * previous_size
+        return torch.add(value, residual, alpha=(product - size**2) / change if known else 0.0)
 
 
 class _Mixing:
@@ -229,7 +285,7 @@ class _Mixing:
     """
 
     def __init__(self, memory: int, origin: Tensor) -> None:
-        # Values are combined as seen from the first point: with large weights of both signs, rounding grows with the
+        # Values are combined as seen from the first one: with large weights of both signs, rounding grows with the
         # size of what is combined.
         self._origin = origin.flatten()
         self._shape = origin.shape
@@ -239,9 +295,10 @@ class _Mixing:
         self._ridge = 10 * torch.finfo(origin.dtype).eps
         self._slot, self._known = -1, 0
 
-    def forget(self) -> None:
-        """Start anew: the values so far belong to another region."""
+    def restart(self, point: Tensor) -> Tensor:
+        """Start anew from a point: the values so far belong to another region."""
         self._slot, self._known = -1, 0
+        return point
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         """Take in a value of the map; its residual, and the norm of that."""
@@ -339,7 +396,7 @@ class _Observer:
 
     def __call__(self, point: Tensor) -> Tensor:
         value = self._step(point)
-        residual = _largest_row(value - point, self._scale, value)
+        residual = _largest_row(value - point, None, self._scale, value)
         self.trace.append(residual)
         if residual < self.smallest:
             self.best, self.smallest = value, residual

@@ -27,7 +27,7 @@ def relaxation_solver(
     memory: int = MEMORY,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
-    """Plain iteration, with Anderson mixing as soon as it proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].
+    """Extrapolated iteration, and Anderson mixing if that proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].
 
     Registered with torchdeq on import: `get_deq(f_solver="relaxation")`. It takes the options of torchdeq's own solvers
     and stops where they do. Unlike theirs, its mixing has one set of weights for the whole state, because rows of a
@@ -40,7 +40,7 @@ def relaxation_solver(
         tol: Largest residual of a row at which to stop.
         stop_mode: `"abs"`: the norm of a row of `func(x) - x`. `"rel"`: relative to that of `func(x)`.
         indexing: Numbers of iterations, from 1, whose values are to be returned as well.
-        memory: Number of values that the mixing combines.
+        memory: Number of values that the mixing combines; 1 for plain iteration.
 
     Returns:
         The value of `func` with the smallest residual; the values at `indexing`; and torchdeq's statistics, with one
