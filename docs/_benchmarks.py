@@ -31,7 +31,8 @@ One backward pass, from the loss to the gradient of all parameters. The referenc
 its own solvers is fastest on that model. Each backward runs at the loosest tolerance at which its gradient is within
 1e-3 of its limit in double precision: the exact gradient for `ift`, `aep` and torchdeq, that of vanishing nudges for
 the others. `error` is what it reached; where it is above 1e-3, no tolerance was enough, since a one-sided nudge has a
-truncation error of its own. Below 1 is faster, or less memory, than torchdeq.
+truncation error of its own. Below 1 is faster, or less memory, than torchdeq. `of gradients` is the peak memory of the
+parameter gradients alone, which every backward needs, over that of torchdeq's whole backward: no backward is below it.
 
 Which of the two wins depends on the loss. EP solves with `J`, implicit differentiation with `J^T`, from the same
 cotangent. If the map ends in a norm, as the convolutional block does, `J^T` removes the components of the cotangent
@@ -77,6 +78,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "backward": "backward",
         "ratio": "time",
         "memory_ratio": "peak memory",
+        "memory_ratio_of_gradients": "of gradients",
         "calls": "calls",
         "reference_calls": "calls of torchdeq",
         "reference": "fastest of torchdeq",

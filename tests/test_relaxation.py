@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import contraction
 
-from torchdeq_ep.compare.measure import plan
+from torchdeq_ep.compare.measure import peak_memory, plan
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.relaxation import affine_weights, iterate, relax
+from torchdeq_ep.relaxation import MEMORY, affine_weights, iterate, relax
 from torchdeq_ep.solver import relaxation_solver
 
 NAMES = [None, "plain", "relaxation", "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
@@ -69,6 +69,67 @@ def test_the_mixed_residual_is_the_smallest_of_all_affine_combinations(n, seed):
     mixed = weights @ residuals
     for other in residuals[1:] - residuals[0]:  # no direction within the affine hull leads further down
         assert abs(float(mixed @ other)) < 1e-9
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-3, 0.999).filter(lambda w: abs(w) > 1e-3), st.integers(0, 1000))
+def test_one_eigenvalue_is_extrapolated_to_the_fixed_point(eigenvalue, seed):
+    offset = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    calls = 0
+
+    def step(z):
+        nonlocal calls
+        calls += 1
+        return eigenvalue * z + offset
+
+    result = iterate(step, torch.zeros_like(offset), scale=float(offset.norm()), tol=1e-9, max_iter=9)
+    assert calls == 3
+    torch.testing.assert_close(result.value, offset / (1 - eigenvalue), rtol=1e-7, atol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000))
+def test_the_extrapolated_residual_is_the_smallest_along_its_line(seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = contraction(9, seed, 0.8)
+    offset = torch.randn(1, 9, dtype=torch.float64, generator=generator)
+    points = []
+
+    def step(z):
+        points.append(z)
+        return z @ matrix.T + offset
+
+    iterate(step, torch.zeros_like(offset), tol=1e-12, max_iter=3)
+    first, second, third = (z @ matrix.T + offset - z for z in points)
+    # What the step after the two did to the residual of their combination: one multiplication by the matrix.
+    along = second - first
+    combined = torch.linalg.solve(matrix, third[0])
+    assert abs(float(combined @ along[0])) < 1e-6 * float(combined.norm() * along.norm())
+
+
+def test_points_that_the_map_was_given_are_not_written_over():
+    step, given = Affine(0.95), []
+
+    def watched(z):
+        given.append((z, z.clone()))
+        return step(z)
+
+    iterate(watched, torch.zeros(2, 20, dtype=torch.float64), scale=step.scale, tol=1e-8, max_iter=200)
+    assert all(torch.equal(z, copy) for z, copy in given)
+
+
+@pytest.mark.parametrize(("gain", "tol", "history"), [(0.5, 1e-3, False), (0.99, 1e-6, True)])
+def test_a_history_is_kept_only_where_the_fixed_point_is_far(gain, tol, history):
+    diagonal, offset = gain * torch.linspace(-1, 1, 4000), torch.randn(1, 4000)
+
+    def states(memory):
+        def run():
+            scale = float(offset.norm())
+            iterate(lambda z: diagonal * z + offset, torch.zeros_like(offset), scale=scale, tol=tol, memory=memory)
+
+        return peak_memory(run, torch.device("cpu")) / (4 * offset.numel())
+
+    assert (states(MEMORY) - states(1) > 2 * MEMORY - 3) == history
 
 
 def test_acceleration_pays_when_plain_iteration_is_slow():

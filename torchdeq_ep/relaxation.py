@@ -157,8 +157,8 @@ def iterate(
 ) -> Relaxation:
     """Extrapolated iteration, Anderson mixing if that proves slow, or plain iteration.
 
-    The loop starts with extrapolation, which holds nothing that plain iteration
-    does not. Once more than ten steps are left at the rate of the last four, mixing takes over.
+    In every second step the loop goes on along the residual, to where that of a linear map would be smallest. Once more
+    than 15 steps are left at the rate of the last four, it combines as many values as it may.
 
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real. Each value must be a new tensor.
@@ -242,8 +242,8 @@ class _Extrapolation:
 
     Let `p` and `r` be the residuals of two steps in a row, and `value` the end of the second. The next point is
     `value + t r` with the `t` for which `|r + t (r - p)|` is smallest: Anderson mixing of two values, in every second
-    step (Banerjee, Suryanarayana & Pask 2016, Chem. Phys. Lett. 647:31). Besides what
-    plain iteration holds, it holds `p` for the length of a step.
+    step (Banerjee, Suryanarayana & Pask 2016, Chem. Phys. Lett. 647:31). Nothing but `p` is held, for the length of a
+    step.
     """
 
     def __init__(self) -> None:
