@@ -201,6 +201,30 @@ def test_homeostasis_by_a_descent_of_its_own(tmp_path, accumulate, rates):
     assert torch.allclose(module.weight, weight, atol=0.05 * float((weight - start).abs().max()))
 
 
+class SaveWeight(Callback):
+    """Each process saves the weight it ends with."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.weight.detach().clone(), self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_the_descents_of_two_processes_are_one(tmp_path):
+    """Each draws probes of its own; both take the mean of the two steps."""
+    module = LinearTask()
+    start = module.weight.detach().clone()
+    expected = start.clone()
+    for rate in (1, 0.5):
+        expected -= 0.025 * rate * 2 * (expected - expected.T)
+    descent = Homeostasis(0.025, descent=True, probes=5000)
+    fit(module, tmp_path, descent, SaveWeight(tmp_path), devices=2, strategy="ddp_fork")
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, other)
+    assert torch.allclose(one, expected, atol=0.05 * float((expected - start).abs().max()))
+
+
 def test_homeostasis_schedule_and_log(tmp_path):
     module = TransformerTask()
     trainer = fit(module, tmp_path, Homeostasis({0: 0.0, 1: 3.0}), max_epochs=2)
