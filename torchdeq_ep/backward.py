@@ -97,7 +97,7 @@ class Backward(ABC):
         >>> isinstance(mode, Backward)
         True
         >>> mode(lambda z: 0.5 * z, torch.zeros(2), torch.ones(2))
-        tensor([2.0000, 2.0000])
+        tensor([2., 2.])
     """
 
     def __call__(self, f: Callable[..., Any], z_star: State, cotangent: State) -> State:
