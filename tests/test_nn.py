@@ -8,6 +8,7 @@ from torch.nn import functional as fn
 from torchdeq_ep import holomorphic
 from torchdeq_ep import nn as epnn
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.nn.activations import slope
 from torchdeq_ep.nn.pooling import transposed_softmax_pool
 
 
@@ -41,6 +42,18 @@ def test_activations_at_complex_arguments(dtype, inside):
         )
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(value.to(torch.complex128), expected, rtol=40 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("phi", [epnn.shifted_sigmoid, epnn.dsilu])
+def test_slope_is_the_derivative(phi):
+    x = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    z = torch.complex(x, torch.linspace(-0.5, 0.5, 50, dtype=torch.float64))
+    for point in (x, z):
+        _, expected = torch.func.jvp(phi, (point,), (torch.ones_like(point),))
+        torch.testing.assert_close(slope(phi, point), expected)
+        with holomorphic.mode():
+            inside = slope(phi, point)
+        torch.testing.assert_close(inside, expected)
 
 
 def looped_pool(x, kernel, stride, padding, temperature):
