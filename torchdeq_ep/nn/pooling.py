@@ -89,7 +89,7 @@ def transposed_softmax_pool(
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
         >>> transposed_softmax_pool(x, torch.ones(1, 1), 2)
         tensor([[-0.0479, -0.0429],
-                [ 0.1202,  0.9707]])
+                [ 0.1202,  0.9706]])
     """
     kernel = _per_dim("kernel_size", kernel_size, n_dims, 1)
     windows = _windows(x, kernel, kernel, (0,) * n_dims) / temperature
