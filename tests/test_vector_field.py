@@ -114,6 +114,17 @@ def test_metric_makes_ep_exact_at_zero_degrees_and_only_there(kind: str) -> None
     assert error(90.0, with_metric=True) > 1e-3
 
 
+def test_metric_where_the_activation_falls_has_its_steepness() -> None:
+    model = VectorFieldMLP({"in": 2, "l1": 6, "l2": 5, "out": 2}, phi=dsilu, damping=0.0, gain=1.0)
+    u = torch.linspace(-4, 4, 13)[None]
+    slopes = torch.func.jvp(dsilu, (u,), (torch.ones_like(u),))[1]
+    assert bool((slopes < -1e-3).any())
+    torch.testing.assert_close(model.metric(u), 1 / slopes.abs())
+    # The product is then that of the weights, but for signs, and homeostasis is not led by the falling units.
+    product = dense_jacobian(model.map(torch.zeros(1, 2)), u) * model.metric(u)
+    torch.testing.assert_close(product.abs(), model.dense_weight().detach().abs())
+
+
 def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:
     model = VectorFieldMLP(SIZES, feedback=0.3, damping=0.0)
     with torch.no_grad():

@@ -219,7 +219,7 @@ class VectorField(nn.Module, ABC):
         return f
 
     def metric(self, u: Tensor) -> Tensor:
-        """Diagonal of the metric `M = 1 / phi'(u)`; flat parts of `phi` are taken for a slope of 1e-4.
+        """Diagonal of the metric `M = 1 / |phi'(u)|`; flat parts of `phi` are taken for a slope of 1e-4.
 
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
         that rises everywhere.
@@ -230,7 +230,7 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return 1 / slope(self.phi, u.detach()).clamp_min(_FLATTEST)
+        return 1 / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
