@@ -8,6 +8,8 @@ from torch.nn import functional as fn
 from torchdeq_ep import holomorphic
 from torchdeq_ep import nn as epnn
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.nn.activations import slope
+from torchdeq_ep.nn.pooling import transposed_softmax_pool
 
 
 def test_shifted_sigmoid_is_the_papers():
@@ -40,6 +42,18 @@ def test_activations_at_complex_arguments(dtype, inside):
         )
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(value.to(torch.complex128), expected, rtol=40 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("phi", [epnn.shifted_sigmoid, epnn.dsilu])
+def test_slope_is_the_derivative(phi):
+    x = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    z = torch.complex(x, torch.linspace(-0.5, 0.5, 50, dtype=torch.float64))
+    for point in (x, z):
+        _, expected = torch.func.jvp(phi, (point,), (torch.ones_like(point),))
+        torch.testing.assert_close(slope(phi, point), expected)
+        with holomorphic.mode():
+            inside = slope(phi, point)
+        torch.testing.assert_close(inside, expected)
 
 
 def looped_pool(x, kernel, stride, padding, temperature):
@@ -87,6 +101,38 @@ def test_softmax_pool_does_not_overflow():
 def test_softmax_pool_of_rectangular_windows():
     x = torch.randn(1, 1, 4, 6)
     assert epnn.softmax_pool(x, (2, 3), (1, 3), (0, 1)).shape == fn.max_pool2d(x, (2, 3), (1, 3), (0, 1)).shape
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((2, 3, 4, 6), (2, 2)), ((2, 4, 6, 3), (2, 3, 1)), ((6,), (3,))])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_transposed_softmax_pool_is_the_vjp(shape, kernel, temperature):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def pool(x):
+        return epnn.softmax_pool(x, kernel, temperature=temperature, n_dims=len(kernel))
+
+    def transposed(x, cotangent):
+        return transposed_softmax_pool(x, cotangent, kernel, temperature, n_dims=len(kernel))
+
+    cotangent = torch.randn_like(pool(x), requires_grad=True)
+    torch.testing.assert_close(transposed(x, cotangent), torch.func.vjp(pool, x)[1](cotangent)[0])
+    assert torch.autograd.gradcheck(transposed, (x, cotangent))
+    both = torch.stack([x.detach(), -x.detach()]), torch.stack([cotangent.detach(), cotangent.detach() ** 2])
+    expected = torch.stack([transposed(*pair) for pair in zip(*both, strict=True)])
+    torch.testing.assert_close(torch.vmap(transposed)(*both), expected)
+
+
+def test_transposed_softmax_pool_is_analytic():
+    x, cotangent = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    assert holomorphic.check(lambda z: transposed_softmax_pool(z, cotangent * z.mean(), 2, 0.7), x)
+
+
+def test_softmax_pool_of_permuted_memory():
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    last = x.permute(0, 2, 3, 1).contiguous()
+    expected = epnn.softmax_pool(x, 2)
+    torch.testing.assert_close(epnn.softmax_pool(last.permute(0, 3, 1, 2), 2), expected)
+    torch.testing.assert_close(epnn.softmax_pool(last, (2, 2, 1), n_dims=3).permute(0, 3, 1, 2), expected)
 
 
 @pytest.mark.parametrize("layer", [epnn.SoftmaxPool2d(2), epnn.SoftmaxPool2d(3, 2, 1, 0.5), epnn.DSiLU()])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import torchdeq_ep as tep
 from torchdeq_ep.jacobian import dense_jacobian
-from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP
+from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP, dsilu, softmax_pool
 from torchdeq_ep.nn.vector_field import angle_between, weight_at_angle
 
 SIZES = {"in": 5, "l1": 7, "l2": 6, "out": 3}
@@ -114,6 +114,17 @@ def test_metric_makes_ep_exact_at_zero_degrees_and_only_there(kind: str) -> None
     assert error(90.0, with_metric=True) > 1e-3
 
 
+def test_metric_where_the_activation_falls_has_its_steepness() -> None:
+    model = VectorFieldMLP({"in": 2, "l1": 6, "l2": 5, "out": 2}, phi=dsilu, damping=0.0, gain=1.0)
+    u = torch.linspace(-4, 4, 13)[None]
+    slopes = torch.func.jvp(dsilu, (u,), (torch.ones_like(u),))[1]
+    assert bool((slopes < -1e-3).any())
+    torch.testing.assert_close(model.metric(u), 1 / slopes.abs())
+    # The product is then that of the weights, but for signs, and homeostasis is not led by the falling units.
+    product = dense_jacobian(model.map(torch.zeros(1, 2)), u) * model.metric(u)
+    torch.testing.assert_close(product.abs(), model.dense_weight().detach().abs())
+
+
 def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:
     model = VectorFieldMLP(SIZES, feedback=0.3, damping=0.0)
     with torch.no_grad():
@@ -177,6 +188,39 @@ def test_impossible_networks_are_refused(options: dict[str, object], message: st
 def test_impossible_convolutional_networks_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(tep.errors.InvalidOptionError):
         VectorFieldCNN((1, 8, 8), **options)  # type: ignore[arg-type]
+
+
+def test_map_of_a_cnn_is_that_of_its_layers_written_out() -> None:
+    model = VectorFieldCNN((2, 8, 8), (3, 4, 5), 3, angle=60.0, damping=0.25, temperature=0.7)
+    x, u = torch.randn(2, 2, 8, 8), torch.randn(2, model.state_size)
+    with torch.no_grad():
+        for bias in model.biases:
+            bias.normal_()
+    forward, backward = list(model.forward_weights), list(model.backward_weights)
+    activities = model.unpack(model.phi(u))
+    assert [tuple(layer.shape[1:]) for layer in activities] == model.shapes
+
+    def path(s: Tensor, weight: Tensor) -> Tensor:
+        return softmax_pool(torch.nn.functional.conv2d(s, weight, padding=1), 2, temperature=0.7)
+
+    fields = [path(s, w) + b for s, w, b in zip([x, *activities[:2]], forward, model.biases, strict=True)]
+    for k, weight in enumerate(backward):
+        top_down = torch.func.vjp(lambda s, w=weight: path(s, w), activities[k])[1]
+        fields[k] = fields[k] + top_down(activities[k + 1])[0]
+    potentials = model.unpack(u)
+    for value, potential, field in zip(model.unpack(model.map(x)(u)), potentials, fields, strict=True):
+        torch.testing.assert_close(value, 0.25 * potential + 0.75 * field)
+
+
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+def test_holomorphic_nudge_of_a_cnn_reaches_the_real_one(batching: str) -> None:
+    model = cnn(angle=60.0, phi=dsilu, gain=1.0)
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        f, u = model.map(x), equilibrium(model, x)
+    cotangent = torch.randn_like(u)
+    holomorphic = tep.get_backward("hep:n_points=6", tol=1e-9, batching=batching)(f, u, cotangent)
+    torch.testing.assert_close(holomorphic, tep.InfinitesimalEP(tol=1e-10)(f, u, cotangent), rtol=1e-5, atol=1e-7)
 
 
 def test_cnn_learns_by_ep_with_gradients_for_every_parameter() -> None:

@@ -38,7 +38,7 @@ def shifted_sigmoid(x: Tensor) -> Tensor:
 
 
 def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The derivative of an elementwise activation: in closed form for the papers' sigmoid, by a JVP for others.
+    """The derivative of an elementwise activation: in closed form for the papers' two, by a JVP for others.
 
     Args:
         phi: The activation.
@@ -54,6 +54,9 @@ def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if phi is shifted_sigmoid:
         value = phi(x)
         return 4 * value * (1 - value)
+    if phi is dsilu:
+        s, rest = torch.sigmoid(x), torch.sigmoid(-x)  # which holomorphic modes see
+        return s * rest * (2 + x * (rest - s))
     derivative: Tensor = torch.func.jvp(phi, (x,), (torch.ones_like(x),))[1]
     return derivative
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.holomorphic.normalization import softmax as complex_softmax
 from torchdeq_ep.holomorphic.registry import continued
 
 Size = int | Sequence[int]
@@ -58,25 +59,60 @@ def softmax_pool(
     if any(2 * pad > size for pad, size in zip(pads, kernel, strict=True)):
         raise InvalidOptionError(f"padding {pads} must be at most half of kernel_size {kernel}.")
     windows = _windows(x, kernel, steps, pads)
-    real = windows.real if windows.is_complex() else windows
-    exponent = real.detach() / temperature
+    exponents = windows / temperature
     if any(pads):
         inside = _windows(torch.ones(x.shape[-n_dims:], dtype=torch.bool, device=x.device), kernel, steps, pads)
-        exponent = exponent.masked_fill(~inside, -torch.inf)
-    weights = torch.exp(windows / temperature - exponent.amax(-1, keepdim=True))
-    if any(pads):
-        weights = weights * inside
-    return (weights * windows).sum(-1) / weights.sum(-1)
+        outside = ~inside.reshape(len(inside), *(1,) * (x.dim() - n_dims), *inside.shape[1:])
+        exponents = exponents.masked_fill(outside, -torch.inf)
+    weights = complex_softmax(exponents, 0) if x.is_complex() else torch.softmax(exponents, 0)
+    return (weights * windows).sum(0)
+
+
+def transposed_softmax_pool(
+    x: Tensor, cotangent: Tensor, kernel_size: Size, temperature: float = 1.0, n_dims: int = 2
+) -> Tensor:
+    """The transposed derivative of [`softmax_pool`][torchdeq_ep.nn.softmax_pool] at `x`, of a cotangent.
+
+    In closed form this costs less than a VJP, and so do its own derivatives.
+
+    Args:
+        x: Tensor of shape `(..., *spatial)`, complex inside the holomorphic mode only.
+        cotangent: Tensor of the shape of `softmax_pool(x, kernel_size)`.
+        kernel_size: Size of the windows, which lie side by side and cover `x`.
+        temperature: `T`, positive.
+        n_dims: Number of spatial dimensions.
+
+    Returns:
+        A tensor of the shape of `x`.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> transposed_softmax_pool(x, torch.ones(1, 1), 2)
+        tensor([[-0.0479, -0.0429],
+                [ 0.1202,  0.9706]])
+    """
+    kernel = _per_dim("kernel_size", kernel_size, n_dims, 1)
+    windows = _windows(x, kernel, kernel, (0,) * n_dims) / temperature
+    weights = torch.softmax(windows, 0)
+    slopes = weights * (windows - ((weights * windows).sum(0) - 1))
+    # Each dimension of the windows goes behind the spatial one that it is part of.
+    first = x.dim() - n_dims
+    lead = [n_dims + dim for dim in range(first)]
+    pairs = [axis for dim in range(n_dims) for axis in (n_dims + first + dim, dim)]
+    return torch.unflatten(slopes * cotangent, 0, kernel).permute(*lead, *pairs).reshape(x.shape)
 
 
 def _windows(x: Tensor, kernel: Sequence[int], steps: Sequence[int], pads: Sequence[int]) -> Tensor:
-    """All windows of `x`, each flattened to the last dimension."""
+    """All windows of `x`: their entries along a new first dimension, since long inner loops are fast."""
     if any(pads):
         x = functional.pad(x, [pad for pad in reversed(pads) for _ in range(2)])
     first = x.dim() - len(kernel)
-    for dim, (size, step) in enumerate(zip(kernel, steps, strict=True)):
-        x = x.unfold(first + dim, size, step)
-    return x.flatten(-len(kernel))
+    for dim, (size, step) in enumerate(zip(kernel, steps, strict=True), start=first):
+        tiled = step == size and x.shape[dim] % size == 0
+        # Both are views; the derivative of the first one is a view too.
+        x = torch.unflatten(x, dim, (-1, size)).movedim(dim + 1, -1) if tiled else x.unfold(dim, size, step)
+    n_dims = len(kernel)
+    return x.movedim(tuple(range(-n_dims, 0)), tuple(range(n_dims))).flatten(0, n_dims - 1)
 
 
 def _per_dim(name: str, value: Size, n_dims: int, least: int) -> tuple[int, ...]:

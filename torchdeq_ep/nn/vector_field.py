@@ -26,13 +26,14 @@ from torchdeq import get_deq
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.nn.activations import shifted_sigmoid, slope
-from torchdeq_ep.nn.pooling import softmax_pool
+from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
 
 Activation = Callable[[Tensor], Tensor]
 Readout = Literal["mse", "softmax"]
 
 _INPUT, _OUTPUT = "in", "out"
 _FLATTEST = 1e-4
+_WINDOW = (2, 2, 1)  # of height, width and channels
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class VectorField(nn.Module, ABC):
         return f
 
     def metric(self, u: Tensor) -> Tensor:
-        """Diagonal of the metric `M = 1 / phi'(u)`; flat parts of `phi` are taken for a slope of 1e-4.
+        """Diagonal of the metric `M = 1 / |phi'(u)|`; flat parts of `phi` are taken for a slope of 1e-4.
 
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
         that rises everywhere.
@@ -229,7 +230,7 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return 1 / slope(self.phi, u.detach()).clamp_min(_FLATTEST)
+        return 1 / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
@@ -530,9 +531,9 @@ class VectorFieldCNN(VectorField):
         return sum(math.prod(shape) for shape in self.shapes)
 
     def inject(self, x: Tensor) -> Tensor:
-        bottom = self._path(x, self.forward_weights[0])
+        bottom = self._up(x, self.forward_weights[0])
         rest = [x.new_zeros(len(x), *shape) for shape in self.shapes[1:]]
-        return torch.cat([(a + b).flatten(1) for a, b in zip([bottom, *rest], self.biases, strict=True)], dim=1)
+        return self._pack([a + b for a, b in zip([bottom, *rest], self.biases, strict=True)])
 
     def recurrence(self) -> Activation:
         forward, backward = list(self.forward_weights)[1:], list(self.backward_weights)
@@ -542,10 +543,9 @@ class VectorFieldCNN(VectorField):
             fields = [torch.zeros_like(state) for state in states]
             for k, (w, b) in enumerate(zip(forward, backward, strict=True)):
                 below, above = states[k], states[k + 1]
-                fields[k + 1] = fields[k + 1] + self._path(below, w)
-                transpose = torch.func.vjp(lambda s, b=b: self._path(s, b), below)[1]
-                fields[k] = fields[k] + transpose(above)[0]
-            return torch.cat([part.flatten(1) for part in fields], dim=1)
+                fields[k + 1] = fields[k + 1] + self._up(below, w)
+                fields[k] = fields[k] + self._down(below, above, b)
+            return self._pack(fields)
 
         return field
 
@@ -559,7 +559,14 @@ class VectorFieldCNN(VectorField):
             The layers in order.
         """
         parts = torch.split(state, [math.prod(shape) for shape in self.shapes], dim=1)
-        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [
+            part.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+            for part, (channels, height, width) in zip(parts, self.shapes, strict=True)
+        ]
+
+    def _pack(self, layers: Sequence[Tensor]) -> Tensor:
+        # Channels last, since convolutions and pooling are faster so.
+        return torch.cat([layer.permute(0, 2, 3, 1).flatten(1) for layer in layers], dim=1)
 
     def read_out(self, u: Tensor) -> Tensor:
         logits: Tensor = self.head(self.phi(u[:, -math.prod(self.shapes[-1]) :]))
@@ -569,5 +576,13 @@ class VectorFieldCNN(VectorField):
         pairs = zip(list(self.forward_weights)[1:], self.backward_weights, strict=True)
         return {f"l{k}-l{k + 1}": angle_between(w, b) for k, (w, b) in enumerate(pairs, start=1)}
 
-    def _path(self, activity: Tensor, weight: Tensor) -> Tensor:
-        return softmax_pool(functional.conv2d(activity, weight, padding="same"), 2, temperature=self.temperature)
+    def _up(self, below: Tensor, weight: Tensor) -> Tensor:
+        convolved = functional.conv2d(below, weight, padding="same").permute(0, 2, 3, 1)
+        return softmax_pool(convolved, _WINDOW, temperature=self.temperature, n_dims=3).permute(0, 3, 1, 2)
+
+    def _down(self, below: Tensor, above: Tensor, weight: Tensor) -> Tensor:
+        """The transpose of `_up` at `below`, of `above`."""
+        convolved = functional.conv2d(below, weight, padding="same").permute(0, 2, 3, 1)
+        cotangent = above.permute(0, 2, 3, 1)
+        spread = transposed_softmax_pool(convolved, cotangent, _WINDOW, self.temperature, n_dims=3)
+        return functional.conv_transpose2d(spread.permute(0, 3, 1, 2), weight, padding=weight.shape[-1] // 2)

@@ -74,15 +74,20 @@ def write_parquet(path: Path, images: list[bytes | None], labels: list[int]) -> 
     return path
 
 
-def coloured_images(count: int, size: int = 32, classes: int = 10) -> tuple[list[bytes], list[int]]:
-    """Images whose class can be seen: a coloured square at a place of its own, on noise."""
+_COLOURS = torch.tensor([(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200)])
+
+
+def coloured_images(count: int, size: int = 32) -> tuple[list[bytes], list[int]]:
+    """Images of ten classes, told mirrored and cropped too: stripes of five colours, along or across, on noise."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(classes, (count,), generator=generator)
-    pixels = torch.randint(100, (count, size, size, 3), generator=generator, dtype=torch.uint8)
-    side = size // 4
-    for row, label in enumerate(labels.tolist()):
-        top, left = (label % 4) * side, (label // 4) * side
-        pixels[row, top : top + side, left : left + side, label % 3] = 250
+    labels = torch.randint(10, (count,), generator=generator)
+    width = size // 8
+    places = torch.arange(size) + torch.randint(2 * width, (count, 1), generator=generator)
+    stripes = (places // width % 2).float()
+    along = (labels >= 5)[:, None, None]
+    shades = 0.3 + 0.7 * torch.where(along, stripes[:, :, None], stripes[:, None, :])
+    noise = 25 * torch.randn(count, size, size, 3, generator=generator)
+    pixels = (shades[..., None] * _COLOURS[labels % 5][:, None, None] + noise).clamp(0, 255).to(torch.uint8)
     return [encoded(image) for image in pixels], labels.tolist()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import time
 from pathlib import Path
 
@@ -107,6 +109,32 @@ def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network,
     errors = {(row["homeostasis"], row["seed"]): row["history"][-1]["test/error"] for row in runs}
     for seed in range(3):
         assert errors[float(weight), seed] < errors[0.0, seed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", ["ift", "ep", "hep:n_points=4"])
+def test_the_convolutional_network_learns(tmp_path, backward):
+    """One epoch of the recipe at a quarter of the width, with its own rates of learning; nudged phases stop at 1e-2.
+
+    The loss has to fall by 15 % from the first quarter of the steps to the last. If the read-out alone learns, it falls
+    by 3 %.
+    """
+    source = write_coloured(tmp_path / "data", 2000, 100)
+    out = tmp_path / "out"
+    options = ["--backward", backward, "--data.source", str(source), "--data.image_column", "image", *QUIET]
+    options += ["--model.hidden", "[32, 64, 128, 128]", "--data.batch", "50", "--trainer.max_epochs", "1"]
+    options += ["--swap.tol", "1e-2", "--homeostasis.enabled", "false", "--trainer.precision", "32-true"]
+    options += ["--trainer.log_every_n_steps", "1", "--out", str(out)]
+    result = run("cifar10-cnn", options)
+    losses = losses_by_step(out)
+    assert len(losses) == 40
+    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert result.last["test/loss"] < 0.85 * math.log(10)  # of a guess
+
+
+def losses_by_step(out: Path) -> list[float]:
+    rows = csv.DictReader(next((out / "csv").glob("*/metrics.csv")).read_text().splitlines())
+    return [float(row["train/loss_step"]) for row in rows if row.get("train/loss_step")]
 
 
 @pytest.mark.slow
