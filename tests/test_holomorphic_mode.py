@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -471,6 +472,19 @@ def test_modes_nest():
     with tep.evaluation.FrozenStatistics(), holomorphic.mode():
         value = nn.BatchNorm1d(2)(torch.randn(4, 2, dtype=torch.complex64))
     assert value.dtype == torch.complex64
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gradients_inside_the_map_are_continued_however_deep_modes_nest(depth):
+    z = torch.complex(torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64))
+    with ExitStack() as modes:
+        for _ in range(depth):
+            modes.enter_context(holomorphic.mode())
+        by_vjp = torch.func.vjp(torch.sin, z)[1](torch.ones_like(z))[0]
+        point = z.clone().requires_grad_()
+        (by_grad,) = torch.autograd.grad(torch.sin(point).sum(), point)
+    torch.testing.assert_close(by_vjp, torch.cos(z))
+    torch.testing.assert_close(by_grad, torch.cos(z))
 
 
 def test_half_precision_weights_meet_a_single_precision_state():

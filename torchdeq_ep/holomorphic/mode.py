@@ -151,13 +151,14 @@ class HolomorphicMode(FrozenStatistics):
         if not all(tensor.is_complex() for tensor in wanted):
             self._refuse("torch.autograd.grad", "of a complex output with respect to a real tensor is not holomorphic")
         values = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        if grad_outputs is None:
-            weights: list[Tensor | None] = [torch.ones_like(value) for value in values]
-        else:
-            given = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
-            weights = [None if weight is None else _conjugate(weight) for weight in given]
-        gradients = torch.autograd.grad(values, wanted, weights, **kwargs)
-        return tuple(gradient if gradient is None else _conjugate(gradient) for gradient in gradients)
+        with _suspended(self._around):
+            if grad_outputs is None:
+                weights: list[Tensor | None] = [torch.ones_like(value) for value in values]
+            else:
+                given = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
+                weights = [None if weight is None else _conjugate(weight) for weight in given]
+            gradients = torch.autograd.grad(values, wanted, weights, **kwargs)
+            return tuple(gradient if gradient is None else _conjugate(gradient) for gradient in gradients)
 
     def _count(self, name: str, distance: Tensor) -> None:
         crossed = _physical(distance.real.abs() < distance.imag.abs())
