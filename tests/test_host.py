@@ -19,6 +19,7 @@ import torchdeq_ep as tep
 from torchdeq_ep.errors import (
     ConvergenceWarning,
     InvalidOptionError,
+    LossMismatchWarning,
     MapChangedError,
     NoDEQError,
     StochasticMapError,
@@ -526,6 +527,21 @@ def test_loss_nudging_reaches_the_layer_and_ends_with_the_context():
     handle.remove()
     with pytest.raises(NoDEQError, match="use_backward"), tep.nudge_loss(model, loss_of_state):
         pass
+
+
+def test_the_right_loss_is_known_for_it_when_the_free_phase_stopped_early():
+    model = _model(f_solver="fixed_point_iter", f_max_iter=2)
+
+    def loss_of_state(z):
+        return torch.exp(5 * model.readout(z)).sum()
+
+    with (
+        tep.use_backward(model, "ep", tol=0.2),
+        tep.nudge_loss(model, loss_of_state),
+        pytest.warns(ConvergenceWarning) as caught,
+    ):
+        torch.exp(5 * model(INPUTS)).sum().backward()
+    assert not any(issubclass(warning.category, LossMismatchWarning) for warning in caught)
 
 
 # --- objects survive -------------------------------------------------------------------------------------------------

@@ -247,7 +247,11 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
 
 
 def loss_force(
-    equilibrium: Equilibrium, metric: Metric | None, diagonal: Tensor | None, piecewise: Piecewise | None = None
+    equilibrium: Equilibrium,
+    returned: Tensor,
+    metric: Metric | None,
+    diagonal: Tensor | None,
+    piecewise: Piecewise | None = None,
 ) -> tuple[Force, float]:
     """The force of loss nudging, `z -> M(z) dL/dz`, in the scale of the cotangent: [eq. (7)][eq-7] of the theory page.
 
@@ -255,11 +259,13 @@ def loss_force(
     of the free state, a unit that was saturated there and no longer is would be pulled by many times that.
 
     The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
-    mean instead of a sum); the factor is found from the two gradients at the free state. At a complex state
-    PyTorch returns the conjugate of the holomorphic derivative.
+    mean instead of a sum); the factor is found from the two gradients at the state that the layer returned. At a
+    complex state PyTorch returns the conjugate of the holomorphic derivative.
 
     Args:
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
+        returned: The state at which the cotangent was taken. A free phase that stopped early leaves it at some distance
+            from the free state.
         metric: As for [`diagonal_metric`][torchdeq_ep.displacement.diagonal_metric].
         diagonal: What that returned. It stands for `"auto"` at every state.
         piecewise: As for [`NudgedMap`][torchdeq_ep.displacement.NudgedMap].
@@ -274,7 +280,7 @@ def loss_force(
     Example:
         >>> z = torch.tensor([1.0, 2.0])
         >>> free = Equilibrium(lambda z: z, z, z, 2 * z, 1e-7, loss_of_state=lambda z: z.square().sum() / 2)
-        >>> force, mismatch = loss_force(free, None, None)
+        >>> force, mismatch = loss_force(free, z, None, None)
         >>> force(torch.ones(2)), mismatch
         (tensor([2., 2.]), 0.0)
     """
@@ -299,10 +305,10 @@ def loss_force(
         return result.conj() if result.is_complex() else result
 
     cotangent = equilibrium.cotangent
-    at_rest = gradient(equilibrium.z)
-    square = norm(at_rest) ** 2
-    factor = float((at_rest * cotangent).sum()) / square if square > 0 else 0.0
-    mismatch = norm(cotangent - factor * at_rest) / norm(cotangent)
+    own = gradient(returned)
+    square = norm(own) ** 2
+    factor = float((own * cotangent).sum()) / square if square > 0 else 0.0
+    mismatch = norm(cotangent - factor * own) / norm(cotangent)
 
     def force(z: Tensor) -> Tensor:
         scale = diagonal if continued_metric is None else continued_metric(z)

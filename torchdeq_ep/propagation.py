@@ -162,9 +162,10 @@ class EquilibriumPropagation(RelaxedBackward):
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         stencil = self._resolved_stencil(equilibrium)
         advance = equilibrium.residual > max(stencil.expected_error(equilibrium.eps), self.tol or 0.0)
+        returned = equilibrium.value
         if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
             equilibrium = equilibrium.advanced()
-        problem = _NudgedProblem.pose(self, equilibrium)
+        problem = _NudgedProblem.pose(self, equilibrium, returned)
         self._require_visible(stencil, problem)
         retries = _RETRIES if self.on_divergence == "shrink" else 0
         for retry in range(retries + 1):
@@ -257,16 +258,16 @@ class _NudgedProblem:
     unit_amplitude: float
 
     @classmethod
-    def pose(cls, mode: EquilibriumPropagation, equilibrium: Equilibrium) -> _NudgedProblem:
+    def pose(cls, mode: EquilibriumPropagation, equilibrium: Equilibrium, returned: Tensor) -> _NudgedProblem:
         metric, metric_calls = diagonal_metric(mode.metric, equilibrium.f, equilibrium.z)
         wide = torch.promote_types(equilibrium.z.dtype, torch.float32)
         force = (equilibrium.cotangent if metric is None else metric * equilibrium.cotangent).to(wide)
         state_force = None
         if equilibrium.loss_of_state is not None:
-            state_force, mismatch = loss_force(equilibrium, mode.metric, metric, mode.piecewise)
+            state_force, mismatch = loss_force(equilibrium, returned, mode.metric, metric, mode.piecewise)
             if mismatch > _LOSS_MISMATCH:
                 warnings.warn(
-                    "the loss given to nudge_loss has another gradient at the free state than the one that reached "
+                    "the loss given to nudge_loss has another gradient at the equilibrium than the one that reached "
                     f"the layer (they differ by {mismatch:.0%} beyond a factor), so the layer is nudged by another "
                     "loss than the one being minimised. Include every term of the training loss, read-out included.",
                     LossMismatchWarning,
