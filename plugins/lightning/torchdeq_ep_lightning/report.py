@@ -149,9 +149,13 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
         for row in sweep["runs"]:
             groups.setdefault((label(row), row["angle"]), []).append(row)
         lines += [_line(name, angle, rows) for (name, angle), rows in groups.items()]
-        failures = [row for row in sweep["runs"] if row["failure"]]
-        lines += ["", *(f"Failed: {label(row)}, seed {row['seed']}: {row['failure']}" for row in failures)]
-        lines += [""] if failures else []
+        failures = [
+            # What happened; the advice that follows is in the results.
+            f"* Failed: {label(row)}, seed {row['seed']}: {row['failure'].partition('. ')[0]}"
+            for row in sweep["runs"]
+            if row["failure"]
+        ]
+        lines += ["", *failures, *([""] if failures else [])]
     return _TITLE + "\n".join(lines).rstrip() + "\n"
 
 
