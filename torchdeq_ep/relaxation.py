@@ -272,9 +272,9 @@ class _Extrapolation:
         self._first = None
         product = float(torch.dot(residual.flatten(), previous.flatten()))
         change = size**2 - 2 * product + previous_size**2
-        # Two residuals that are equal but for rounding tell nothing.
-        known = change > 100 * torch.finfo(value.dtype).eps * size * previous_size
-        return torch.add(value, residual, alpha=(product - size**2) / change if known else 0.0)
+        if change <= 100 * torch.finfo(value.dtype).eps * size * previous_size:
+            return value  # two residuals that are equal but for rounding tell nothing
+        return torch.add(value, residual, alpha=(product - size**2) / change)
 
 
 class _Mixing:
