@@ -125,6 +125,19 @@ def test_metric_where_the_activation_falls_has_its_steepness() -> None:
     torch.testing.assert_close(product.abs(), model.dense_weight().detach().abs())
 
 
+@pytest.mark.parametrize("backward", ["ep-one-sided", "hep"])
+def test_an_absolute_nudge_means_the_same_whatever_the_damping(backward: str) -> None:
+    x, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    gradients = []
+    for damping in (0.0, 0.5):
+        torch.manual_seed(1)
+        model = VectorFieldMLP(SIZES, damping=damping, **TIGHT)
+        with tep.use_backward(model, backward, beta=1.0, scale="absolute", metric=model.metric, tol=1e-10):
+            model.loss(model(x), labels).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
 def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:
     model = VectorFieldMLP(SIZES, feedback=0.3, damping=0.0)
     with torch.no_grad():

@@ -6,8 +6,8 @@ Neurons have a potential `u` and an activity `phi(u)`, and connections carry act
 
 Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
 `damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M`, and makes EP the papers', who
-nudge potentials by `dL/dphi`.
+propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M` times `1 - damping`, which makes
+EP the papers', who nudge the drive of potentials by `dL/dphi`.
 """
 
 from __future__ import annotations
@@ -219,10 +219,11 @@ class VectorField(nn.Module, ABC):
         return f
 
     def metric(self, u: Tensor) -> Tensor:
-        """Diagonal of the metric `M = 1 / |phi'(u)|`; flat parts of `phi` are taken for a slope of 1e-4.
+        """Diagonal of the metric `M = (1 - damping) / |phi'(u)|`; flat parts of `phi` are taken for a slope of 1e-4.
 
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
-        that rises everywhere.
+        that rises everywhere. The factor makes a nudge enter where the drive does, so that an absolute amplitude means
+        the same whatever the damping.
 
         Args:
             u: Potentials.
@@ -230,7 +231,7 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return 1 / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
+        return (1 - self.damping) / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
