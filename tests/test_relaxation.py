@@ -183,6 +183,28 @@ def test_the_number_of_steps_is_bounded(solver):
     assert result.residual > 1e-14
 
 
+@pytest.mark.parametrize("seed", [2, 3, 5, 7, 8, 11])
+def test_where_acceleration_stalls_the_map_itself_goes_on(seed):
+    # Symmetric weights of norm 1.6: plain damped iteration descends, past states that are almost fixed points. There
+    # mixing alone stays for ever.
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, 64, generator=generator, dtype=torch.float64)
+    weight = weight + weight.T
+    weight *= 1.6 / torch.linalg.matrix_norm(weight, 2)
+    drive = 0.5 * torch.randn(8, 64, generator=generator, dtype=torch.float64)
+
+    def step(z):
+        return 0.5 * z + 0.5 * torch.tanh(z @ weight.T + drive)
+
+    plain, accelerated = (
+        iterate(step, torch.zeros_like(drive), scale=10.0, tol=1e-6, max_iter=2000, memory=memory)
+        for memory in (1, MEMORY)
+    )
+    assert plain.residual <= 1e-6
+    assert accelerated.residual <= 1e-6
+    assert accelerated.steps <= 1.5 * plain.steps
+
+
 def test_stalling_at_the_rounding_floor_ends_the_loop():
     step = Affine(0.3)
     result = iterate(

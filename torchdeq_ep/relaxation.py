@@ -158,7 +158,8 @@ def iterate(
     """Extrapolated iteration, Anderson mixing if that proves slow, or plain iteration.
 
     In every second step the loop goes on along the residual, to where that of a linear map would be smallest. Once more
-    than 15 steps are left at the rate of the last four, it combines as many values as it may.
+    than 15 steps are left at the rate of the last four, it combines as many values as it may. Where that stalls, as it
+    does near a state that is almost a fixed point, the map itself goes on for 24 steps, 48 the next time, and so on.
 
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real. Each value must be a new tensor.
@@ -178,11 +179,12 @@ def iterate(
         >>> iterate(torch.cos, torch.zeros(1, 1)).value.round(decimals=3)
         tensor([[0.7390]])
     """
-    point = best = start
-    smallest, smallest_at = math.inf, 0
+    point = best = lowest_value = start
+    smallest = lowest = math.inf  # of all steps, and of the present stretch, accelerated or plain
+    lowest_at = begun_at = measured_at = next_at = 0
+    plain_until, plain_steps = 0 if memory > 1 else max_iter, 2 * _STALL
     trace: list[float] = []
     acceleration: _Extrapolation | _Mixing | None = _Extrapolation() if memory > 1 else None
-    measured_at = next_at = 0
     for k in range(max_iter):
         value = step(point)
         if k < min(next_at, max_iter - 1):
@@ -194,20 +196,34 @@ def iterate(
             trace.append(_largest_row(*acceleration.add(value, point), scale, value))
         if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
             return Relaxation(best, trace[-1], tuple(trace), k + 1, True)
-        if trace[-1] < 0.9 * smallest:
-            smallest_at = k
+        if trace[-1] < 0.9 * lowest:
+            lowest_at = k
+        if trace[-1] < lowest:
+            lowest, lowest_value = trace[-1], value
         if trace[-1] < smallest:
             smallest, best = trace[-1], value
-        if trace[-1] <= tol or (smallest <= floor and k - smallest_at >= _STALL):
+        stalled = k - lowest_at >= _STALL
+        if trace[-1] <= tol or (stalled and smallest <= floor):
             break
-        if acceleration is None:
+        if acceleration is None and k < plain_until:
             next_at = k + 1 + _steps_unseen(trace, k - measured_at, tol)
             measured_at, point = k, value
             continue
-        if trace[-1] > 10 * smallest:
-            point = acceleration.restart(best)
+        if acceleration is None:
+            acceleration = _Extrapolation()
+            acceleration.add(value, point)
+            begun_at = lowest_at = k
+            lowest, lowest_value = trace[-1], value
+        elif stalled:
+            acceleration, point = None, lowest_value
+            lowest, lowest_at, measured_at = math.inf, k, k
+            plain_until, plain_steps = k + plain_steps, 2 * plain_steps
             continue
-        if isinstance(acceleration, _Extrapolation) and k >= _WINDOW and k % 2 == 0 and _is_slow(trace, tol):
+        if trace[-1] > 10 * lowest:
+            point = acceleration.restart(lowest_value)
+            continue
+        between = isinstance(acceleration, _Extrapolation) and acceleration.is_between
+        if between and k >= begun_at + _WINDOW and _is_slow(trace, tol):
             acceleration = _Mixing(memory, value)
             acceleration.add(value, point)
         point = acceleration.next()
@@ -248,6 +264,11 @@ class _Extrapolation:
 
     def __init__(self) -> None:
         self._first: tuple[Tensor, float] | None = None
+
+    @property
+    def is_between(self) -> bool:
+        """Whether no residual waits for the one that it would be combined with."""
+        return self._first is None
 
     def restart(self, point: Tensor) -> Tensor:
         """Start anew from a point."""
