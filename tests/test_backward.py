@@ -174,8 +174,8 @@ def test_absolute_amplitude_is_taken_as_it_is():
     assert report.nudge == 1e-3
     assert report.beta == pytest.approx(1e-3 * float(problem.g.norm() / problem.z.norm()))
     v = mode(problem.f, problem.z, problem.g)
-    nudged = solve(lambda z: problem.f(z) + 1e-3 * problem.g, problem.z)
-    assert relative_error(v, (nudged - problem.z) / 1e-3) < 1e-8
+    nudged = solve(lambda z: problem.f(z) - 1e-3 * problem.g, problem.z)
+    assert relative_error(v, (problem.z - nudged) / 1e-3) < 1e-8
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -411,11 +411,11 @@ def test_a_linear_map_without_a_gradient_is_refused():
 
 
 def test_divergence_shrinks_then_raises_or_falls_back():
-    # Beyond |z| = 1 the map explodes; a large nudge gets there, a small one does not.
+    # Beyond z = -1.2 the map explodes; a large nudge gets there, a small one does not.
     def f(z):
-        return 0.5 * z + 1e3 * torch.relu(z.abs() - 1.2).square() * z + 0.25
+        return 0.5 * z + 1e3 * torch.relu(z.abs() - 1.2).square() * z - 0.25
 
-    z = torch.full((3,), 0.5, dtype=torch.float64)
+    z = torch.full((3,), -0.5, dtype=torch.float64)
     g = torch.ones_like(z)
     stencil = tep.Stencil.one_sided(0.9)
     problem = Problem(f, z, g, torch.full((1, 1, 1), 0.5))

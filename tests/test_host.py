@@ -529,6 +529,22 @@ def test_loss_nudging_reaches_the_layer_and_ends_with_the_context():
         pass
 
 
+def test_a_single_nudge_by_the_loss_goes_downhill_where_a_large_one_settles():
+    model, losses = _model(), []
+
+    def loss_of_state(z):
+        loss = model.readout(z).pow(4).sum()
+        losses.append(loss.item())
+        return loss
+
+    with (
+        tep.use_backward(model, "ep-one-sided:beta=0.5", tol=1e-8),
+        tep.nudge_loss(model, loss_of_state),
+    ):
+        model(INPUTS).pow(4).sum().backward()
+    assert losses[-1] < losses[0]
+
+
 def test_the_right_loss_is_known_for_it_when_the_free_phase_stopped_early():
     model = _model(f_solver="fixed_point_iter", f_max_iter=2)
 

@@ -70,22 +70,25 @@ class Stencil:
 
     @classmethod
     def one_sided(cls, beta: Amplitude = "auto") -> Stencil:
-        """Classic EP: one nudge, error `O(beta)`.
+        """Classic EP: one nudge, towards a lower loss, error `O(beta)`.
+
+        The sign matters for large nudges by the loss itself ([`nudge_loss`][torchdeq_ep.nudge_loss]): the force fades
+        as the loss is reached downhill, and grows uphill.
 
         Args:
             beta: Amplitude, a positive number or `"auto"`.
 
         Returns:
-            The stencil with the single node `beta`.
+            The stencil with the single node `-beta`: a positive node adds the gradient of the loss to the map.
 
         Raises:
             InvalidOptionError: If `beta` is not acceptable.
 
         Example:
             >>> Stencil.one_sided(0.5).nodes
-            (0.5,)
+            (-0.5,)
         """
-        return cls("one-sided", beta, (1.0,), (1.0,), 1)
+        return cls("one-sided", beta, (-1.0,), (1.0,), 1)
 
     @classmethod
     def symmetric(cls, beta: Amplitude = "auto") -> Stencil:

@@ -6,8 +6,8 @@ Neurons have a potential `u` and an activity `phi(u)`, and connections carry act
 
 Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
 `damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M` times `1 - damping`, which makes
-EP the papers', who nudge the drive of potentials by `dL/dphi`.
+propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M` times `1 - damping`, which
+makes EP the papers', who nudge the drive of potentials by `dL/dphi`.
 """
 
 from __future__ import annotations
