@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import torchdeq_ep as tep
+from torchdeq_ep.displacement import loss_force
+from torchdeq_ep.equilibrium import Equilibrium
 from torchdeq_ep.jacobian import dense_jacobian
-from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP, dsilu, softmax_pool
+from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid, softmax_pool
+from torchdeq_ep.nn.activations import slope
 from torchdeq_ep.nn.vector_field import angle_between, weight_at_angle
 
 SIZES = {"in": 5, "l1": 7, "l2": 6, "out": 3}
@@ -132,10 +136,29 @@ def test_an_absolute_nudge_means_the_same_whatever_the_damping(backward: str) ->
     for damping in (0.0, 0.5):
         torch.manual_seed(1)
         model = VectorFieldMLP(SIZES, damping=damping, **TIGHT)
-        with tep.use_backward(model, backward, beta=1.0, scale="absolute", metric=model.metric, tol=1e-10):
+        with tep.use_backward(model, backward, beta=1.0, scale="absolute", metric=model.nudge_metric, tol=1e-10):
             model.loss(model(x), labels).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("phi", [shifted_sigmoid, dsilu, torch.tanh])
+@pytest.mark.parametrize("imaginary", [0.0, 0.6])
+def test_nudge_metric_turns_the_gradient_in_potentials_into_that_in_activities(
+    phi: Callable[[Tensor], Tensor], imaginary: float
+) -> None:
+    # Of saturated units and at complex potentials too, where 1 / |phi'| bounded by a number would be off by half.
+    model = VectorFieldMLP(SIZES, phi=phi, damping=0.25)
+    u = torch.linspace(-4, 4, 32).reshape(2, 16) * (1 + 0j)
+    u = u + 1j * imaginary * torch.rand(2, 16) if imaginary else u.real
+    weight, slopes = torch.randn(2, 16), slope(phi, u.real)
+    state = u.real
+    free = Equilibrium(
+        lambda z: z, state, state, weight * slopes, 1e-16, loss_of_state=lambda z: (weight * model.phi(z)).sum()
+    )
+    force, _ = loss_force(free, state, model.nudge_metric, model.nudge_metric(state), "real-part")
+    expected = 0.75 * weight * slopes.sign()
+    torch.testing.assert_close(force(u), expected.to(u.dtype), rtol=1e-6, atol=1e-9)
 
 
 def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:

@@ -6,8 +6,8 @@ Neurons have a potential `u` and an activity `phi(u)`, and connections carry act
 
 Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
 `damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M` times `1 - damping`, which
-makes EP the papers', who nudge the drive of potentials by `dL/dphi`.
+propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M`. `nudge_metric`, the same for
+nudges, makes EP the papers', who nudge potentials by `dL/dphi`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.nn.activations import shifted_sigmoid, slope
+from torchdeq_ep.nn.activations import shifted_sigmoid, slope, steepness
 from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
 
 Activation = Callable[[Tensor], Tensor]
@@ -33,6 +33,7 @@ Readout = Literal["mse", "softmax"]
 
 _INPUT, _OUTPUT = "in", "out"
 _FLATTEST = 1e-4
+_NEVER_ZERO = 1e-30
 _WINDOW = (2, 2, 1)  # of height, width and channels
 
 
@@ -219,11 +220,11 @@ class VectorField(nn.Module, ABC):
         return f
 
     def metric(self, u: Tensor) -> Tensor:
-        """Diagonal of the metric `M = (1 - damping) / |phi'(u)|`; flat parts of `phi` are taken for a slope of 1e-4.
+        """Diagonal of the metric `M = 1 / |phi'(u)|`, for homeostasis and the limit of small nudges.
 
         With it equilibrium propagation is exact if every connection has a reverse one of transposed weight, for a `phi`
-        that rises everywhere. The factor makes a nudge enter where the drive does, so that an absolute amplitude means
-        the same whatever the damping.
+        that rises everywhere. Flat parts of `phi` are taken for a slope of 1e-4, since larger entries would drown the
+        others in rounding.
 
         Args:
             u: Potentials.
@@ -231,7 +232,22 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return (1 - self.damping) / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
+        return 1 / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
+
+    def nudge_metric(self, u: Tensor) -> Tensor:
+        """The same metric for nudges: of saturated units too, and in the scale of the drive.
+
+        It is `(1 - damping) / |phi'(u)|`. A nudge by `beta dL/du` in it is one of the drive by `beta dL/dphi`, the
+        papers', and an absolute amplitude means the same whatever the damping. At complex potentials the sign of the
+        slope is that at the real part.
+
+        Args:
+            u: Potentials, real or complex.
+
+        Returns:
+            Tensor of the same shape.
+        """
+        return (1 - self.damping) / (steepness(self.phi, u.detach()) + _NEVER_ZERO)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
@@ -374,6 +390,9 @@ class VectorFieldMLP(VectorField):
 
     def metric(self, u: Tensor) -> Tensor:
         return super().metric(u) * self.layer_metric(u)
+
+    def nudge_metric(self, u: Tensor) -> Tensor:
+        return super().nudge_metric(u) * self.layer_metric(u)
 
     def layer_metric(self, like: Tensor) -> Tensor:
         """The factor of the metric that depends on the layer alone, 1 in the last one: a row of the state's size.
