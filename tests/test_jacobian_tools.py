@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep import EquilibriumPropagation, InfinitesimalEP, Stencil, get_backward
 from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, UnknownBackwardError
+from torchdeq_ep.holomorphic.mode import holomorphic_map
 from torchdeq_ep.jacobian import (
     Linearization,
     dense_jacobian,
@@ -197,6 +198,27 @@ def test_named_activations_have_the_slope_of_their_function(phi, twin):
     for activation in (phi, twin):
         torch.testing.assert_close(ActivityMetric(activation, "pre")(u), 1 / slope)
         torch.testing.assert_close(ActivityMetric(activation, "post")(twin(u)), slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("phi", ["tanh", "shifted-sigmoid", torch.tanh, shifted_sigmoid])
+def test_at_complex_states_the_metric_is_continued_from_the_real_part(phi):
+    function = {"tanh": torch.tanh, "shifted-sigmoid": shifted_sigmoid}.get(phi, phi)
+    # So far from the axis that the real part of the slope changes its sign; the last two are flat at their real part.
+    u = torch.linspace(-0.5, 1.5, 11, dtype=torch.float64)
+    u = torch.cat([u, u.new_tensor([-9.0, 9.0])]) + (0.9j if function is torch.tanh else 0.6j)
+    slope = (function(u + 1e-5) - function(u - 1e-5))[:-2] / 2e-5
+    assert bool((slope.real < 0).any())
+    metric = holomorphic_map(ActivityMetric(phi, "pre"), "real-part")
+    torch.testing.assert_close(metric(u)[:-2], 1 / slope)
+    assert metric(u)[-2:].tolist() == pytest.approx([1000, 1000])
+
+
+def test_at_complex_states_the_metric_of_activities_needs_a_name():
+    activity = torch.tensor([0.2 + 0.3j, 0.9 - 0.1j])
+    metrics = [holomorphic_map(ActivityMetric(phi), "real-part") for phi in ("tanh", torch.tanh)]
+    torch.testing.assert_close(metrics[0](activity), 1 - activity**2)
+    with pytest.raises(InvalidOptionError, match="inverse"):
+        metrics[1](activity)
 
 
 def test_activations_with_kinks_and_plateaus():

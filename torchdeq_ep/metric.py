@@ -17,6 +17,7 @@ from torch import Tensor
 from torchdeq_ep.equilibrium import Packing, State, norm
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.evaluation import Map, undisturbed
+from torchdeq_ep.holomorphic.mode import real_part
 from torchdeq_ep.jacobian import Linearization
 
 Activation = Callable[[Tensor], Tensor]
@@ -84,16 +85,35 @@ class ActivityMetric:
             raise InvalidOptionError(f"floor must lie between 0 and 1, not be {self.floor!r}.")
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The diagonal of `M` at a state, detached and of its shape."""
+        """The diagonal of `M` at a state, detached and of its shape; at a complex one, continued from its real part."""
         z = z.detach()
+        slope = self._real_slope(real_part(z))
+        flat = slope <= self.floor
+        if z.is_complex():
+            slope = self._continued_slope(z)
+        slope = torch.where(flat, self.floor, slope)
+        return slope if self.state == "post" else 1 / slope
+
+    def _real_slope(self, z: Tensor) -> Tensor:
         phi = self.phi
         if isinstance(phi, str):
             function, slope_of_value = _ACTIVATIONS[phi]
-            slope = slope_of_value(z) if self.state == "post" else _slope(function, z)
-        else:
-            slope = _slope(phi, _inverse(phi, z) if self.state == "post" else z)
-        slope = slope.clamp_min(self.floor)
-        return slope if self.state == "post" else 1 / slope
+            return slope_of_value(z) if self.state == "post" else _slope(function, z)
+        return _slope(phi, _inverse(phi, z) if self.state == "post" else z)
+
+    def _continued_slope(self, z: Tensor) -> Tensor:
+        phi = self.phi
+        if isinstance(phi, str):
+            function, slope_of_value = _ACTIVATIONS[phi]
+            return slope_of_value(z if self.state == "post" else function(z))
+        if self.state == "post":
+            raise InvalidOptionError(
+                f"the inverse of {phi!r} is not known at complex states, where this metric is asked for because the "
+                "loss nudges the state. Give the name of the activation, or the metric itself: metric=lambda z: the slope "
+                "at the state z, clamped away from zero."
+            )
+        derivative: Tensor = torch.func.jvp(phi, (z,), (torch.ones_like(z),))[1]
+        return derivative
 
 
 def automatic_metric(f: Callable[..., Any], z: State, *, probes: int = _PROBES, max_iter: int = _STEPS) -> Tensor:

@@ -252,6 +252,24 @@ def holomorphic_map(f: Callable[..., Any], piecewise: Piecewise | None = None) -
     return HolomorphicMap(f, piecewise)
 
 
+def real_part(z: Tensor) -> Tensor:
+    """The real part, by which a piecewise formula chooses its piece: inside a mode, PyTorch's own is refused.
+
+    Args:
+        z: Real or complex tensor.
+
+    Returns:
+        A real tensor of the same shape.
+
+    Example:
+        >>> with mode():
+        ...     real_part(torch.tensor([1 + 2j]))
+        tensor([1.])
+    """
+    with torch._C.DisableTorchFunction():
+        return z.real
+
+
 @contextmanager
 def _suspended(modes: list[HolomorphicMode]) -> Iterator[None]:
     """Rules take real and imaginary parts, which the modes around this one would refuse."""

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdeq_ep.holomorphic.elementwise import sigmoid
+from torchdeq_ep.holomorphic.mode import real_part
 from torchdeq_ep.holomorphic.registry import continued
-
-_TURN = 2.399357280520546
-"""Where dSiLU is largest: `x tanh(x / 2) = 2`."""
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -65,27 +63,21 @@ def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def steepness(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The absolute value of the slope, continued from the real axis: the sign is that at the real part.
-
-    For activations other than the papers' two, the sign at a complex point is that of the real part of the slope there.
+    """The absolute value of the slope, and at complex points its continuation: the sign is that at the real part.
 
     Args:
         phi: The activation.
-        x: Real tensor, or a complex one inside a holomorphic mode that takes comparisons.
+        x: Real tensor, or a complex one if `phi` takes it.
 
     Returns:
         `|phi'(x)|`, of the shape of `x`.
 
     Example:
         >>> steepness(dsilu, torch.tensor([0.0, 3.0])).round(decimals=3)
-        tensor([0.5000, 0.0330])
+        tensor([0.5000, 0.0320])
     """
     derivative = slope(phi, x)
-    if phi is shifted_sigmoid:
-        return derivative
-    if phi is dsilu:
-        return torch.where(x.abs() < _TURN, derivative, -derivative)
-    return derivative.abs()
+    return derivative * slope(phi, real_part(x)).sign() if x.is_complex() else derivative.abs()
 
 
 @continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")
