@@ -109,8 +109,8 @@ class ActivityMetric:
         if self.state == "post":
             raise InvalidOptionError(
                 f"the inverse of {phi!r} is not known at complex states, where this metric is asked for because the "
-                "loss nudges the state. Give the name of the activation, or the metric itself: metric=lambda z: the slope "
-                "at the state z, clamped away from zero."
+                "loss nudges the state. Give the name of the activation, or the metric itself: metric=lambda z: the "
+                "slope at the state z, clamped away from zero."
             )
         derivative: Tensor = torch.func.jvp(phi, (z,), (torch.ones_like(z),))[1]
         return derivative
