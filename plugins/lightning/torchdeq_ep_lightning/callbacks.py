@@ -177,8 +177,21 @@ class Means:
             pl_module: Whose `log` is called.
             prog_bar: Whether they are shown.
         """
-        _log(pl_module, self.epoch, prog_bar)
+        for name, value in self.epoch.items():
+            pl_module.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         self._recent, self._epoch = {}, {}
+
+    def state_dict(self) -> dict[str, dict[str, list[float]]]:
+        """What has been measured so far, for a checkpoint in the middle of an epoch."""
+        return {"recent": self._recent, "epoch": self._epoch}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, list[float]]]) -> None:
+        """Go on from there.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self._recent, self._epoch = state["recent"], state["epoch"]
 
 
 class _Attached(Callback):
@@ -192,6 +205,25 @@ class _Attached(Callback):
 
     def _remove(self) -> None:
         raise NotImplementedError
+
+
+class _Measuring(Callback):
+    """A callback that logs means, which a run that is resumed in the middle of an epoch goes on with."""
+
+    def __init__(self) -> None:
+        self._means = Means()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault("means_of_callbacks", {})[self._place(trainer)] = self._means.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("means_of_callbacks", {}).get(self._place(trainer))
+        if state is not None:
+            self._means.load_state_dict(state)
+
+    def _place(self, trainer: Trainer) -> int:
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks.index(self)
 
 
 class SwapBackward(_Attached):
@@ -289,7 +321,7 @@ class SwapBackward(_Attached):
         self._handle = None
 
 
-class Homeostasis(_Attached):
+class Homeostasis(_Measuring, _Attached):
     """Jacobian homeostasis during training, without a change to `training_step`.
 
     The gradient of the penalty is added in the backward pass, or followed by a step of its own (`descent`). The probes
@@ -345,9 +377,9 @@ class Homeostasis(_Attached):
         self.metric, self.descent = metric, descent
         self.options: dict[str, Any] = {"probes": probes, "estimator": estimator}
         self._registered: Any = None
+        super().__init__()
         self._handles: list[RemovableHandle] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._means = Means()
 
     def weight_at(self, epoch: int, step: int) -> float:
         """The weight at an epoch and step."""
@@ -432,7 +464,7 @@ class Homeostasis(_Attached):
         self._handles, self._registered = [], None
 
 
-class NudgeStats(_Attached):
+class NudgeStats(_Measuring, _Attached):
     """Log what the solves of a training step did: steps, calls, amplitude, residual, and how many went wrong.
 
     Under `nudge/`: `iterations`, `calls`, `beta` (relative), `residual`, the shares of solves that missed their
@@ -446,8 +478,8 @@ class NudgeStats(_Attached):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._handles: list[RemovableHandle] = []
-        self._means = Means()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._remove()
@@ -517,7 +549,7 @@ def _rule(deq: nn.Module) -> EquilibriumRule | None:
     return rule if isinstance(rule, EquilibriumRule) else None
 
 
-class AlignmentMonitor(Callback):
+class AlignmentMonitor(_Measuring):
     """Compare error vectors of equilibrium propagation with exact ones, every so many steps, on a few samples.
 
     After the step, `training_step` is called once more on the first rows of the batch; what it logs is dropped, and
@@ -530,7 +562,8 @@ class AlignmentMonitor(Callback):
         samples: Rows of the batch.
         backward: Spec of the mode to compare; by default the one that each DEQ is trained with, or `ep` if that is
             exact.
-        metric: Dotted path of a metric in the LightningModule, for a mode that is given by `backward` or by default.
+        metric: Dotted path of a metric in the LightningModule, for the symmetry, and for a mode that is given by
+            `backward` or by default. Without it the symmetry is that with the metric of the mode.
         parts: Dotted path of a method of the LightningModule without arguments that returns slices of the state's
             second dimension by name.
         probes: Gaussian probes of the symmetry.
@@ -557,6 +590,7 @@ class AlignmentMonitor(Callback):
             )
         if backward is not None:
             get_backward(backward)
+        super().__init__()
         self.every, self.samples, self.backward, self.probes = every, samples, backward, probes
         self.metric, self.parts = metric, parts
         self.last: dict[str, float] = {}
@@ -581,7 +615,10 @@ class AlignmentMonitor(Callback):
             self.last = self._measure(pl_module, batch, batch_idx)
         for logger in trainer.loggers:
             logger.log_metrics(self.last, step=trainer.global_step)
-        _log(pl_module, self.last)
+        self._means.add(self.last)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._means.end_epoch(pl_module)
 
     def _measure(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> dict[str, float]:
         deqs = deqs_of(pl_module)
@@ -603,7 +640,7 @@ class AlignmentMonitor(Callback):
             for deq, reference, mode in zip(deqs, references, modes, strict=True):
                 prefix = f"alignment/{names[deq]}/" if len(deqs) > 1 else "alignment/"
                 for capture in reference.captures[:1]:
-                    values = self._compare(capture, mode, pl_module)
+                    values = self._compare(capture, mode, metric, pl_module)
                     measured |= {f"{prefix}{name}": value for name, value in values.items()}
         finally:
             for handle in handles:
@@ -617,11 +654,11 @@ class AlignmentMonitor(Callback):
         options = {} if metric is None else {"metric": metric}
         return cast(Backward, get_backward(self.backward or "ep", **options))
 
-    def _compare(self, capture: Capture, mode: Backward, pl_module: LightningModule) -> dict[str, float]:
+    def _compare(self, capture: Capture, mode: Backward, metric: Any, pl_module: LightningModule) -> dict[str, float]:
         equilibrium = capture.equilibrium
         exact = capture.exact
         with capture.autocast.restored(True):
-            values = {"residual": equilibrium.residual, "symmetry": self._symmetry(equilibrium, mode)}
+            values = {"residual": equilibrium.residual, "symmetry": self._symmetry(equilibrium, mode, metric)}
             try:
                 estimate = mode.solve(equilibrium)[0].to(exact)
             except EPError:  # a nudge that diverges is aligned with nothing
@@ -631,11 +668,11 @@ class AlignmentMonitor(Callback):
             values[f"cosine/{name}"] = _cosine(estimate[:, part], exact[:, part])
         return values
 
-    def _symmetry(self, equilibrium: Equilibrium, mode: Backward) -> float:
-        """Of `J M`, which is the Jacobian of `w -> f(z* + M w)` at 0, with the metric of the mode."""
+    def _symmetry(self, equilibrium: Equilibrium, mode: Backward, metric: Any) -> float:
+        """Of `J M`, which is the Jacobian of `w -> f(z* + M w)` at 0."""
         f, z = equilibrium.f, equilibrium.z
         inner = mode.mode if isinstance(mode, PerSample) else mode
-        m, _ = diagonal_metric(getattr(inner, "metric", None), f, z)
+        m, _ = diagonal_metric(metric or getattr(inner, "metric", None), f, z)
         generator = torch.Generator(z.device).manual_seed(0)
         scaled = f if m is None else lambda w: f(z + m * w)
         return symmetry_score(scaled, z if m is None else torch.zeros_like(z), self.probes, generator=generator)
@@ -672,8 +709,3 @@ def _first_rows(batch: Any, rows: int) -> Any:
 def _cosine(one: Tensor, other: Tensor) -> float:
     lengths = norm(one) * norm(other)
     return float((one * other).sum()) / lengths if lengths > 0 else math.nan
-
-
-def _log(pl_module: LightningModule, values: dict[str, float], prog_bar: bool = False) -> None:
-    for name, value in values.items():
-        pl_module.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)

@@ -132,6 +132,7 @@ class VectorFieldClassifier(LightningModule):
         self._labels: Tensor | None = None
         self._counts: list[Tensor] = []
         self._means = Means()
+        self._measured: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the equilibrium."""
@@ -143,10 +144,13 @@ class VectorFieldClassifier(LightningModule):
         logits = self(images)
         loss = self.network.loss(logits, self._labels)
         wrong = (logits.argmax(1) != self._labels).float().mean()
-        return {"loss": loss, "train/loss": loss.detach(), "train/error": 100 * wrong}
+        self._measured = {"train/loss": loss.item(), "train/error": 100 * wrong.item()}
+        return {"loss": loss}
+
+    def on_after_backward(self) -> None:
+        self._means.add(self._measured)  # not in training_step, which a monitor may call too
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._means.add({name: float(outputs[name]) for name in ("train/loss", "train/error")})
         self.log_dict(self._means.end_batch(self.trainer, batch_idx), prog_bar=True, logger=False)
 
     def on_train_epoch_end(self) -> None:
@@ -162,6 +166,13 @@ class VectorFieldClassifier(LightningModule):
         )
         with context:
             super().backward(loss, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["means"] = self._means.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "means" in checkpoint:
+            self._means.load_state_dict(checkpoint["means"])
 
     def on_validation_epoch_start(self) -> None:
         self._counts = []
