@@ -308,6 +308,21 @@ def test_alignment_is_that_of_the_dense_jacobian(tmp_path):
     assert "alignment/cosine" in rows[0]
 
 
+def test_symmetry_is_that_with_the_metric_of_the_monitor(tmp_path):
+    module = TransformerTask()
+    module.weighed = lambda z: torch.logspace(-2, 2, z[0].numel()).view_as(z[0]).expand_as(z)
+    monitor = AlignmentMonitor(metric="weighed", samples=1, probes=400)
+    fit(module, tmp_path, SwapBackward("ep:beta=0.01"), monitor, limit_train_batches=1)
+    captured = []
+    with tep.use_backward(module, lambda f, z, g: captured.append((f, z)) or g):
+        module(next(iter(sequences()))[0][:1]).sum().backward()
+    product = tep.jacobian.dense_jacobian(*captured[0]) * module.weighed(captured[0][1]).flatten()
+    symmetric, antisymmetric = (product + product.T).norm(), (product - product.T).norm()
+    share = float(symmetric / (symmetric + antisymmetric))
+    assert monitor.last["alignment/symmetry"] == pytest.approx(share, abs=0.02)
+    assert float(tep.jacobian.symmetry_score(*captured[0], probes=400)) != pytest.approx(share, abs=0.04)
+
+
 def test_monitoring_changes_nothing(tmp_path):
     watched = trained(tmp_path, SwapBackward("ep"), NudgeStats(), AlignmentMonitor(every=1), max_epochs=2)
     alone = trained(tmp_path, SwapBackward("ep"), max_epochs=2)
