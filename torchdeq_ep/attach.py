@@ -121,7 +121,7 @@ class _EquilibriumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(free_state, value)
+        ctx.save_for_backward(free_state, value.clone())  # f may return a buffer that its next call overwrites
         return returned.clone()
 
     @staticmethod
@@ -168,6 +168,8 @@ def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Te
     eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
     with autocast.restored(in_force):
         _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
+        if torch.equal(value, value_now):
+            value_now = value  # one state less in memory
         equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
         if isinstance(layer.mode, Backward):
             error_vector, report = layer.mode.solve(equilibrium)
@@ -190,10 +192,7 @@ def _solve_by_callable(mode: BackwardRule, equilibrium: Equilibrium) -> tuple[Te
 
 
 def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
-    """Whether `f` needs the autocast of the forward pass, `f(z*)`, and whether `f` records running statistics.
-
-    The value is a copy, because `f` may return a buffer that its next call overwrites.
-    """
+    """Whether `f` needs the autocast of the forward pass, a copy of `f(z*)`, and whether `f` records statistics."""
     with undisturbed() as guard:
         if layer.autocast.enabled:
             try:

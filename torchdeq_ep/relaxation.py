@@ -295,7 +295,7 @@ class _Extrapolation:
         change = size**2 - 2 * product + previous_size**2
         if change <= 100 * torch.finfo(value.dtype).eps * size * previous_size:
             return value  # two residuals that are equal but for rounding tell nothing
-        return torch.add(value, residual, alpha=(product - size**2) / change)
+        return torch.add(value, residual, alpha=(product - size**2) / change, out=residual)
 
 
 class _Mixing:

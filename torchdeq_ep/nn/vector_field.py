@@ -215,7 +215,7 @@ class VectorField(nn.Module, ABC):
 
         def f(u: Tensor) -> Tensor:
             target = recurrence(self.phi(u)) + drive
-            return target if self.damping == 0 else self.damping * u + (1 - self.damping) * target
+            return target if self.damping == 0 else torch.lerp(target, u, self.damping)
 
         return f
 
