@@ -430,6 +430,18 @@ def test_divergence_shrinks_then_raises_or_falls_back():
     assert relative_error(v, 2 * g) < 1e-9
 
 
+def test_a_failed_nudge_may_be_accepted_as_it_is():
+    problem = tanh_problem(gain=0.99)
+    with pytest.raises(NudgeDivergedError):
+        report_of(tep.EquilibriumPropagation("one-sided", max_iter=1, on_divergence="raise"), problem)
+    with pytest.warns(ConvergenceWarning, match="accepted, although the one-sided nudge"):
+        v, report = report_of(tep.EquilibriumPropagation("one-sided", max_iter=1, on_divergence="accept"), problem)
+    assert report.residual > 0.1
+    assert not report.converged
+    one_step = tep.jacobian.jvp(problem.f, problem.z)(problem.g) + problem.g
+    assert relative_error(v, one_step) < 1e-6
+
+
 def test_running_out_of_steps_is_said():
     problem = tanh_problem(gain=0.99)
     with pytest.warns(ConvergenceWarning, match="Raise max_iter"):

@@ -21,6 +21,7 @@ from torchdeq_ep.backward import (
 from torchdeq_ep.displacement import AsymmetricCorrection, NudgedMap, diagonal_metric, loss_force
 from torchdeq_ep.equilibrium import Equilibrium, norm
 from torchdeq_ep.errors import (
+    ConvergenceWarning,
     FallbackWarning,
     InvalidOptionError,
     LossMismatchWarning,
@@ -36,7 +37,7 @@ from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.stencils import Node, Stencil
 
 Batching = Literal["auto", "loop", "vmap"]
-OnDivergence = Literal["shrink", "raise", "ift"]
+OnDivergence = Literal["shrink", "raise", "accept", "ift"]
 
 _STENCILS: dict[str, Callable[[], Stencil]] = {
     "one-sided": Stencil.one_sided,
@@ -110,7 +111,8 @@ class EquilibriumPropagation(RelaxedBackward):
         piecewise: `"real-part"` lets complex nodes pass piecewise analytic operations such as ReLU, choosing the piece
             by the real part; the report counts the units that may have crossed a kink. `None` refuses them.
         on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
-            `"ift"` falls back to implicit differentiation with a warning.
+            `"accept"` takes the best estimate that was found, with a warning, as the papers' fixed number of steps does
+            without one; `"ift"` falls back to implicit differentiation with a warning.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -146,7 +148,7 @@ class EquilibriumPropagation(RelaxedBackward):
         _check_choice("batching", self.batching, ("auto", "vmap", "loop"))
         if self.piecewise is not None:
             _check_choice("piecewise", self.piecewise, ("real-part",))
-        _check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "ift"))
+        _check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "accept", "ift"))
         if not isinstance(self.schedule, Online):
             _check_choice("schedule", self.schedule, ("parallel", "online"))
 
@@ -367,7 +369,13 @@ class _NudgedSolve:
 
     def _judge(self, relaxation: Relaxation) -> None:
         self.residual = max(self.residual, relaxation.residual)
-        converged = self._mode.judge(relaxation, self._problem.equilibrium, self._tol, self._floor, self._what)
+        try:
+            converged = self._mode.judge(relaxation, self._problem.equilibrium, self._tol, self._floor, self._what)
+        except NudgeDivergedError as error:
+            if self._mode.on_divergence != "accept":
+                raise
+            warnings.warn(f"accepted, although {error.args[0]}", ConvergenceWarning, stacklevel=2)
+            converged = False
         self.converged = self.converged and converged
 
     def _count(self, nodes: int, steps: int) -> None:
