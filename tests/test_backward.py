@@ -430,6 +430,13 @@ def test_divergence_shrinks_then_raises_or_falls_back():
     assert relative_error(v, 2 * g) < 1e-9
 
 
+def test_a_metric_that_overflows_is_said():
+    problem = tanh_problem(dtype=torch.float32)
+    mode = tep.EquilibriumPropagation(metric=lambda z: torch.full_like(z, 1e30))
+    with pytest.raises(NonFiniteError, match="times the metric"):
+        mode(problem.f, problem.z, problem.g * 1e20)
+
+
 def test_a_failed_nudge_may_be_accepted_as_it_is():
     problem = tanh_problem(gain=0.99)
     with pytest.raises(NudgeDivergedError):

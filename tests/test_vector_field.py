@@ -161,6 +161,15 @@ def test_nudge_metric_turns_the_gradient_in_potentials_into_that_in_activities(
     torch.testing.assert_close(force(u), expected.to(u.dtype), rtol=1e-6, atol=1e-9)
 
 
+def test_nudge_metric_of_a_saturated_unit_does_not_blow_up_what_rounding_left_of_its_gradient() -> None:
+    # The gradient may be taken a step away from the state at which the slope is zero in single precision.
+    model = VectorFieldMLP(SIZES, damping=0.5)
+    u = torch.full((1, 16), 9.0, dtype=torch.float32)
+    smallest = 4 * torch.finfo(torch.float32).eps / 2  # slope of the next activity below 1
+    assert float(slope(shifted_sigmoid, u).max()) == 0
+    assert float((smallest * model.nudge_metric(u)).max()) <= 1
+
+
 def test_metric_takes_scaled_backward_weights_for_symmetric() -> None:
     model = VectorFieldMLP(SIZES, feedback=0.3, damping=0.0)
     with torch.no_grad():

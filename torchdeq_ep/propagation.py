@@ -279,6 +279,12 @@ class _NudgedProblem:
         # A fixed point at zero has no scale of its own: one per entry then stands for it.
         state_size = equilibrium.size or equilibrium.z.numel() ** 0.5
         force_size = equilibrium.cotangent_size if metric is None else norm(force)
+        if not math.isfinite(force_size):
+            raise NonFiniteError(
+                f"the cotangent times the metric is not finite in {force.dtype}: the metric is up to "
+                f"{float(cast(Tensor, metric).max()):.1e} at z*. Bound it; if it is one over a slope, keep the slope away "
+                "from zero."
+            )
         return cls(
             equilibrium, metric, metric_calls, force, force_size, correction, state_force, state_size / force_size
         )

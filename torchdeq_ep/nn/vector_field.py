@@ -33,7 +33,6 @@ Readout = Literal["mse", "softmax"]
 
 _INPUT, _OUTPUT = "in", "out"
 _FLATTEST = 1e-4
-_NEVER_ZERO = 1e-30
 _WINDOW = (2, 2, 1)  # of height, width and channels
 
 
@@ -247,7 +246,9 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape.
         """
-        return (1 - self.damping) / (steepness(self.phi, u.detach()) + _NEVER_ZERO)
+        # A slope of zero is one below rounding. Where the cotangent was taken, it may be one above.
+        rounding = torch.finfo(u.dtype).eps
+        return (1 - self.damping) / (steepness(self.phi, u.detach()) + rounding)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.

@@ -143,7 +143,7 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
     lines: list[str] = []
     for sweep in sweeps:
         command = shlex.join(["torchdeq-ep", "sweep", *sweep["command"]])
-        lines += [f"## {Path(sweep['recipe']).stem}", "", "```console", f"$ {command}", "```", ""]
+        lines += [f"## {sweep['name']}", "", "```console", f"$ {command}", "```", ""]
         lines += [_TABLE_HEAD, "|---|---|---|---|---|---|---|---|---|"]
         groups: dict[tuple[str, float | None], list[Row]] = {}
         for row in sweep["runs"]:

@@ -116,8 +116,8 @@ def main(arguments: Sequence[str]) -> int:
         except EPError as error:  # a nudge that diverges for good is a result too
             rows.append(asdict(cell) | {"history": [], "failure": f"{type(error).__name__}: {error.args[0]}"})
             sys.stdout.write(f"  failed: {error}\n")
-        plain = {"recipe": options.recipe, "overrides": overrides, "command": list(arguments), "runs": rows}
-        _write(results, json.dumps(plain, indent=1) + "\n")
+        plain = {"name": out.name, "recipe": options.recipe, "overrides": overrides, "command": list(arguments)}
+        _write(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
     title = Path(options.recipe).stem
     figures = save_figures(rows, title, out)
     document = out / "results.md"
