@@ -282,8 +282,8 @@ class _NudgedProblem:
         if not math.isfinite(force_size):
             raise NonFiniteError(
                 f"the cotangent times the metric is not finite in {force.dtype}: the metric is up to "
-                f"{float(cast(Tensor, metric).max()):.1e} at z*. Bound it; if it is one over a slope, keep the slope away "
-                "from zero."
+                f"{float(cast(Tensor, metric).max()):.1e} at z*. Bound it; if it is one over a slope, keep the slope "
+                "away from zero."
             )
         return cls(
             equilibrium, metric, metric_calls, force, force_size, correction, state_force, state_size / force_size
