@@ -24,6 +24,8 @@ DIVERGED = 1e4
 """A residual this many times the first one (or not finite) counts as divergence."""
 
 _STALL = 12
+_STUCK = 30
+_PLAIN = 24
 _PATIENCE = 15
 _WINDOW = 4
 _RESTARTS = 20
@@ -182,7 +184,7 @@ def iterate(
     point = best = lowest_value = start
     smallest = lowest = math.inf  # of all steps, and of the present stretch, accelerated or plain
     lowest_at = begun_at = measured_at = next_at = 0
-    plain_until, plain_steps = 0 if memory > 1 else max_iter, 2 * _STALL
+    plain_until, plain_steps = 0 if memory > 1 else max_iter, _PLAIN
     trace: list[float] = []
     acceleration: _Extrapolation | _Mixing | None = _Extrapolation() if memory > 1 else None
     for k in range(max_iter):
@@ -202,8 +204,7 @@ def iterate(
             lowest, lowest_value = trace[-1], value
         if trace[-1] < smallest:
             smallest, best = trace[-1], value
-        stalled = k - lowest_at >= _STALL
-        if trace[-1] <= tol or (stalled and smallest <= floor):
+        if trace[-1] <= tol or (smallest <= floor and k - lowest_at >= _STALL):
             break
         if acceleration is None and k < plain_until:
             next_at = k + 1 + _steps_unseen(trace, k - measured_at, tol)
@@ -214,7 +215,7 @@ def iterate(
             acceleration.add(value, point)
             begun_at = lowest_at = k
             lowest, lowest_value = trace[-1], value
-        elif stalled:
+        elif k - lowest_at >= _STUCK:
             acceleration, point = None, lowest_value
             lowest, lowest_at, measured_at = math.inf, k, k
             plain_until, plain_steps = k + plain_steps, 2 * plain_steps
