@@ -167,9 +167,10 @@ def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Te
     eps_then = torch.finfo(autocast.dtype if autocast.enabled else z.dtype).eps
     eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
     with autocast.restored(in_force):
-        _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
         if torch.equal(value, value_now):
             value_now = value  # one state less in memory
+        else:
+            _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
         equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
         if isinstance(layer.mode, Backward):
             error_vector, report = layer.mode.solve(equilibrium)
