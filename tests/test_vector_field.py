@@ -12,6 +12,7 @@ from torch import Tensor
 import torchdeq_ep as tep
 from torchdeq_ep.displacement import loss_force
 from torchdeq_ep.equilibrium import Equilibrium
+from torchdeq_ep.holomorphic.mode import holomorphic_map
 from torchdeq_ep.jacobian import dense_jacobian
 from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid, softmax_pool
 from torchdeq_ep.nn.activations import slope
@@ -159,6 +160,16 @@ def test_nudge_metric_turns_the_gradient_in_potentials_into_that_in_activities(
     force, _ = loss_force(free, state, model.nudge_metric, model.nudge_metric(state), "real-part")
     expected = 0.75 * weight * slopes.sign()
     torch.testing.assert_close(force(u), expected.to(u.dtype), rtol=1e-6, atol=1e-9)
+
+
+def test_metric_at_complex_potentials_is_continued_from_the_real_part() -> None:
+    model = VectorFieldMLP(SIZES)
+    u = torch.cat([torch.linspace(-1, 2, 15), torch.tensor([9.0])])[None] + 0.6j  # the last one is flat
+    difference = (shifted_sigmoid(u + 1e-5) - shifted_sigmoid(u - 1e-5)) / 2e-5
+    assert bool((difference.real < -1e-3).any())
+    metric = holomorphic_map(model.metric, "real-part")(u)
+    torch.testing.assert_close(metric[:, :-1], 1 / difference[:, :-1], rtol=1e-6, atol=1e-6)
+    assert metric[0, -1].item() == pytest.approx(1e4)
 
 
 def test_nudge_metric_of_a_saturated_unit_does_not_blow_up_what_rounding_left_of_its_gradient() -> None:

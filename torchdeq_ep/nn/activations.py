@@ -62,22 +62,26 @@ def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return derivative
 
 
-def steepness(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The absolute value of the slope, and at complex points its continuation: the sign is that at the real part.
+def steepness(phi: Callable[[Tensor], Tensor], x: Tensor, floor: float) -> Tensor:
+    """The absolute value of the slope, bounded from below; at complex points that of the real part, continued.
 
     Args:
         phi: The activation.
         x: Real tensor, or a complex one if `phi` takes it.
+        floor: The bound. It holds where the slope at the real part is no steeper.
 
     Returns:
-        `|phi'(x)|`, of the shape of `x`.
+        `max(|phi'(x)|, floor)`, of the shape of `x`.
 
     Example:
-        >>> steepness(dsilu, torch.tensor([0.0, 3.0])).round(decimals=3)
-        tensor([0.5000, 0.0320])
+        >>> steepness(dsilu, torch.tensor([0.0, 3.0, 99.0]), 1e-3).round(decimals=3)
+        tensor([0.5000, 0.0320, 0.0010])
     """
     derivative = slope(phi, x)
-    return derivative * slope(phi, real_part(x)).sign() if x.is_complex() else derivative.abs()
+    if not x.is_complex():
+        return derivative.abs().clamp_min(floor)
+    real = slope(phi, real_part(x))
+    return torch.where(real.abs() > floor, derivative * real.sign(), floor)
 
 
 @continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")

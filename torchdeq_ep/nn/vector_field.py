@@ -25,7 +25,7 @@ from torch.nn import functional
 from torchdeq import get_deq
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.nn.activations import shifted_sigmoid, slope, steepness
+from torchdeq_ep.nn.activations import shifted_sigmoid, steepness
 from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
 
 Activation = Callable[[Tensor], Tensor]
@@ -231,7 +231,7 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return 1 / slope(self.phi, u.detach()).abs().clamp_min(_FLATTEST)
+        return 1 / steepness(self.phi, u.detach(), _FLATTEST)
 
     def nudge_metric(self, u: Tensor) -> Tensor:
         """The same metric for nudges: of saturated units too, and in the scale of the drive.
@@ -247,8 +247,7 @@ class VectorField(nn.Module, ABC):
             Tensor of the same shape.
         """
         # A slope of zero is one below rounding. Where the cotangent was taken, it may be one above.
-        rounding = torch.finfo(u.dtype).eps
-        return (1 - self.damping) / (steepness(self.phi, u.detach()) + rounding)
+        return (1 - self.damping) / steepness(self.phi, u.detach(), torch.finfo(u.dtype).eps)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
