@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from problems import Problem, contraction, relative_error, solve, tanh_problem
 
 import torchdeq_ep as tep
-from torchdeq_ep.equilibrium import Equilibrium
 from torchdeq_ep.errors import (
     ConvergenceWarning,
     EPError,
@@ -26,6 +25,8 @@ from torchdeq_ep.errors import (
     StochasticMapError,
     TruncationWarning,
 )
+from torchdeq_ep.modes import schedules
+from torchdeq_ep.state.equilibrium import Equilibrium
 
 SOLVERS = [None, "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
 
@@ -645,10 +646,8 @@ def test_the_map_may_return_a_buffer_that_it_overwrites():
 def test_a_stack_of_nodes_solves_the_exact_limit_once(monkeypatch):
     problem = tanh_problem(8, (2,), seed=3)
     solves = []
-    solve_limit = tep.EquilibriumPropagation.run_linear
-    monkeypatch.setattr(
-        tep.EquilibriumPropagation, "run_linear", lambda *args: solves.append(args) or solve_limit(*args)
-    )
+    solve_limit = schedules.relax_linear
+    monkeypatch.setattr(schedules, "relax_linear", lambda *args: solves.append(args) or solve_limit(*args))
     mode = tep.EquilibriumPropagation(tep.Stencil.richardson(), correction="asymmetric", batching="vmap")
     assert relative_error(mode(problem.f, problem.z, problem.g), problem.dense(transpose=True)) < 1e-8
     assert len(solves) == 1

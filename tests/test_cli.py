@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchdeq_ep import cli
-from torchdeq_ep.registry import available_backwards
+from torchdeq_ep.modes.registry import available_backwards
 
 pytest.importorskip("rich")
 

@@ -12,12 +12,12 @@ import torch
 import torchdeq
 from torch import Tensor, nn
 
-from torchdeq_ep import capture as capture_module
-from torchdeq_ep.compare import Comparison, Row, compare
-from torchdeq_ep.compare.plot import draw, text_box
-from torchdeq_ep.compare.table import to_rich
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, NonFiniteError, UnknownBackwardError
-from torchdeq_ep.registry import available_backwards
+from torchdeq_ep.measuring import capture as capture_module
+from torchdeq_ep.measuring.comparison import compare
+from torchdeq_ep.measuring.plots import draw, text_box
+from torchdeq_ep.measuring.tables import Comparison, Row, to_rich
+from torchdeq_ep.modes.registry import available_backwards
 
 N = 6
 

@@ -12,9 +12,10 @@ from problems import contraction
 from torch import nn
 
 import torchdeq_ep as tep
-from torchdeq_ep.diagnose import Part, Parts, _advice
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
-from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.jacobian.linearization import dense_jacobian
+from torchdeq_ep.measuring.causes import _advice
+from torchdeq_ep.measuring.diagnosis import Part, Parts
 
 
 class Model(nn.Module):

@@ -49,7 +49,7 @@ RUNNABLE = [page for page in PAGES if "```python" in page.read_text()]
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchdeq_ep.registry._factories", dict(tep.registry._factories))
+    monkeypatch.setattr("torchdeq_ep.modes.registry._factories", dict(tep.modes.registry._factories))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         # Blank lines in front, so that a traceback shows the line of the page.

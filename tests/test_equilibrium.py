@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import OnceDifferentiableSine, PlainSine
 
-from torchdeq_ep.equilibrium import Packing
 from torchdeq_ep.errors import JacobianProductError, MapContractError
-from torchdeq_ep.evaluation import FrozenStatistics
-from torchdeq_ep.jacobian import dense_jacobian, jvp, vjp
+from torchdeq_ep.jacobian.linearization import dense_jacobian, jvp, vjp
+from torchdeq_ep.state.calls import FrozenStatistics
+from torchdeq_ep.state.packing import Packing
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.complex64, torch.complex128])

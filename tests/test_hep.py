@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 import torchdeq_ep as tep
-from torchdeq_ep.equilibrium import Equilibrium
 from torchdeq_ep.errors import EPWarning, NotHolomorphicError, NudgeDivergedError
-from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.jacobian.linearization import dense_jacobian
+from torchdeq_ep.state.equilibrium import Equilibrium
 
 WEIGHT = contraction(12, 0, 0.5)
 X = torch.randn(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -469,7 +469,7 @@ def test_modes_nest():
     with holomorphic.mode(), holomorphic.mode():
         value = fn.gelu(torch.ones(1, dtype=torch.complex64))
     assert value.dtype == torch.complex64
-    with tep.evaluation.FrozenStatistics(), holomorphic.mode():
+    with tep.state.FrozenStatistics(), holomorphic.mode():
         value = nn.BatchNorm1d(2)(torch.randn(4, 2, dtype=torch.complex64))
     assert value.dtype == torch.complex64
 
@@ -529,7 +529,7 @@ def test_register_rule_of_an_autograd_function():
     with holomorphic.mode():
         value = Doubled.apply(z, 2)
     assert value == 2 + 2j
-    with tep.evaluation.FrozenStatistics():
+    with tep.state.FrozenStatistics():
         assert Doubled.apply(torch.ones(1), 2) == 2
     with pytest.raises(InvalidOptionError, match="overwrite"):
         holomorphic.register_rule(Doubled, lambda x, factor: x)

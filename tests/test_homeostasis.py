@@ -22,9 +22,11 @@ from torchdeq_ep.errors import (
     MapContractError,
     NoDEQError,
 )
-from torchdeq_ep.homeostasis import HomeostasisReport, SymmetryMeasurement, register_homeostasis, symmetry_penalty
-from torchdeq_ep.jacobian import dense_jacobian, field_of_values, symmetry_score
-from torchdeq_ep.metric import ActivityMetric
+from torchdeq_ep.host.homeostasis import HomeostasisReport, register_homeostasis
+from torchdeq_ep.jacobian.linearization import dense_jacobian
+from torchdeq_ep.jacobian.metric import ActivityMetric
+from torchdeq_ep.jacobian.spectrum import field_of_values
+from torchdeq_ep.jacobian.symmetry import SymmetryMeasurement, symmetry_penalty, symmetry_score
 
 ESTIMATORS = ["antisymmetric", "paper"]
 INPUTS = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -447,7 +449,7 @@ def test_a_frozen_map_has_no_gradient_to_add():
 
 
 def test_a_penalty_nobody_takes_is_warned_about_once(monkeypatch):
-    monkeypatch.setattr("torchdeq_ep.homeostasis._MANY_UNCOLLECTED", 10)
+    monkeypatch.setattr("torchdeq_ep.host.homeostasis._MANY_UNCOLLECTED", 10)
     model = _model(n=2, f_tol=1e-2)
     register_homeostasis(model, 0.0)
     register_homeostasis(model, inject=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
-from torchdeq_ep.hooks import register_fixed_point_hook
+from torchdeq_ep.host.hooks import register_fixed_point_hook
 
 CORES = ["sliced", "indexing", "ep-sliced", "ep-indexing"]
 INPUTS = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -11,16 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep import EquilibriumPropagation, InfinitesimalEP, Stencil, get_backward
 from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, UnknownBackwardError
-from torchdeq_ep.holomorphic.mode import holomorphic_map
-from torchdeq_ep.jacobian import (
-    Linearization,
-    dense_jacobian,
-    field_of_values,
-    spectral_radius,
-    symmetry_score,
-    weight_angle,
-)
-from torchdeq_ep.metric import ActivityMetric, automatic_metric
+from torchdeq_ep.holomorphic.context import holomorphic_map
+from torchdeq_ep.jacobian.linearization import Linearization, dense_jacobian
+from torchdeq_ep.jacobian.metric import ActivityMetric, automatic_metric
+from torchdeq_ep.jacobian.spectrum import field_of_values, spectral_radius
+from torchdeq_ep.jacobian.symmetry import symmetry_score, weight_angle
 from torchdeq_ep.nn import shifted_sigmoid
 
 
@@ -328,7 +323,7 @@ def test_automatic_is_an_option_of_the_modes(spec):
 
 
 def test_the_reports_count_what_the_fit_costs():
-    from torchdeq_ep.equilibrium import Equilibrium
+    from torchdeq_ep.state.equilibrium import Equilibrium
 
     problem = tanh_problem(symmetric=True)
     equilibrium = Equilibrium(problem.f, problem.z, problem.f(problem.z), problem.g, 1e-16)

@@ -7,8 +7,8 @@ import torch
 from problems import tanh_problem
 
 import torchdeq_ep as tep
-from torchdeq_ep import registry
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
+from torchdeq_ep.modes import registry
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
 

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import contraction
 
-from torchdeq_ep.compare.measure import peak_memory, plan
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.relaxation import MEMORY, affine_weights, iterate, relax
-from torchdeq_ep.solver import relaxation_solver
+from torchdeq_ep.host.solver import relaxation_solver
+from torchdeq_ep.measuring.comparison import peak_memory, plan
+from torchdeq_ep.relaxation.accelerations import affine_weights
+from torchdeq_ep.relaxation.loop import MEMORY, iterate
+from torchdeq_ep.relaxation.solvers import relax
 
 NAMES = [None, "plain", "relaxation", "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.solver import relaxation_solver
+from torchdeq_ep.host.solver import relaxation_solver
 
 
 def affine(gain=0.9, n=12, batch=3):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import torchdeq_ep as tep
-from torchdeq_ep.displacement import loss_force
-from torchdeq_ep.equilibrium import Equilibrium
-from torchdeq_ep.holomorphic.mode import holomorphic_map
-from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.holomorphic.context import holomorphic_map
+from torchdeq_ep.jacobian.linearization import dense_jacobian
+from torchdeq_ep.modes.force import loss_force
 from torchdeq_ep.nn import EnergyMap, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid, softmax_pool
 from torchdeq_ep.nn.activations import slope
-from torchdeq_ep.nn.vector_field import angle_between, weight_at_angle
+from torchdeq_ep.nn.weights import angle_between, weight_at_angle
+from torchdeq_ep.state.equilibrium import Equilibrium
 
 SIZES = {"in": 5, "l1": 7, "l2": 6, "out": 3}
 TIGHT = {"f_tol": 1e-12, "f_max_iter": 500}
@@ -231,7 +231,7 @@ def test_holomorphic_nudge_reaches_the_real_one() -> None:
         ({"feedback": 0.0}, "feedback"),
         ({"angle": 120.0}, "angle"),
         ({"sizes": {"in": 5, "out": 3}}, "at least one hidden"),
-        ({"sizes": {"in": 5, "l1": 0, "out": 3}}, "at least 1 unit"),
+        ({"sizes": {"in": 5, "l1": 0, "out": 3}}, "at least 1"),
         ({"sizes": {"in": 5, "l-1": 4, "out": 3}}, "must not contain"),
     ],
 )

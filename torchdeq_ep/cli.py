@@ -16,16 +16,24 @@ from typing import Any
 
 from torch import nn
 
-from torchdeq_ep.compare.digits import train_digits
-from torchdeq_ep.compare.files import check_writable, require, write_whole
-from torchdeq_ep.compare.measure import compare, plan
-from torchdeq_ep.compare.plot import check_plot
-from torchdeq_ep.compare.table import Comparison, to_rich
-from torchdeq_ep.diagnose import Diagnosis, diagnose, to_rich_tables
 from torchdeq_ep.errors import EPError, InvalidOptionError, unknown_name
 from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
 from torchdeq_ep.experiment.train import Mode
-from torchdeq_ep.registry import available_backwards, describe_backward, get_backward
+from torchdeq_ep.measuring import (
+    Comparison,
+    Diagnosis,
+    check_plot,
+    check_writable,
+    compare,
+    diagnose,
+    plan,
+    require,
+    to_rich,
+    to_rich_tables,
+    train_digits,
+    write_text,
+)
+from torchdeq_ep.modes import available_backwards, describe_backward, get_backward
 
 COMMAND_GROUP = "torchdeq_ep.commands"
 """Entry points of this group are subcommands: a name, and a callable from the remaining arguments to an exit code."""
@@ -257,7 +265,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, Problem]:
 def _write_results(options: argparse.Namespace, results: Comparison | Diagnosis, markdown: str) -> None:
     _write_json(options.json, results.to_dict())
     if options.markdown is not None:
-        _write_text(options.markdown, f"{markdown}\n")
+        write_text(options.markdown, f"{markdown}\n")
     if options.plot is not None:
         results.plot(options.plot)
 
@@ -309,14 +317,7 @@ def _write_json(target: str | None, figures: dict[str, Any]) -> None:
     if target == "-":
         sys.stdout.write(text)
     else:
-        _write_text(target, text)
-
-
-def _write_text(path: str, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+        write_text(target, text)
 
 
 def load_problem(spelling: str) -> Problem:
@@ -332,9 +333,9 @@ def load_problem(spelling: str) -> Problem:
         InvalidOptionError: If it cannot be imported or called, or does not return a model, a batch and a loss function.
 
     Example:
-        >>> load_problem("torchdeq_ep.compare.digits:nothing")
+        >>> load_problem("torchdeq_ep.measuring.digits:nothing")
         Traceback (most recent call last):
-        torchdeq_ep.errors.InvalidOptionError: module 'torchdeq_ep.compare.digits' has no attribute 'nothing'.
+        torchdeq_ep.errors.InvalidOptionError: module 'torchdeq_ep.measuring.digits' has no attribute 'nothing'.
         More: torchdeq-ep errors InvalidOptionError
     """
     module_name, colon, name = spelling.partition(":")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep import EquilibriumPropagation, ImplicitDifferentiation, Stencil
-from torchdeq_ep.compare.style import COLOURS, GROUND, INK, SHAPES, dress, new_figure, save
 from torchdeq_ep.errors import ConvergenceWarning, EPError, TruncationWarning
+from torchdeq_ep.measuring import COLOURS, GROUND, INK, SHAPES, dress, new_figure, save
 
 WIDTH, BATCH = 32, 16
 AMPLITUDES = tuple(10.0 ** (k / 4) for k in range(-12, 1))

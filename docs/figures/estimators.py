@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchdeq_ep.compare.style import COLOURS, INK, dress, new_figure, save
-from torchdeq_ep.homeostasis import Estimator, symmetry_penalty
+from torchdeq_ep.jacobian import Estimator, symmetry_penalty
+from torchdeq_ep.measuring import COLOURS, INK, dress, new_figure, save
 
 N = 300
 ASYMMETRIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

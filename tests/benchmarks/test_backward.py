@@ -25,9 +25,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import torchdeq_ep as tep
-from torchdeq_ep.backward import Backward, NudgeReport
-from torchdeq_ep.compare.measure import peak_memory
-from torchdeq_ep.equilibrium import Equilibrium
+from torchdeq_ep.measuring.comparison import peak_memory
+from torchdeq_ep.modes.base import Mode
+from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.state.equilibrium import Equilibrium
 
 ACCURACY = 1e-3
 TOLERANCES = [1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 1e-6]
@@ -94,7 +95,7 @@ def contender(name: str, kind: str, batch: int | None = None, task: str = "class
 
 
 @dataclass(frozen=True)
-class _FreeOfCharge(Backward):
+class _FreeOfCharge(Mode):
     """A backward whose error vector costs nothing, so that what is left is the parameter gradient."""
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
@@ -214,7 +215,7 @@ def test_overhead(benchmark: BenchmarkFixture, kind: str, solver: str) -> None:
     """A nudged solve beside the same calls of the map alone, at the default amplitude and a tolerance of 1e-3."""
     benchmark.group = "overhead"
     f, free = equilibrium(make(kind))
-    mode: Backward = tep.EquilibriumPropagation("one-sided", tol=1e-3, solver=solver)
+    mode: Mode = tep.EquilibriumPropagation("one-sided", tol=1e-3, solver=solver)
     with torch.no_grad():
         f.states = states = []
         mode.solve(free)

@@ -17,7 +17,7 @@ import torchdeq
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from torchdeq_ep.homeostasis import register_homeostasis
+from torchdeq_ep.host.homeostasis import register_homeostasis
 
 PROBES = 5
 

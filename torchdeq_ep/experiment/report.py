@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from torchdeq_ep.compare.files import check_writable
-from torchdeq_ep.compare.style import INK, dress, new_figure, save
 from torchdeq_ep.experiment.train import MODES, Epoch, Mode, Run
+from torchdeq_ep.measuring import INK, check_writable, dress, new_figure, save
 
 _NAMES: dict[Mode, str] = {"ift": "exact (IFT)", "ep": "EP", "ep-homeostasis": "EP with homeostasis"}
 # Of Okabe & Ito's palette; the dashes tell the curves apart without colour.

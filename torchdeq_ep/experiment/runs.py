@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torchdeq_ep.compare.files import write_whole
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.experiment.data import Images
 from torchdeq_ep.experiment.report import save_figure, table
 from torchdeq_ep.experiment.train import Mode, OnStep, Run, Setup, run_name, train
+from torchdeq_ep.measuring import write_whole
 
 OnRun = Callable[[Mode, int], OnStep | None]
 

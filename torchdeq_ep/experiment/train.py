@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchdeq_ep.backward import ImplicitDifferentiation
 from torchdeq_ep.errors import ConvergenceWarning, EPError, InvalidOptionError
 from torchdeq_ep.experiment.data import Images
-from torchdeq_ep.homeostasis import Homeostasis, register_homeostasis
-from torchdeq_ep.host import use_backward
-from torchdeq_ep.nn.vector_field import Readout, VectorFieldMLP
-from torchdeq_ep.propagation import EquilibriumPropagation
-from torchdeq_ep.solver import relaxation_solver
+from torchdeq_ep.host import HomeostasisHandle, register_homeostasis, relaxation_solver, use_backward
+from torchdeq_ep.modes import EquilibriumPropagation, ImplicitDifferentiation
+from torchdeq_ep.nn.vector_field.base import Readout
+from torchdeq_ep.nn.vector_field.mlp import VectorFieldMLP
 
 Mode = Literal["ift", "ep", "ep-homeostasis"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -262,7 +260,7 @@ def _ep(model: VectorFieldMLP, tol: float) -> EquilibriumPropagation:
 def _step(
     model: VectorFieldMLP,
     optimizer: torch.optim.Optimizer,
-    homeostasis: Homeostasis | None,
+    homeostasis: HomeostasisHandle | None,
     strength: float,
     x: Tensor,
     y: Tensor,

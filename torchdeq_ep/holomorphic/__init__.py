@@ -10,13 +10,14 @@ from torchdeq_ep.holomorphic import linear as _linear
 from torchdeq_ep.holomorphic import losses as _losses
 from torchdeq_ep.holomorphic import normalization as _normalization
 from torchdeq_ep.holomorphic import piecewise as _piecewise
-from torchdeq_ep.holomorphic.check import AnalyticityReport as AnalyticityReport
-from torchdeq_ep.holomorphic.check import check as check
-from torchdeq_ep.holomorphic.mode import Crossing as Crossing
-from torchdeq_ep.holomorphic.mode import HolomorphicMap as HolomorphicMap
-from torchdeq_ep.holomorphic.mode import HolomorphicMode as HolomorphicMode
-from torchdeq_ep.holomorphic.mode import holomorphic_map as holomorphic_map
-from torchdeq_ep.holomorphic.mode import mode as mode
+from torchdeq_ep.holomorphic.analyticity import AnalyticityReport as AnalyticityReport
+from torchdeq_ep.holomorphic.analyticity import check as check
+from torchdeq_ep.holomorphic.context import Crossing as Crossing
+from torchdeq_ep.holomorphic.context import HolomorphicMap as HolomorphicMap
+from torchdeq_ep.holomorphic.context import HolomorphicMode as HolomorphicMode
+from torchdeq_ep.holomorphic.context import Piecewise as Piecewise
+from torchdeq_ep.holomorphic.context import holomorphic_map as holomorphic_map
+from torchdeq_ep.holomorphic.context import mode as mode
 from torchdeq_ep.holomorphic.registry import register_rule as register_rule
 from torchdeq_ep.holomorphic.registry import rules_table as rules_table
 

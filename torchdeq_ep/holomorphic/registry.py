@@ -184,7 +184,7 @@ def register_rule(op: Operation, rule: Operation, *, overwrite: bool = False) ->
 
     Inside the mode, a call of `op` with a complex argument becomes a call of `rule` with the same arguments. The rule
     must be the analytic continuation of `op`: equal to it at real arguments, and complex differentiable;
-    [`check`][torchdeq_ep.holomorphic.check.check] tests that. The mode is off while the rule runs; enter it again, with
+    [`check`][torchdeq_ep.holomorphic.check] tests that. The mode is off while the rule runs; enter it again, with
     `torchdeq_ep.holomorphic.mode()`, to use other rules in it.
 
     An operation made of analytic PyTorch operations, be it a Python function or a `torch.autograd.Function`, needs no

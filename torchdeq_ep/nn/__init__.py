@@ -10,5 +10,6 @@ from torchdeq_ep.nn.pooling import SoftmaxPool1d as SoftmaxPool1d
 from torchdeq_ep.nn.pooling import SoftmaxPool2d as SoftmaxPool2d
 from torchdeq_ep.nn.pooling import SoftmaxPool3d as SoftmaxPool3d
 from torchdeq_ep.nn.pooling import softmax_pool as softmax_pool
-from torchdeq_ep.nn.vector_field import VectorFieldCNN as VectorFieldCNN
-from torchdeq_ep.nn.vector_field import VectorFieldMLP as VectorFieldMLP
+from torchdeq_ep.nn.vector_field.base import VectorField as VectorField
+from torchdeq_ep.nn.vector_field.cnn import VectorFieldCNN as VectorFieldCNN
+from torchdeq_ep.nn.vector_field.mlp import VectorFieldMLP as VectorFieldMLP

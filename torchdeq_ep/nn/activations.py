@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from torchdeq_ep.holomorphic.context import real_part
 from torchdeq_ep.holomorphic.elementwise import sigmoid
-from torchdeq_ep.holomorphic.mode import real_part
 from torchdeq_ep.holomorphic.registry import continued
 
 

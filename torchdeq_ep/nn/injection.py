@@ -40,7 +40,7 @@ class InjectOnce(nn.Module):
             x: What `inject` takes.
 
         Returns:
-            `f(z)`, to be given to a DEQ or to [`attach`][torchdeq_ep.attach.attach].
+            `f(z)`, to be given to a DEQ or to [`attach`][torchdeq_ep.node.attach].
         """
         drive = self.inject(x)
 

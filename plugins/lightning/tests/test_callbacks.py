@@ -16,7 +16,7 @@ from torch import nn
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, UnknownBackwardError
-from torchdeq_ep.host import EquilibriumRule
+from torchdeq_ep.host.switching import EquilibriumRule
 from torchdeq_ep_lightning import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.callbacks import PerSample, loss_scale
 

@@ -15,18 +15,32 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchdeq_ep.backward import Backward, ImplicitDifferentiation, NudgeReport
-from torchdeq_ep.capture import Capture, Reference, left_as_found
-from torchdeq_ep.displacement import diagonal_metric
-from torchdeq_ep.equilibrium import Equilibrium, norm
+from torchdeq_ep import (
+    EquilibriumPropagation,
+    ImplicitDifferentiation,
+    NudgeReport,
+    Stencil,
+    get_backward,
+    register_homeostasis,
+    use_backward,
+)
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.homeostasis import Estimator, register_homeostasis
-from torchdeq_ep.hooks import fixed_point
-from torchdeq_ep.host import BackwardHandle, EquilibriumRule, deqs_of, use_backward
+from torchdeq_ep.extend import (
+    BackwardHandle,
+    Capture,
+    Equilibrium,
+    EquilibriumRule,
+    Estimator,
+    Mode,
+    ModeLike,
+    Reference,
+    deqs_of,
+    fixed_point,
+    left_as_found,
+    norm,
+)
 from torchdeq_ep.jacobian import symmetry_score
-from torchdeq_ep.propagation import EquilibriumPropagation
-from torchdeq_ep.registry import BackwardRule, get_backward
-from torchdeq_ep.stencils import Stencil
+from torchdeq_ep.jacobian.metric import diagonal_metric
 
 Unit = Literal["epoch", "step"]
 Amplitude = Literal["relative", "absolute", "per-sample"]
@@ -91,7 +105,7 @@ def _schedule(name: str, value: Any) -> dict[int, Any]:
 
 
 @dataclass(frozen=True)
-class PerSample(Backward):
+class PerSample(Mode):
     """A mode of equilibrium propagation whose amplitude multiplies the gradient of each sample's own loss.
 
     The papers nudge every sample by `beta dL_sample/dphi`. Where the loss is a mean over the batch, this is the
@@ -273,15 +287,15 @@ class SwapBackward(_Attached):
         self._handle: BackwardHandle | None = None
         self._in_force: Any = None
 
-    def at(self, epoch: int, step: int) -> str | BackwardRule:
+    def at(self, epoch: int, step: int) -> str | ModeLike:
         """What the schedule names at an epoch and step."""
-        return cast("str | BackwardRule", current(self.schedule, epoch if self.by == "epoch" else step))
+        return cast("str | ModeLike", current(self.schedule, epoch if self.by == "epoch" else step))
 
-    def mode(self, spec: str | BackwardRule, trainer: Trainer, pl_module: LightningModule) -> BackwardRule:
+    def mode(self, spec: str | ModeLike, trainer: Trainer, pl_module: LightningModule) -> ModeLike:
         """The mode that a spec stands for in this module, with the options of this callback."""
         return self._mode(spec, named(pl_module, self.metric), partial(loss_scale, trainer))
 
-    def _mode(self, spec: str | BackwardRule, metric: Any, scale: Callable[[], float]) -> BackwardRule:
+    def _mode(self, spec: str | ModeLike, metric: Any, scale: Callable[[], float]) -> ModeLike:
         mode = get_backward(spec)
         if not is_dataclass(mode):
             return mode
@@ -290,7 +304,7 @@ class SwapBackward(_Attached):
         options = {name: value for name, value in given.items() if value is not None and name in open_to_us}
         mode = replace(cast(Any, mode), **options)
         if not isinstance(mode, EquilibriumPropagation):
-            return cast(BackwardRule, mode)
+            return cast(ModeLike, mode)
         stencil = cast(Stencil, mode.stencil)
         if stencil.beta == "auto" and self.beta is not None:
             mode = replace(mode, stencil=stencil.at(self.beta))
@@ -647,14 +661,14 @@ class AlignmentMonitor(_Measuring):
                 handle.remove()
         return measured
 
-    def _mode(self, deq: nn.Module, metric: Any) -> Backward:
+    def _mode(self, deq: nn.Module, metric: Any) -> Mode:
         rule = _rule(deq)
         if self.backward is None and rule is not None and isinstance(rule.mode, (EquilibriumPropagation, PerSample)):
             return rule.mode
         options = {} if metric is None else {"metric": metric}
-        return cast(Backward, get_backward(self.backward or "ep", **options))
+        return cast(Mode, get_backward(self.backward or "ep", **options))
 
-    def _compare(self, capture: Capture, mode: Backward, metric: Any, pl_module: LightningModule) -> dict[str, float]:
+    def _compare(self, capture: Capture, mode: Mode, metric: Any, pl_module: LightningModule) -> dict[str, float]:
         equilibrium = capture.equilibrium
         exact = capture.exact
         with capture.autocast.restored(True):
@@ -668,7 +682,7 @@ class AlignmentMonitor(_Measuring):
             values[f"cosine/{name}"] = _cosine(estimate[:, part], exact[:, part])
         return values
 
-    def _symmetry(self, equilibrium: Equilibrium, mode: Backward, metric: Any) -> float:
+    def _symmetry(self, equilibrium: Equilibrium, mode: Mode, metric: Any) -> float:
         """Of `J M`, which is the Jacobian of `w -> f(z* + M w)` at 0."""
         f, z = equilibrium.f, equilibrium.z
         inner = mode.mode if isinstance(mode, PerSample) else mode

@@ -10,11 +10,10 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
-from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.host import EquilibriumRule, deqs_of, nudge_loss
-from torchdeq_ep.nn import VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
-from torchdeq_ep.nn.vector_field import VectorField
-from torchdeq_ep.relaxation import find_solver
+from torchdeq_ep import nudge_loss
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.extend import EquilibriumRule, deqs_of, find_solver, unknown_name
+from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
 from torchdeq_ep_lightning.callbacks import Means
 
 Activation = Literal["shifted-sigmoid", "dsilu"]

@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep.compare.files import require, write_whole
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.experiment.report import Spread
+from torchdeq_ep.extend import require, write_whole
 
 Row = dict[str, Any]
 Series = dict[str, list[tuple[float, Spread]]]

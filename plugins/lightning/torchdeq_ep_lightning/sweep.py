@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep.compare.files import write_whole
+from torchdeq_ep import get_backward
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.registry import get_backward
+from torchdeq_ep.extend import write_whole
 from torchdeq_ep_lightning.report import save_figures, to_markdown
 from torchdeq_ep_lightning.training import find_recipe, run
 

@@ -19,8 +19,8 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgres
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from torchdeq_ep.compare.files import write_whole
-from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning, unknown_name
+from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning
+from torchdeq_ep.extend import unknown_name, write_whole
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
 from torchdeq_ep_lightning.module import VectorFieldClassifier

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torchdeq.solver import get_solver
 
 import torchdeq_ep as tep
-from torchdeq_ep.backward import RelaxedBackward
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.registry import BackwardRule
+from torchdeq_ep.extend import ModeLike, RelaxedMode
 
 Theta = dict[str, Tensor]
 
@@ -61,7 +60,7 @@ class PhysicalSystem(nn.Module, ABC):
         n_states: int,
         *,
         solver: str = "newton",
-        backward: str | BackwardRule = "ep",
+        backward: str | ModeLike = "ep",
         capacity: Tensor | None = None,
         step: float = 1.0,
         max_iter: int = 500,
@@ -114,7 +113,7 @@ class PhysicalSystem(nn.Module, ABC):
         return self.mobility(z, theta, x)
 
     def map(self, x: Tensor, theta: Theta | None = None) -> Callable[[Tensor], Tensor]:
-        """The map whose fixed point is the equilibrium, for torchdeq and for [`attach`][torchdeq_ep.attach.attach].
+        """The map whose fixed point is the equilibrium, for torchdeq and for [`attach`][torchdeq_ep.node.attach].
 
         Args:
             x: Input of shape `(batch, ...)`.
@@ -178,7 +177,7 @@ class PhysicalSystem(nn.Module, ABC):
         z = self.equilibrium(x, theta=theta)
         return tep.attach(self.map(x, theta), z, backward=self.mode(x, theta))
 
-    def mode(self, x: Tensor, theta: Theta | None = None, backward: str | BackwardRule | None = None) -> BackwardRule:
+    def mode(self, x: Tensor, theta: Theta | None = None, backward: str | ModeLike | None = None) -> ModeLike:
         """The backward mode with the metric of this system at an input.
 
         Args:
@@ -190,7 +189,7 @@ class PhysicalSystem(nn.Module, ABC):
             A backward mode.
         """
         mode = tep.get_backward(self.backward if backward is None else backward)
-        if isinstance(mode, RelaxedBackward) and mode.max_iter is None:
+        if isinstance(mode, RelaxedMode) and mode.max_iter is None:
             mode = replace(mode, max_iter=self.max_iter)
         if not isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) or mode.metric is not None:
             return mode

@@ -1,0 +1,4 @@
+"""Gradients of systems whose solver is a black box, from its free and nudged equilibria."""
+
+from torchdeq_ep.black_box.attach import attach_equilibrium as attach_equilibrium
+from torchdeq_ep.black_box.report import EquilibriumReport as EquilibriumReport

@@ -1,0 +1,347 @@
+"""Jacobian homeostasis: a penalty on the asymmetry of the Jacobian at the fixed point, `|J M - (J M)^T|_F^2 / 2 n`.
+
+What nudging computes differs from the gradient by the asymmetry of `J` (Laborieux & Zenke, arXiv 2309.02214, eq. 14).
+With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, the two estimators are
+
+    paper:          |u|^2 - e^T (J M)^2 e  =  |u|^2 - w . u
+    antisymmetric:  |u - w|^2 / 2
+
+Both are unbiased. The second is never negative, and its standard deviation is second order in the asymmetry where that
+of the first is first order. These are eqs. (20) to (22) of the theory page.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdeq.core import DEQBase
+
+from torchdeq_ep._options import check_choice, check_count, check_metric
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.host.hooks import FixedPointHandle, fixed_point
+from torchdeq_ep.host.switching import deqs_of
+from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussian_probes
+from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
+
+Schedule = Callable[[int], float]
+
+
+Weight = float | Schedule | Mapping[str, float | Schedule]
+
+
+_MANY_UNCOLLECTED = 100
+
+
+@dataclass(frozen=True)
+class HomeostasisReport(SymmetryMeasurement):
+    """The last measurements of a homeostasis: over all DEQs together, and of each.
+
+    The inherited numbers are those of all Jacobians side by side: `penalty` is the sum of the DEQs' penalties.
+
+    Args:
+        weighted: The sum of the penalties times their weights, which is what the loss is made larger by.
+        deqs: The measurement of each DEQ, by its name in `module.named_modules()`; `""` if the module is the DEQ.
+
+    Example:
+        >>> of_deq = SymmetryMeasurement(0.02, 0.001, 0.75, 0.01, 0.3, 0.01)
+        >>> report = HomeostasisReport(**vars(of_deq), weighted=0.002, deqs={"deq": of_deq})
+        >>> report.symmetry, list(report.deqs)
+        (0.75, ['deq'])
+    """
+
+    weighted: float
+    deqs: dict[str, SymmetryMeasurement]
+
+
+class HomeostasisHandle:
+    """What [`register_homeostasis`][torchdeq_ep.host.register_homeostasis] returns.
+
+    Args:
+        regulators: What measures and weights the penalty of each DEQ; `register_homeostasis` makes them.
+
+    Example:
+        >>> import torch, torchdeq, torchdeq_ep
+        >>> from torchdeq_ep.host.homeostasis import register_homeostasis
+        >>> linear, deq = torch.nn.Linear(3, 3), torchdeq.get_deq(ift=True)
+        >>> with register_homeostasis(deq, weight=0.1) as homeostasis:
+        ...     (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
+        ...     (z.sum() + homeostasis.penalty()).backward()
+        >>> 0 < homeostasis.last.symmetry < 1
+        True
+    """
+
+    def __init__(self, regulators: list[_Regulator]) -> None:
+        self._regulators = regulators
+        self._total: Tensor | None = None
+        self._uncollected = 0
+        for regulator in regulators:
+            regulator.collect = self._collect
+        self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
+
+    @property
+    def deqs(self) -> tuple[DEQBase, ...]:
+        """The DEQs that are regularised, in the order of `module.modules()`."""
+        return self._handle.deqs
+
+    @property
+    def last(self) -> HomeostasisReport | None:
+        """The latest measurements of each DEQ; `None` before the first. Reading it does not consume the penalty."""
+        samples = {r.name: (r.last_weight, r.last) for r in self._regulators if r.last is not None}
+        if not samples:
+            return None
+        each = {name: Moments.of(sample) for name, (_, sample) in samples.items()}
+        together = Moments.sum(list(each.values()))
+        return HomeostasisReport(
+            **vars(together.measurement()),
+            weighted=sum(weight * each[name].penalty for name, (weight, _) in samples.items()),
+            deqs={name: moments.measurement() for name, moments in each.items()},
+        )
+
+    def penalty(self) -> Tensor:
+        """The weighted penalties of every forward pass since the last call of this method, to be added to the loss.
+
+        Returns:
+            A scalar with a graph; zero if there was none (no forward pass in training mode, or none measured in this
+            period). Without a graph if it is injected, or if autograd was off.
+        """
+        total, self._total, self._uncollected = self._total, None, 0
+        return torch.zeros(()) if total is None else total
+
+    def remove(self) -> None:
+        """Stop measuring; a second call does nothing."""
+        self._handle.remove()
+
+    def __enter__(self) -> HomeostasisHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _collect(self, term: Tensor) -> None:
+        self._total = term if self._total is None else self._total + term.to(self._total.device)
+        if term.requires_grad:
+            self._uncollected += 1
+            if self._uncollected == _MANY_UNCOLLECTED:
+                warnings.warn(
+                    f"{_MANY_UNCOLLECTED} forward passes have left a penalty that nobody has asked for, and their "
+                    "graphs stay in memory. Add handle.penalty() to the loss, or register_homeostasis(..., "
+                    "inject=True), or weight=0.0 to measure only.",
+                    EPWarning,
+                    stacklevel=2,
+                )
+
+
+Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
+
+
+def register_homeostasis(
+    module: nn.Module,
+    weight: Weight = 0.1,
+    probes: int = 5,
+    estimator: Estimator = "antisymmetric",
+    every: int | float = 1,
+    *,
+    metric: Metric | None = None,
+    inject: Inject = False,
+    seed: int = 0,
+) -> HomeostasisHandle:
+    """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
+
+    `(loss + homeostasis.penalty()).backward()` is all that a training loop needs. It does not depend on the backward
+    pass of the DEQs. In evaluation mode nothing is measured. The forward result, buffers and torch's random state stay
+    as they are. A copy or a pickle of the module is without homeostasis.
+
+    Args:
+        module: A model that contains torchdeq DEQs, or such a DEQ.
+        weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ; or a
+            dict of these by DEQ name, as in `module.named_modules()`, which leaves out the DEQs it does not name. With
+            0 the Jacobian is measured, but no graph is built.
+        probes: Number of Gaussian probes at each forward pass.
+        estimator: `"antisymmetric"`, or `"paper"`; see [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
+        every: A whole number `k`: measure at every `k`-th forward pass of a DEQ. A number between 0 and 1: measure with
+            that probability. The penalty is not scaled up in return.
+        metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
+        inject: Whether the gradient of the penalty reaches the parameters by itself, in each backward pass that comes
+            through the last state that the DEQ returned. The gradient is then multiplied by this: `True` is 1. The
+            factor that multiplies your loss cannot be seen from here: give a `torch.amp.GradScaler` if one scales the
+            loss, and a number or a function `() -> factor` if you divide the loss, e.g. by the number of accumulation
+            steps; it is asked in the backward pass. `penalty()` is then without a graph.
+        seed: Seed of the probes, and of the draws of a probability.
+
+    Returns:
+        A handle with `penalty()`, `last` and `remove()`, which is also a context manager.
+
+    Raises:
+        NoDEQError: If there is no DEQ in the module.
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> import torch, torchdeq, torchdeq_ep
+        >>> from torchdeq_ep.host.homeostasis import register_homeostasis
+        >>> linear, deq = torch.nn.Linear(3, 3), torchdeq.get_deq(ift=True)
+        >>> homeostasis = register_homeostasis(deq, weight=lambda step: min(1.0, 0.01 * step), every=2)
+        >>> (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
+        >>> loss = z.sum() + homeostasis.penalty()
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    if isinstance(every, bool) or not (
+        (isinstance(every, int) and every >= 1) or (isinstance(every, float) and 0 < every < 1)
+    ):
+        raise InvalidOptionError(
+            f"every must be a whole number of at least 1, or a probability between 0 and 1, not {every!r}."
+        )
+    check_count("probes", probes)
+    check_metric(metric)
+    deqs = deqs_of(module)
+    weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
+    options = _Options(probes, estimator, every, metric, _factor(inject), _Randomness(seed))
+    return HomeostasisHandle([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
+
+
+def _weights_by_name(weight: Weight, deqs: dict[str, DEQBase]) -> dict[str, tuple[DEQBase, float | Schedule]]:
+    if not isinstance(weight, Mapping):
+        _check_weight(weight)
+        return {name: (deq, weight) for name, deq in deqs.items()}
+    for name, value in weight.items():
+        if name not in deqs:
+            raise NoDEQError(f"weight: {unknown_name('DEQ', name, deqs)}")
+        _check_weight(value)
+    return {name: (deqs[name], value) for name, value in weight.items()}
+
+
+def _check_weight(weight: object) -> None:
+    if callable(weight):
+        return
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise InvalidOptionError(
+            f"weight must be a number of at least 0, a function of the step, or a dict of these, not {weight!r}."
+        )
+
+
+def _factor(inject: Inject) -> Callable[[], float] | None:
+    if isinstance(inject, bool):
+        return (lambda: 1.0) if inject else None
+    if isinstance(inject, (int, float)):
+        factor = float(inject)
+        return lambda: factor
+    if isinstance(inject, torch.amp.GradScaler):
+        return inject.get_scale
+    if callable(inject):
+        return inject
+    raise InvalidOptionError(
+        f"inject must be True or False, a factor, a function that returns one, or a GradScaler, not {inject!r}."
+    )
+
+
+class _Randomness:
+    """The generators of one homeostasis, one for each device, so that torch's own stay untouched."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._coin = torch.Generator().manual_seed(seed)
+
+    def on(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def happens(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self._coin)) < probability
+
+
+@dataclass(frozen=True, eq=False)
+class _Options:
+    probes: int
+    estimator: Estimator
+    every: int | float
+    metric: Metric | None
+    factor: Callable[[], float] | None
+    randomness: _Randomness
+
+
+class _Regulator:
+    """The forward hook of one DEQ. A copy or pickle of it does nothing."""
+
+    def __init__(self, name: str, deq: DEQBase, weight: float | Schedule, options: _Options) -> None:
+        self.name, self.deq, self.last_weight = name, deq, 0.0
+        self.last: Sample | None = None
+        self.collect: Callable[[Tensor], None]
+        self._weight, self._options = weight, options
+        self._calls = 0
+        self._batched = True
+
+    def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not deq.training:
+            return None
+        step, self._calls = self._calls, self._calls + 1
+        options = self._options
+        if isinstance(options.every, int) and step % options.every:
+            return None
+        if isinstance(options.every, float) and not options.randomness.happens(options.every):
+            return None
+        weight = self._weight
+        if callable(weight):
+            weight = weight(step)
+            _check_weight(weight)
+        f, state = fixed_point(args, kwargs, output)
+        states, info = output
+        autocast = autocast_of(state)
+        packed = pack_leniently(state, autocast)[1]
+        vectors = gaussian_probes(packed, options.probes, options.randomness.on(packed.device))
+        # A state without a gradient is one of a map that nothing can change.
+        trainable = any(t.requires_grad for t in (states[-1] if isinstance(state, Sequence) else states[-1:]))
+        create_graph = weight > 0 and torch.is_grad_enabled() and trainable
+        sample = probe_symmetry(
+            f, state, vectors, options.estimator, options.metric, autocast, self._batched, create_graph=create_graph
+        )
+        self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
+        term = weight * sample.penalty
+        if options.factor is None:
+            self.collect(term)
+            return None
+        self.collect(term.detach())
+        if not term.requires_grad:
+            return None
+        return [*states[:-1], _with_gradient(states[-1], term, options.factor)], info
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
+
+
+class _Nothing:
+    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def _with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
+    if isinstance(state, Tensor):
+        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
+    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
+
+
+class _Inject(torch.autograd.Function):
+    """The identity on a state, whose backward pass also starts one from a penalty.
+
+    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor
+        ctx.like = term.detach()
+        ctx.set_materialize_grads(False)
+        # A view of several tensors could not be written to by its user.
+        return tuple(tensor.clone() for tensor in state)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents

@@ -1,0 +1,111 @@
+"""The package's relaxation loop as a solver of torchdeq, `"relaxation"`, for free phases and for torchdeq's own IFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdeq.solver import register_solver
+from torchdeq.solver.stat import SolverStat
+
+from torchdeq_ep.errors import InvalidOptionError, unknown_name
+from torchdeq_ep.relaxation import MEMORY, Relaxation, iterate
+
+STOP_MODES = ("abs", "rel")
+
+
+_TINY = 1e-9
+
+
+def relaxation_solver(
+    func: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    max_iter: int = 50,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    indexing: Sequence[int] | None = None,
+    memory: int = MEMORY,
+    **_: Any,
+) -> tuple[Tensor, list[Tensor], SolverStat]:
+    """Extrapolated iteration, and Anderson mixing if that proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].
+
+    Registered with torchdeq on import: `get_deq(f_solver="relaxation")`. It takes the options of torchdeq's own solvers
+    and stops where they do. Unlike theirs, its mixing has one set of weights for the whole state, because rows of a
+    state may be coupled.
+
+    Args:
+        func: The map.
+        x0: First guess, of any shape.
+        max_iter: Largest number of calls of `func`.
+        tol: Largest residual of a row at which to stop.
+        stop_mode: `"abs"`: the norm of a row of `func(x) - x`. `"rel"`: relative to that of `func(x)`.
+        indexing: Numbers of iterations, from 1, whose values are to be returned as well.
+        memory: Number of values that the mixing combines; 1 for plain iteration.
+
+    Returns:
+        The value of `func` with the smallest residual; the values at `indexing`; and torchdeq's statistics, with one
+        row for the whole state. The mode that is not `stop_mode` is converted with the norm of the largest row.
+
+    Raises:
+        InvalidOptionError: If `stop_mode` is neither of the two, or `max_iter` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> z, _, info = relaxation_solver(torch.cos, torch.zeros(1, 1), tol=1e-5)
+        >>> z.round(decimals=3)
+        tensor([[0.7390]])
+    """
+    if stop_mode not in STOP_MODES:
+        raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+    if max_iter < 1:
+        raise InvalidOptionError(f"max_iter must be at least 1, not {max_iter}: the solver returns a value of the map.")
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    rows = len(x0) if x0.dim() > 1 else 1
+    visited: list[Tensor] = []
+
+    def state(flat: Tensor) -> Tensor:
+        shaped = torch.view_as_complex(flat.reshape(*x0.shape, 2)) if x0.is_complex() else flat.reshape(x0.shape)
+        return shaped.to(x0.dtype)
+
+    def as_rows(x: Tensor) -> Tensor:
+        x = x.to(wide)
+        return (torch.view_as_real(x) if x.is_complex() else x).reshape(rows, -1)
+
+    last_wanted = max(indexing or (0,))
+
+    def step(flat: Tensor) -> Tensor:
+        value = func(state(flat))
+        if len(visited) < last_wanted:
+            visited.append(value)
+        return as_rows(value).clone()  # func may return a buffer that its next call overwrites
+
+    scale = 1.0 if stop_mode == "abs" else _row_norms
+    result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory)
+    z = state(result.value)
+    reached = [visited[k - 1] for k in indexing or () if k <= len(visited)]
+    trajectory = reached or [z] if indexing else []  # torchdeq's solvers return at least one, too
+    return z, trajectory, _statistics(result, stop_mode)
+
+
+def _row_norms(value: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(value, dim=1)
+    return norms + _TINY
+
+
+def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:
+    size = float(_row_norms(result.value).max())
+    measured = torch.tensor([list(result.trace)])
+    converted = measured / size if stop_mode == "abs" else measured * size
+    absolute, relative = (measured, converted) if stop_mode == "abs" else (converted, measured)
+    return SolverStat(
+        abs_lowest=absolute.amin(1),
+        rel_lowest=relative.amin(1),
+        abs_trace=absolute,
+        rel_trace=relative,
+        nstep=torch.tensor([float(result.steps)]),
+    )
+
+
+register_solver("relaxation", relaxation_solver)

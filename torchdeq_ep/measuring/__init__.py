@@ -1,0 +1,29 @@
+"""What a gradient is worth: modes side by side on a model, and the causes of the error of one."""
+
+from torchdeq_ep.measuring.capture import Capture as Capture
+from torchdeq_ep.measuring.capture import Reference as Reference
+from torchdeq_ep.measuring.capture import left_as_found as left_as_found
+from torchdeq_ep.measuring.causes import diagnose as diagnose
+from torchdeq_ep.measuring.comparison import compare as compare
+from torchdeq_ep.measuring.comparison import plan as plan
+from torchdeq_ep.measuring.diagnosis import Diagnosis as Diagnosis
+from torchdeq_ep.measuring.diagnosis import LayerDiagnosis as LayerDiagnosis
+from torchdeq_ep.measuring.diagnosis import Part as Part
+from torchdeq_ep.measuring.diagnosis import Parts as Parts
+from torchdeq_ep.measuring.diagnosis import to_rich_tables as to_rich_tables
+from torchdeq_ep.measuring.digits import train_digits as train_digits
+from torchdeq_ep.measuring.files import check_writable as check_writable
+from torchdeq_ep.measuring.files import require as require
+from torchdeq_ep.measuring.files import write_text as write_text
+from torchdeq_ep.measuring.files import write_whole as write_whole
+from torchdeq_ep.measuring.plots import check_plot as check_plot
+from torchdeq_ep.measuring.style import COLOURS as COLOURS
+from torchdeq_ep.measuring.style import GROUND as GROUND
+from torchdeq_ep.measuring.style import INK as INK
+from torchdeq_ep.measuring.style import SHAPES as SHAPES
+from torchdeq_ep.measuring.style import dress as dress
+from torchdeq_ep.measuring.style import new_figure as new_figure
+from torchdeq_ep.measuring.style import save as save
+from torchdeq_ep.measuring.tables import Comparison as Comparison
+from torchdeq_ep.measuring.tables import Row as Row
+from torchdeq_ep.measuring.tables import to_rich as to_rich

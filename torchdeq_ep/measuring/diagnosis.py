@@ -1,0 +1,277 @@
+"""Why is an EP gradient off? Its error, split into the three causes it can have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchdeq_ep.jacobian import SymmetryMeasurement
+from torchdeq_ep.measuring.files import require
+from torchdeq_ep.measuring.plots import check_plot
+from torchdeq_ep.measuring.style import COLOURS, INK, SHAPES, dress, new_figure, save
+from torchdeq_ep.state import cosine, norm
+
+GOOD = 0.01
+"""An error vector within this relative error of the exact one needs no advice."""
+
+
+AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
+"""The amplitudes of the sweep: from 1e-4 to 1, relative to the state."""
+
+
+_HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
+
+
+_MEASURES = ("DEQ", "symmetry", "asymmetry", "spectral radius", "beta", "best beta")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an error.
+
+    Args:
+        relative: Its norm, relative to that of the exact error vector or gradient.
+        cosine: Cosine of the angle between the exact one and the exact one with this part added.
+
+    Example:
+        >>> import torch
+        >>> part = Part.of(torch.tensor([0.0, 0.75]), torch.tensor([1.0, 0.0]))
+        >>> round(part.relative, 4), round(part.cosine, 4)
+        (0.75, 0.8)
+    """
+
+    relative: float
+    cosine: float
+
+    @classmethod
+    def of(cls, part: Tensor, exact: Tensor) -> Part:
+        """The part `part` of an error, measured against the exact vector.
+
+        Args:
+            part: What is added to the exact vector.
+            exact: The exact error vector or gradient.
+
+        Returns:
+            The two numbers; NaN where the exact vector is zero.
+        """
+        scale = norm(exact)
+        return cls(norm(part) / scale if scale > 0 else math.nan, cosine(exact, exact + part))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An error as the sum of three, each measured by itself.
+
+    Args:
+        finite_nudge: What the nudge at a finite amplitude adds to its limit.
+        asymmetry: What the limit differs from the exact adjoint by, because the Jacobian is not symmetric.
+        convergence: What the free and nudged phases add by stopping early.
+        total: All three together.
+
+    Example:
+        >>> none, some = Part(0.0, 1.0), Part(0.1, 0.995)
+        >>> Parts(finite_nudge=none, asymmetry=some, convergence=none, total=some).asymmetry.relative
+        0.1
+    """
+
+    finite_nudge: Part
+    asymmetry: Part
+    convergence: Part
+    total: Part
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """The diagnosis of one DEQ.
+
+    Args:
+        name: Its name in the model.
+        error_vector: The error of the error vector in parts.
+        parameters: The same for the gradient of each parameter that the DEQ reaches, by name.
+        beta: Relative amplitude that the mode used.
+        best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
+        residual: Relative residual of the free phase.
+        sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
+            `AMPLITUDES`, by stencil; NaN where a nudge failed.
+        floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
+        symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if `f` has an operation that can
+            be differentiated only once.
+        spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`.
+        advice: What to do, in one sentence.
+        notes: What the mode and the spectral radius warned about.
+
+    Example:
+        >>> import torch, torchdeq
+        >>> from torchdeq_ep import diagnose
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.deq, self.linear = torchdeq.get_deq(f_tol=1e-6), torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return self.deq(lambda z: 0.5 * torch.tanh(self.linear(z)) + x, torch.zeros_like(x))[0][-1]
+        >>> (layer,) = diagnose(Model(), torch.randn(2, 4), torch.Tensor.sum).layers
+        >>> layer.name, sorted(layer.parameters), layer.spectral_radius < 1
+        ('deq', ['linear.bias', 'linear.weight'], True)
+    """
+
+    name: str
+    error_vector: Parts
+    parameters: dict[str, Parts]
+    beta: float
+    best_beta: float
+    residual: float
+    sweep: dict[str, tuple[float, ...]]
+    floor: float
+    symmetry: SymmetryMeasurement | None
+    spectral_radius: float
+    advice: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What [`diagnose`][torchdeq_ep.measuring.diagnose] returns: one entry for each DEQ that the loss reaches.
+
+    Args:
+        backward: The mode diagnosed.
+        layers: The DEQs, in the order of the backward pass.
+
+    Example:
+        >>> part = Part(0.0, 1.0)
+        >>> layer = LayerDiagnosis(
+        ...     "deq", Parts(part, part, part, part), {}, 0.01, 0.01, 1e-7, {}, 1.0, None, 0.5, "Nothing to do.", ()
+        ... )
+        >>> Diagnosis("ep", (layer,)).advice
+        ('Nothing to do.',)
+    """
+
+    backward: str
+    layers: tuple[LayerDiagnosis, ...]
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do, in one sentence for each DEQ, which is named if there are several."""
+        return tuple(f"{layer.name}: {layer.advice}" if len(self.layers) > 1 else layer.advice for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain data.
+
+        Returns:
+            Nested dictionaries, ready for JSON: a figure that does not exist is `None`.
+        """
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    def to_markdown(self) -> str:
+        """A table of the parts, one of the measures of each Jacobian, and the advice.
+
+        Returns:
+            One row for each DEQ and each of its parameters, as relative norm and, in brackets, cosine; then one row for
+            each DEQ.
+        """
+        parts, measures = _markdown(_HEADINGS, _rows(self)), _markdown(_MEASURES, _measures(self))
+        return "\n".join([*parts, "", *measures, "", *self.advice])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the cosine to the exact gradient against the amplitude for each stencil, with the asymmetry floor.
+
+        Args:
+            path: File to write; its suffix chooses the format.
+
+        Raises:
+            MissingDependencyError: If matplotlib is not installed.
+            InvalidOptionError: If the file cannot be written.
+        """
+        check_plot(path)
+        save(_draw(self), path)
+
+
+def _rows(diagnosis: Diagnosis) -> list[list[str]]:
+    rows = []
+    for layer in diagnosis.layers:
+        named = {f"{layer.name or 'the DEQ'}: error vector": layer.error_vector, **layer.parameters}
+        for where, parts in named.items():
+            cells = (parts.total, parts.finite_nudge, parts.asymmetry, parts.convergence)
+            rows.append([where, *(f"{part.relative:.1e} ({part.cosine:.3f})" for part in cells)])
+    return rows
+
+
+def _measures(diagnosis: Diagnosis) -> list[list[str]]:
+    rows = []
+    for layer in diagnosis.layers:
+        found = layer.symmetry
+        symmetry = (
+            ("-", "-")
+            if found is None
+            else (
+                f"{found.symmetry:.3f} ± {found.symmetry_se:.3f}",
+                f"{found.asymmetry:.3f} ± {found.asymmetry_se:.3f}",
+            )
+        )
+        amplitudes = (f"{layer.beta:.1e}", f"{layer.best_beta:.1e}")
+        rows.append([layer.name or "the DEQ", *symmetry, f"{layer.spectral_radius:.3f}", *amplitudes])
+    return rows
+
+
+def _markdown(headings: Sequence[str], rows: list[list[str]]) -> list[str]:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def to_rich_tables(diagnosis: Diagnosis) -> list[Any]:
+    """The tables of parts and of measures for a terminal.
+
+    Args:
+        diagnosis: What to show.
+
+    Returns:
+        Two of `rich.table.Table`.
+
+    Raises:
+        MissingDependencyError: If rich is not installed.
+    """
+    rich_table = require("rich.table", "rich", "A table in the terminal")
+    box = require("rich.box", "rich", "A table in the terminal").SIMPLE_HEAD
+    tables = []
+    for headings, rows in ((_HEADINGS, _rows(diagnosis)), (_MEASURES, _measures(diagnosis))):
+        table = rich_table.Table(box=box, pad_edge=False)
+        for k, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if k else "left", overflow="fold")
+        for cells in rows:
+            table.add_row(*cells)
+        tables.append(table)
+    return tables
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(diagnosis: Diagnosis) -> Any:
+    layers: Sequence[LayerDiagnosis] = diagnosis.layers
+    figure = new_figure(6.4 * len(layers), 4.4)
+    figure.set_layout_engine("constrained")
+    for k, layer in enumerate(layers):
+        axes = figure.add_subplot(1, len(layers), k + 1)
+        dress(axes)
+        for (stencil, cosines), colour, marker in zip(layer.sweep.items(), COLOURS[1:], SHAPES, strict=False):
+            if any(math.isfinite(cosine) for cosine in cosines):
+                axes.plot(AMPLITUDES, cosines, color=colour, marker=marker, label=stencil)
+        axes.axhline(layer.floor, color="black", linestyle="--", linewidth=1, label="limit of every nudge")
+        axes.set_xscale("log")
+        axes.set_xlabel("amplitude beta, relative to the state", color=INK)
+        axes.set_ylabel("cosine to the exact gradient", color=INK)
+        axes.set_title(
+            f"{layer.name or 'DEQ'}: how well is the gradient aligned?", loc="left", fontsize="medium", color=INK
+        )
+        axes.legend(frameon=False, labelcolor=INK)
+    return figure

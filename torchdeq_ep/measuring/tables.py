@@ -1,0 +1,271 @@
+"""The result of a comparison, and the forms it is read in: Markdown, a data frame, plain data, one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchdeq_ep.measuring.files import require
+
+BASELINE = "ift"
+"""The mode that times are quoted relative to."""
+
+
+WIDE = 132
+"""Characters in a line from which on all columns of the printed table have room."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backward mode, driven by one solver. Figures that do not exist are NaN.
+
+    Args:
+        backward: Name or spec of the mode.
+        solver: Name of the solver, or `"own"` for the one that the mode comes with.
+        adjoint_error: Norm of the difference between the error vector and the exact adjoint, relative to the latter.
+        adjoint_cosine: Cosine of the angle between the two.
+        gradient_error: The same for the gradient, of the parameters that it reaches through an equilibrium.
+        gradient_cosine: Cosine of the angle between this gradient and the exact one.
+        residual: Largest relative residual at which a solve stopped.
+        calls: Evaluations of the map and products with its Jacobian.
+        milliseconds: Median time of the backward solve alone.
+        peak_mib: Largest amount of memory that the solve held beyond what was there before, in MiB.
+        beta: Largest relative amplitude of a nudge; 0 for a mode without one.
+        converged: Whether every solve did; `None` where the mode does not tell.
+        warnings: What the mode warned about, in short.
+        error: Why the mode has no figures, or an empty text.
+
+    Example:
+        >>> row = Row("ep", "anderson", gradient_error=1e-3, error="")
+        >>> row.label, row.notes
+        ('ep / anderson', ())
+    """
+
+    backward: str
+    solver: str
+    adjoint_error: float = math.nan
+    adjoint_cosine: float = math.nan
+    gradient_error: float = math.nan
+    gradient_cosine: float = math.nan
+    residual: float = math.nan
+    calls: float = math.nan
+    milliseconds: float = math.nan
+    peak_mib: float = math.nan
+    beta: float = math.nan
+    converged: bool | None = None
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        """The mode, and the solver unless it is the mode's own."""
+        return self.backward if self.solver == "own" else f"{self.backward} / {self.solver}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The error, or the warnings."""
+        return (self.error,) if self.error else self.warnings
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table that [`compare`][torchdeq_ep.measuring.compare] returns.
+
+    Args:
+        rows: One for each mode and solver, in the order asked for.
+        reference: How the exact adjoint was found: `"dense"` (a linear system solved in float64), `"ift"` (implicit
+            differentiation to the rounding error, for large states), or both for a model with several DEQs.
+        state_entries: Number of entries of all states together.
+        device: Where the states live.
+        repeats: Number of timings behind each median.
+        warnings: What was warned about while finding the exact adjoint, in short.
+
+    Example:
+        >>> rows = (Row("ift", "own", gradient_error=1e-7, milliseconds=2.0), Row("ep", "own", gradient_error=1e-3))
+        >>> print(Comparison(rows, "dense", 8, "cpu", 5).to_markdown().splitlines()[-1])
+        | ep | own | 1.0e-03 | - | - | - | - | - | - | - | - | - | - | |
+    """
+
+    rows: tuple[Row, ...]
+    reference: str
+    state_entries: int
+    device: str
+    repeats: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> Row | None:
+        """The first row of implicit differentiation that has figures, or `None`."""
+        usable = (row for row in self.rows if row.backward == BASELINE and math.isfinite(row.milliseconds))
+        return next(usable, None)
+
+    def relative_time(self, row: Row) -> float:
+        """Time of a row divided by that of the baseline; NaN if there is none.
+
+        Args:
+            row: One of the rows.
+
+        Returns:
+            The ratio.
+        """
+        return row.milliseconds / self.baseline.milliseconds if self.baseline else math.nan
+
+    def to_markdown(self) -> str:
+        """The table in Markdown.
+
+        Returns:
+            One line a row, below a header of two lines.
+        """
+        lines = [[column.title for column in COLUMNS], ["---" if column.is_text else "---:" for column in COLUMNS]]
+        lines += [[column.text(self, row).replace("|", "\\|") for column in COLUMNS] for row in self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |".replace("  |", " |") for cells in lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, ready for JSON: a figure that does not exist is `None`.
+
+        Returns:
+            The fields by name; `rows` is a list of dictionaries, each with `relative_time` beside its own fields.
+        """
+        rows = [{**asdict(row), "relative_time": self.relative_time(row)} for row in self.rows]
+        plain = [{name: _plain(value) for name, value in row.items()} for row in rows]
+        return {**asdict(self), "rows": plain, "warnings": list(self.warnings), "sentence": self.sentence()}
+
+    def to_dataframe(self) -> Any:
+        """The rows as a pandas data frame.
+
+        Returns:
+            A `pandas.DataFrame` with the fields of [`Row`][torchdeq_ep.measuring.Row] as columns.
+
+        Raises:
+            MissingDependencyError: If pandas is not installed.
+        """
+        pandas = require("pandas", "pandas", "A data frame")
+        return pandas.DataFrame([{**asdict(row), "warnings": "; ".join(row.warnings)} for row in self.rows])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw error against time, and save the picture.
+
+        Args:
+            path: File to write; its suffix chooses the format (`.png`, `.svg`, `.pdf`).
+
+        Raises:
+            MissingDependencyError: If matplotlib is not installed.
+            InvalidOptionError: If the file cannot be written in this place or format, or no row has figures.
+        """
+        from torchdeq_ep.measuring.plots import save_plot
+
+        save_plot(self, path)
+
+    def sentence(self) -> str:
+        """The table in one sentence: the most exact mode, the fastest, and those that could not be used.
+
+        Returns:
+            A sentence. Implicit differentiation is what the others are held against, so it is not a candidate, and
+            neither is a mode that did not converge while others did.
+
+        Example:
+            >>> ift = Row("ift", "own", gradient_error=1e-7, milliseconds=2.0)
+            >>> ep = Row("ep", "own", gradient_error=1e-3, milliseconds=1.6)
+            >>> Comparison((ift, ep), "dense", 8, "cpu", 5).sentence()
+            'Next to ift, ep is closest to the exact gradient (error 1e-03) and the fastest (0.8 times ift).'
+        """
+        failed = ", ".join(row.label for row in self.rows if row.error)
+        candidates = self._candidates()
+        if not candidates:
+            return f"No mode could be measured{f': {failed} failed' if failed else ''}."
+        closest = min(candidates, key=lambda row: row.gradient_error)
+        fastest = min(candidates, key=lambda row: row.milliseconds)
+        opening = "Next to ift, " if self.baseline and closest.backward != BASELINE else ""
+        ratio = self.relative_time(fastest)
+        speed = f"{ratio:.2g} times ift" if self.baseline else f"{fastest.milliseconds:.2g} ms"
+        subject = "" if fastest is closest else f"{fastest.label} is "
+        closing = f"; {failed} could not be used" if failed else ""
+        return (
+            f"{opening}{closest.label} is closest to the exact gradient (error {closest.gradient_error:.0e}) "
+            f"and {subject}the fastest ({speed}){closing}."
+        )
+
+    def _candidates(self) -> list[Row]:
+        measured = [row for row in self.rows if math.isfinite(row.gradient_error) and math.isfinite(row.milliseconds)]
+        others = [row for row in measured if row.backward != BASELINE] or measured
+        return [row for row in others if row.converged is not False] or others
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the printed table.
+
+    Args:
+        title: Its heading.
+        text: The cell of a row.
+        is_text: Set flush left.
+        is_detail: Left out where the room is scarce.
+    """
+
+    title: str
+    text: Callable[[Comparison, Row], str]
+    is_text: bool = False
+    is_detail: bool = False
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return "-" if value is None else ("yes" if value else "no")
+
+
+COLUMNS = (
+    Column("backward", lambda _, row: row.backward, is_text=True),
+    Column("solver", lambda _, row: row.solver, is_text=True),
+    Column("gradient error", lambda _, row: _number(row.gradient_error, ".1e")),
+    Column("gradient cosine", lambda _, row: _number(row.gradient_cosine, ".6f"), is_detail=True),
+    Column("adjoint error", lambda _, row: _number(row.adjoint_error, ".1e")),
+    Column("adjoint cosine", lambda _, row: _number(row.adjoint_cosine, ".6f"), is_detail=True),
+    Column("residual", lambda _, row: _number(row.residual, ".1e"), is_detail=True),
+    Column("calls", lambda _, row: _number(row.calls, ".0f")),
+    Column("ms", lambda _, row: _number(row.milliseconds, ".2f")),
+    Column("x ift", lambda table, row: _number(table.relative_time(row), ".2f")),
+    Column("peak MiB", lambda _, row: _number(row.peak_mib, ".2f")),
+    Column("beta", lambda _, row: _number(row.beta, ".2g"), is_detail=True),
+    Column("converged", lambda _, row: _yes_or_no(row.converged), is_detail=True),
+    Column("notes", lambda _, row: "; ".join(row.notes), is_text=True),
+)
+"""The columns in order: what was compared, how exact it is, what it costs, what there is to say."""
+
+
+def to_rich(comparison: Comparison, width: int = WIDE) -> Any:
+    """The table for a terminal: without the notes, and without the solvers if there is one only.
+
+    Args:
+        comparison: What to show.
+        width: Characters in a line; fewer than [`WIDE`][torchdeq_ep.measuring.tables] leave the details out.
+
+    Returns:
+        A `rich.table.Table`.
+
+    Raises:
+        MissingDependencyError: If rich is not installed.
+    """
+    rich_table = require("rich.table", "rich", "A table in the terminal")
+    box = require("rich.box", "rich", "A table in the terminal")
+    hidden = {"notes"} | ({"solver"} if len({row.solver for row in comparison.rows}) == 1 else set())
+    shown = [column for column in COLUMNS if column.title not in hidden and not (column.is_detail and width < WIDE)]
+    table = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        heading = column.title.replace(" ", "\n")
+        table.add_column(heading, justify="left" if column.is_text else "right", no_wrap=True)
+    for row in comparison.rows:
+        cells = [column.text(comparison, row) for column in shown]
+        table.add_row(*cells, style="dim" if row.error else None)
+    return table

@@ -1,0 +1,115 @@
+"""What a backward mode is: from a free equilibrium and a cotangent to an error vector; and the two linear modes.
+
+With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`, eq. (3) of the theory page;
+every nudged mode solves `d = D_b(d)`, eq. (6), and so tends to `(I - J)^-1 g`, eq. (4), which is the same vector when
+`J` is symmetric, or with a metric or a correction that makes up for it. A mode is an immutable value: it can be
+compared, pickled and shared between threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from torchdeq_ep._options import check_metric
+from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
+from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
+from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction, judge
+from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.relaxation import relax_linear
+from torchdeq_ep.state import Equilibrium
+
+
+@dataclass(frozen=True)
+class LinearMode(RelaxedMode):
+    """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
+
+    def _solve_linear(
+        self, equilibrium: Equilibrium, product: Product, force: Tensor, what: str
+    ) -> tuple[Tensor, NudgeReport]:
+        """Solve `v = product(v) + force`."""
+        tol = self.tol or 10 * equilibrium.eps
+        floor = 100 * equilibrium.eps
+        relaxation = relax_linear(self.run(tol, floor), product, force)
+        converged = judge(relaxation, equilibrium, tol, floor, what)
+        steps = relaxation.steps
+        return relaxation.value[0].to(force.dtype), NudgeReport(
+            repr(self),
+            calls=steps + 1,
+            iterations=steps,
+            residual=relaxation.residual,
+            tol=tol,
+            converged=converged,
+            trace=relaxation.trace,
+        )
+
+
+@dataclass(frozen=True)
+class ImplicitDifferentiation(LinearMode):
+    """Implicit differentiation: `v = J^T v + g`, by VJPs. What torchdeq calls IFT; exact for every map.
+
+    It solves [eq. (3)][eq-3] of the theory page.
+
+    Args:
+        solver: Name of a torchdeq solver or a callable; `None` for the package's own.
+        max_iter: Largest number of VJPs, by default 100.
+        tol: Residual relative to the cotangent at which to stop; by default 10 times the rounding error of the dtype.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[0.0, 0.5], [0.0, 0.0]])
+        >>> ImplicitDifferentiation()(lambda z: matrix @ z, torch.zeros(2), torch.ones(2))
+        tensor([1.0000, 1.5000])
+    """
+
+    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        product = vjp(equilibrium.f, equilibrium.z)
+        force = equilibrium.cotangent
+        return self._solve_linear(equilibrium, product, force, "the adjoint iteration")
+
+
+@dataclass(frozen=True)
+class InfinitesimalEP(LinearMode):
+    """The limit of vanishing nudges, `d = J d + g`, by forward-mode JVPs: the reference value of every EP mode.
+
+    It solves [eq. (4)][eq-4] of the theory page; with a metric [eq. (12)][eq-12], with the correction [eq. (3)][eq-3].
+
+    Args:
+        metric: Positive diagonal `M` as a function of the state, e.g. an
+            [`ActivityMetric`][torchdeq_ep.jacobian.ActivityMetric]; the result is `M^-1 (I - J)^-1 M g`. `"auto"` fits
+            one to the Jacobian, see [`automatic_metric`][torchdeq_ep.jacobian.automatic_metric].
+        correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
+        solver: Name of a torchdeq solver or a callable; `None` for the package's own.
+        max_iter: Largest number of JVPs, by default 100.
+        tol: Residual relative to the force at which to stop; by default 10 times the rounding error of the dtype.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[0.0, 0.5], [0.0, 0.0]])
+        >>> InfinitesimalEP()(lambda z: matrix @ z, torch.zeros(2), torch.ones(2))
+        tensor([1.5000, 1.0000])
+    """
+
+    metric: Metric | None = field(default=None, kw_only=True)
+    correction: Correction | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_metric(self.metric)
+        check_correction(self.correction)
+
+    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        metric, metric_calls = diagonal_metric(self.metric, equilibrium.f, equilibrium.z)
+        force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
+        f, z = equilibrium.f, equilibrium.z
+        product = scaled_adjoint(vjp(f, z), metric) if self.correction else jvp(f, z)
+        displacement, report = self._solve_linear(equilibrium, product, force, "the infinitesimal nudge")
+        report = replace(report, calls=report.calls + metric_calls)
+        return displacement if metric is None else displacement / metric, report

@@ -1,0 +1,213 @@
+"""Equilibrium propagation: nudged phases at the nodes of a stencil, combined to an error vector."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep._options import check_choice, check_metric
+from torchdeq_ep.errors import (
+    ConvergenceWarning,
+    FallbackWarning,
+    InvalidOptionError,
+    NonFiniteError,
+    NudgeDivergedError,
+    PrecisionWarning,
+    TruncationWarning,
+    unknown_name,
+)
+from torchdeq_ep.holomorphic.context import Piecewise
+from torchdeq_ep.jacobian import Metric
+from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
+from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction, judge
+from torchdeq_ep.modes.force import NudgedProblem
+from torchdeq_ep.modes.linear import ImplicitDifferentiation
+from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.modes.schedules import NudgedPhases, Online
+from torchdeq_ep.modes.stencils import Stencil
+from torchdeq_ep.relaxation import Relaxation
+from torchdeq_ep.state import Equilibrium
+
+Batching = Literal["auto", "loop", "vmap"]
+OnDivergence = Literal["shrink", "raise", "accept", "ift"]
+
+
+_STENCILS: dict[str, Callable[[], Stencil]] = {
+    "one-sided": Stencil.one_sided,
+    "symmetric": Stencil.symmetric,
+    "richardson": Stencil.richardson,
+    "contour": Stencil.contour,
+}
+
+
+_RETRIES = 4
+_COARSE = 0.02
+
+
+_LARGEST_TRUNCATION = 0.05
+_ONLINE_FLOOR = 1e-2
+
+
+@dataclass(frozen=True)
+class EquilibriumPropagation(RelaxedMode):
+    """Equilibrium propagation: the error vector is read off nudged equilibria of the map itself.
+
+    The estimate is `Re sum_k c_k d_k`, with `d_k` the displacement per unit of nudge at node `b_k` of the stencil
+    (Scellier & Bengio 2017; Laborieux & Zenke, arXiv 2309.02214, eq. 8). It tends to `(I - J)^-1 g`, and needs no
+    reverse-mode pass through `f` in the state.
+
+    Args:
+        stencil: A [`Stencil`][torchdeq_ep.Stencil], or the name of one with `beta="auto"`: `"one-sided"`,
+            `"symmetric"`, `"richardson"` or `"contour"`.
+        metric: Positive diagonal `M` as a function of the state, e.g. an
+            [`ActivityMetric`][torchdeq_ep.ActivityMetric]; the estimate is `M^-1 (I - J)^-1 M g`, which is exact when
+            `J M` is symmetric. `"auto"` fits one to the Jacobian, see
+            [`automatic_metric`][torchdeq_ep.jacobian.automatic_metric].
+        correction: `"asymmetric"` adds `J^T d - J d` to the map; the limit is then exact for every `J` (arXiv
+            2602.03670).
+        scale: `"relative"` multiplies the amplitude by `|z*| / |M g|`, one number for the whole batch; `"absolute"`
+            takes it as it is.
+        schedule: `"parallel"` solves every node to the tolerance; `"online"`, or an
+            [`Online`][torchdeq_ep.Online] with its numbers, visits them in turn.
+        solver: Name of a torchdeq solver or a callable of the same signature; `None` for the package's own.
+        max_iter: Largest number of steps of one relaxation, by default 100.
+        tol: Residual of the displacement relative to the force at which to stop; by default the rounding error of the
+            stencil.
+        batching: `"auto"` and `"loop"` solve one node after the other, each from the polynomial through those before
+            it, which takes the fewest calls of `f`. `"vmap"` solves the real nodes in one stack and then the
+            complex ones in another: more calls, but fewer launches, which small models on a GPU may prefer.
+        piecewise: `"real-part"` lets complex nodes pass piecewise analytic operations such as ReLU, choosing the piece
+            by the real part; the report counts the units that may have crossed a kink. `None` refuses them.
+        on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
+            `"accept"` takes the best estimate that was found, with a warning, as the papers' fixed number of steps does
+            without one; `"ift"` falls back to implicit differentiation with a warning.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
+        >>> mode = EquilibriumPropagation("symmetric")
+        >>> z_star, cotangent = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
+        >>> mode(lambda z: torch.tanh(matrix @ z), z_star, cotangent)
+        tensor([1.3333, 0.6667], dtype=torch.float64)
+    """
+
+    stencil: Stencil | str = "symmetric"
+    metric: Metric | None = field(default=None, kw_only=True)
+    correction: Correction | None = field(default=None, kw_only=True)
+    scale: ForceScale = field(default="relative", kw_only=True)
+    schedule: Literal["parallel", "online"] | Online = field(default="parallel", kw_only=True)
+    batching: Batching = field(default="auto", kw_only=True)
+    piecewise: Piecewise | None = field(default=None, kw_only=True)
+    on_divergence: OnDivergence = field(default="shrink", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.stencil, str):
+            if self.stencil not in _STENCILS:
+                raise InvalidOptionError(unknown_name("stencil", self.stencil, _STENCILS))
+            object.__setattr__(self, "stencil", _STENCILS[self.stencil]())
+        elif not isinstance(self.stencil, Stencil):
+            raise InvalidOptionError(f"stencil must be a tep.Stencil or the name of one, not {self.stencil!r}.")
+        check_metric(self.metric)
+        check_correction(self.correction)
+        check_choice("scale", self.scale, ("relative", "absolute"))
+        check_choice("batching", self.batching, ("auto", "vmap", "loop"))
+        if self.piecewise is not None:
+            check_choice("piecewise", self.piecewise, ("real-part",))
+        check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "accept", "ift"))
+        if not isinstance(self.schedule, Online):
+            check_choice("schedule", self.schedule, ("parallel", "online"))
+
+    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        try:
+            return super().solve(equilibrium)
+        except NonFiniteError as error:
+            if self.on_divergence != "ift":
+                raise
+            warnings.warn(f"passed on as it is: {error}", FallbackWarning, stacklevel=2)
+            return torch.full_like(equilibrium.z, torch.nan), NudgeReport(repr(self), converged=False)
+
+    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        stencil = self._resolved_stencil(equilibrium)
+        advance = equilibrium.residual > max(stencil.expected_error(equilibrium.eps), self.tol or 0.0)
+        returned = equilibrium.value
+        if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
+            equilibrium = equilibrium.advanced()
+        problem = NudgedProblem.pose(equilibrium, returned, self.metric, self.correction, self.piecewise)
+        amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.eps)
+        amplitude.require_visible()
+        retries = _RETRIES if self.on_divergence == "shrink" else 0
+        for retry in range(retries + 1):
+            try:
+                displacement, report = self._solve_at(problem, amplitude)
+                break
+            except NudgeDivergedError as error:
+                if self.on_divergence == "ift":
+                    warnings.warn(f"implicit differentiation took over, because {error}", FallbackWarning, stacklevel=2)
+                    return ImplicitDifferentiation(max_iter=self.max_iter, tol=self.tol)._solve(equilibrium)
+                if retry == retries:
+                    beta = float(amplitude.stencil.beta)
+                    tried = f" Amplitudes down to beta = {beta:.1e} were tried." if retries else ""
+                    raise NudgeDivergedError(f"{error.args[0]}{tried}") from error
+                amplitude = amplitude.halved()
+        v = displacement if problem.metric is None else displacement / problem.metric
+        calls = report.calls + advance + problem.metric_calls
+        return v.to(equilibrium.z.dtype), replace(report, calls=calls, retries=retry)
+
+    def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
+        chosen = cast(Stencil, self.stencil)
+        stencil = chosen.resolve(equilibrium.eps)
+        if chosen.beta == "auto" and stencil.expected_error(equilibrium.eps) > _COARSE:
+            warnings.warn(
+                f"with rounding errors of {equilibrium.eps:.0e} in f, the {stencil.name} stencil is good to about "
+                f"{stencil.expected_error(equilibrium.eps):.0%}. Keep the state in float32 (torch.autocast does), or "
+                "use 'ep-infinitesimal' or 'ift'.",
+                PrecisionWarning,
+                stacklevel=2,
+            )
+        return stencil
+
+    def _solve_at(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
+        stencil = amplitude.stencil
+        tol = self.tol or amplitude.tol
+        floor = amplitude.floor if self.schedule == "parallel" else _ONLINE_FLOOR
+        what = f"the {stencil.name} nudge (beta = {float(stencil.beta):.2g})"
+        judged = partial(self._judge, equilibrium=problem.equilibrium, tol=tol, floor=floor, what=what)
+        phases = NudgedPhases(problem, amplitude, self.run(tol, floor), judged, self.piecewise)
+        if self.schedule == "parallel":
+            displacement, report = phases.parallel(stacked=self.batching == "vmap")
+            _warn_of_truncation(amplitude, report)
+        else:
+            displacement, report = phases.online(self.schedule if isinstance(self.schedule, Online) else Online())
+        return displacement, replace(
+            report, backward=repr(self), beta=amplitude.relative, nudge=amplitude.absolute, tol=tol
+        )
+
+    def _judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
+        try:
+            return judge(relaxation, equilibrium, tol, floor, what)
+        except NudgeDivergedError as error:
+            if self.on_divergence != "accept":
+                raise
+            warnings.warn(f"accepted, although {error.args[0]}", ConvergenceWarning, stacklevel=2)
+            return False
+
+
+def _warn_of_truncation(amplitude: Amplitude, report: NudgeReport) -> None:
+    if report.truncation > _LARGEST_TRUNCATION:
+        warnings.warn(
+            f"the {amplitude.stencil.name} stencil of relative amplitude {amplitude.relative:.2g} is too large: its "
+            f"estimated error is {report.truncation:.0%}, because the displacement is analytic only up to about "
+            f"{report.radius:.2g}. Use beta={0.3 * report.radius:.1g} or less, or more points.",
+            TruncationWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,66 @@
+"""What one backward solve did, phase by phase: reports of phases add up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torchdeq_ep.holomorphic.context import Crossing
+
+
+@dataclass(frozen=True)
+class NudgeReport:
+    """What one backward solve did.
+
+    Args:
+        backward: Description of the mode.
+        beta: Relative amplitude used (after `"auto"` and any shrinking); 0 for modes without a nudge.
+        nudge: Absolute amplitude used: `beta * |z*| / |M g|` for relative scaling ([eq. (9)][eq-9]).
+        calls: States at which `f` was evaluated, plus products with its Jacobian.
+        iterations: Steps of all relaxations together; one step may evaluate several stacked nodes.
+        residual: Largest relative residual `|D(d) - d| / |M g|` of a node, over the whole state.
+        tol: The tolerance it was to reach.
+        converged: Whether it did, up to the rounding error of a finite nudge.
+        batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
+        retries: How often the amplitude was halved.
+        crossings: What piecewise analytic operations did at complex nodes (`piecewise="real-part"`).
+        truncation: Estimate of the relative error of a contour, from the decay of the displacement's Fourier
+            coefficients over its nodes; NaN for other stencils.
+        radius: Estimate of the relative amplitude at which they would cease to decay, the radius of convergence of
+            [eq. (15)][eq-15]; NaN likewise.
+        trace: Relative residual at every step at which it was measured, one relaxation after the other.
+
+    Example:
+        >>> report = NudgeReport("ep", beta=0.01, calls=30, residual=2e-4, tol=1e-4, converged=False)
+        >>> report.residual <= report.tol
+        False
+    """
+
+    backward: str
+    beta: float = 0.0
+    nudge: float = 0.0
+    calls: int = 0
+    iterations: int = 0
+    residual: float = 0.0
+    tol: float = 0.0
+    converged: bool = True
+    batching: str = "loop"
+    retries: int = 0
+    crossings: tuple[Crossing, ...] = ()
+    truncation: float = math.nan
+    radius: float = math.nan
+    trace: tuple[float, ...] = ()
+
+    def __add__(self, later: NudgeReport) -> NudgeReport:
+        """Two phases of one solve together: counts add up, the worse residual counts."""
+        return replace(
+            self,
+            calls=self.calls + later.calls,
+            iterations=self.iterations + later.iterations,
+            residual=max(self.residual, later.residual),
+            converged=self.converged and later.converged,
+            batching=later.batching if self.batching == "loop" else self.batching,
+            retries=self.retries + later.retries,
+            crossings=self.crossings + later.crossings,
+            trace=self.trace + later.trace,
+        )

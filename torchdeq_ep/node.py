@@ -1,0 +1,198 @@
+"""The autograd node that makes an error vector the gradient of an implicit layer. It knows nothing of torchdeq."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
+from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
+from torchdeq_ep.state import (
+    STATEFUL,
+    Autocast,
+    Equilibrium,
+    Map,
+    Packing,
+    change_tolerance,
+    first_derivative_only,
+    norm,
+    relative_difference,
+    undisturbed,
+)
+
+AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
+
+
+def attach(
+    f: Callable[..., Any],
+    z_star: AnyState,
+    backward: str | ModeLike = "ep",
+    *,
+    writer: Callable[[NudgeReport], None] | None = None,
+) -> AnyState:
+    """Give a fixed point, found by whatever means, the gradient of the implicit layer it belongs to.
+
+    `f` is called once now, to record how it depends on its parameters and inputs, and again in the backward pass, where
+    the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`, [eq. (2)][eq-2] of the
+    theory page.
+
+    Args:
+        f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors
+            are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
+        z_star: The fixed point: a tensor of any shape, or a tuple or list of tensors. Gradients do not flow into it.
+        backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
+        writer: Called with the [`NudgeReport`][torchdeq_ep.modes.NudgeReport] of each backward pass.
+
+    Returns:
+        `z_star`, with the same values and container, and a gradient. Without one where autograd is off, or where `f`
+        depends on nothing that requires a gradient.
+
+    Raises:
+        UnknownBackwardError: If no backward mode has that name.
+        MapContractError: If `f` does not return a state of the same shapes and dtypes.
+        MapChangedError: In the backward pass, if `f` is no longer the same function.
+        StochasticMapError: In the backward pass, if `f` gives different answers for the same state.
+
+    Example:
+        >>> import torch
+        >>> bias = torch.tensor([0.5], requires_grad=True)
+        >>> z = torch.zeros(1)
+        >>> for _ in range(50):
+        ...     z = 0.5 * torch.tanh(z) + bias.detach()
+        >>> attach(lambda z: 0.5 * torch.tanh(z) + bias, z, backward="ep").backward()
+        >>> bias.grad.round(decimals=2)
+        tensor([1.3600])
+    """
+    mode = get_backward(backward)
+    if not torch.is_grad_enabled():
+        return z_star
+    first = z_star if isinstance(z_star, Tensor) else z_star[0]
+    autocast = Autocast.current(first.device.type)
+    packing = Packing.of(z_star, lenient=autocast.enabled)
+    map_of_states = packing.map(f)
+    free_state = packing.pack(z_star, "z_star").detach()
+    value = map_of_states(free_state)
+    layer = Layer(map_of_states, mode, autocast, packing, writer)
+    connected = connect(layer, free_state, value, free_state)
+    return cast(AnyState, packing.restore(connected, like=z_star))
+
+
+@dataclass
+class Layer:
+    """One call of an implicit layer, as its autograd node remembers it.
+
+    Args:
+        f: The map, on packed states.
+        mode: The backward mode.
+        autocast: The autocast state of the forward pass.
+        packing: What the packed state stands for.
+        writer: Called with the report of each backward pass.
+        loss_of_state: A function that returns the loss as a function of the packed state, for loss nudging, or `None`;
+            asked at backward time.
+    """
+
+    f: Map
+    mode: ModeLike
+    autocast: Autocast
+    packing: Packing
+    writer: Callable[[NudgeReport], None] | None = None
+    loss_of_state: Callable[[], Map | None] = lambda: None
+
+
+def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
+    """The node itself: `returned`, with the error vector flowing back into `value`.
+
+    Args:
+        layer: The layer.
+        free_state: Packed `z*`, detached.
+        value: `f(z*)`, with its graph to parameters and inputs.
+        returned: The tensor whose values the result has: `free_state` or `value`.
+
+    Returns:
+        A new tensor.
+    """
+    if not value.requires_grad:
+        return returned.detach()
+    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())  # type: ignore[no-untyped-call]
+    return connected
+
+
+class _EquilibriumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(free_state, value.clone())  # f may return a buffer that its next call overwrites
+        return returned.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, None]:
+        (cotangent,) = cotangents
+        free_state, value = ctx.saved_tensors
+        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
+        return None, None, first_derivative_only(error_vector, cotangent), None
+
+
+def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
+    # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
+    autocast, z = layer.autocast, free_state
+    in_force, value_now, records = _evaluate(layer, z)
+    eps_then = torch.finfo(autocast.dtype if autocast.enabled else z.dtype).eps
+    eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
+    with autocast.restored(in_force):
+        if torch.equal(value, value_now):
+            value_now = value  # one state less in memory
+        else:
+            _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
+        equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
+        if isinstance(layer.mode, Mode):
+            error_vector, report = layer.mode.solve(equilibrium)
+        else:
+            error_vector, report = _solve_by_callable(layer.mode, equilibrium)
+    if layer.writer is not None:
+        layer.writer(report)
+    return error_vector.detach()
+
+
+def _solve_by_callable(mode: ModeLike, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+    equilibrium.require_finite()
+    with undisturbed(equilibrium.records):
+        error_vector = mode(equilibrium.f, equilibrium.z, equilibrium.cotangent)
+    shape = tuple(equilibrium.z.shape)
+    if not isinstance(error_vector, Tensor) or error_vector.shape != equilibrium.z.shape:
+        got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
+        raise MapContractError(f"the backward {mode!r} must return a tensor of shape {shape}, not {got}.")
+    return error_vector, NudgeReport(repr(mode))
+
+
+def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
+    """Whether `f` needs the autocast of the forward pass, a copy of `f(z*)`, and whether `f` records statistics."""
+    with undisturbed() as guard:
+        if layer.autocast.enabled:
+            try:
+                with layer.autocast.restored(False):
+                    return False, layer.f(z).clone(), guard.withheld
+            except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
+                pass
+        with layer.autocast.restored(True):
+            return layer.autocast.enabled, layer.f(z).clone(), guard.withheld
+
+
+def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, tolerance: float) -> None:
+    if not norm(then - now) > tolerance * norm(then):
+        return
+    difference = relative_difference(now, then)
+    with undisturbed():
+        again = f(z)
+    if norm(again - now) > tolerance * norm(now):
+        raise StochasticMapError(
+            f"f gives different answers for the same state (by {difference:.1e}), so it has no fixed point. {STATEFUL}"
+        )
+    raise MapChangedError(
+        f"f(z*) differs by {difference:.1e} from its value in the forward pass, so f was changed in between and the "
+        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or "
+        "train()/eval(), and do not write into tensors that f uses."
+    )

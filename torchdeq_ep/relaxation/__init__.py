@@ -1,0 +1,12 @@
+"""From a map of a stack of nodes to its fixed point, by the loop of this package or any solver of torchdeq."""
+
+from torchdeq_ep.relaxation.driven import Solver as Solver
+from torchdeq_ep.relaxation.loop import MEMORY as MEMORY
+from torchdeq_ep.relaxation.loop import Relaxation as Relaxation
+from torchdeq_ep.relaxation.loop import Step as Step
+from torchdeq_ep.relaxation.loop import iterate as iterate
+from torchdeq_ep.relaxation.solvers import Run as Run
+from torchdeq_ep.relaxation.solvers import check_solver as check_solver
+from torchdeq_ep.relaxation.solvers import find_solver as find_solver
+from torchdeq_ep.relaxation.solvers import relax as relax
+from torchdeq_ep.relaxation.solvers import relax_linear as relax_linear

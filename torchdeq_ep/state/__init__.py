@@ -1,0 +1,15 @@
+"""The state of an implicit layer as one real tensor, its equilibrium, and calls of `f` that leave no trace."""
+
+from torchdeq_ep.state.calls import STATEFUL as STATEFUL
+from torchdeq_ep.state.calls import Autocast as Autocast
+from torchdeq_ep.state.calls import FrozenStatistics as FrozenStatistics
+from torchdeq_ep.state.calls import Map as Map
+from torchdeq_ep.state.calls import change_tolerance as change_tolerance
+from torchdeq_ep.state.calls import undisturbed as undisturbed
+from torchdeq_ep.state.derivatives import first_derivative_only as first_derivative_only
+from torchdeq_ep.state.equilibrium import Equilibrium as Equilibrium
+from torchdeq_ep.state.norms import cosine as cosine
+from torchdeq_ep.state.norms import norm as norm
+from torchdeq_ep.state.norms import relative_difference as relative_difference
+from torchdeq_ep.state.packing import Packing as Packing
+from torchdeq_ep.state.packing import State as State

@@ -1,0 +1,86 @@
+"""The state of an implicit layer as one real tensor, and the free equilibrium at which a backward pass starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torchdeq_ep.errors import NonFiniteError
+from torchdeq_ep.state.calls import Map
+from torchdeq_ep.state.norms import MIN_NORM, norm
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """A free equilibrium with a cotangent: all that a backward mode is given.
+
+    Args:
+        f: The map, on packed states; opaque.
+        z: Packed fixed point `z* = f(z*)`, real, detached.
+        value: `f(z*)`. Kept apart from `z` because a solver stops early: the nudged map cancels the difference.
+        cotangent: `g = dL/dz*`, of the shape of `z`.
+        eps: Relative rounding error of one call of `f`.
+        records: Whether `f` has layers that would record running statistics.
+        loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
+
+    Example:
+        >>> z = torch.tensor([3.0, 4.0])
+        >>> free = Equilibrium(torch.cos, z, 1.1 * z, torch.ones(2), eps=1e-7)
+        >>> free.size, round(free.residual, 3)
+        (5.0, 0.1)
+    """
+
+    f: Map
+    z: Tensor
+    value: Tensor
+    cotangent: Tensor
+    eps: float
+    records: bool = True
+    loss_of_state: Map | None = None
+
+    @cached_property
+    def size(self) -> float:
+        """Norm of `z*`."""
+        return norm(self.z)
+
+    @cached_property
+    def cotangent_size(self) -> float:
+        """Norm of the cotangent."""
+        return norm(self.cotangent)
+
+    @cached_property
+    def residual(self) -> float:
+        """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
+        return norm(self.value - self.z) / (self.size if self.size > MIN_NORM else 1.0)
+
+    def advanced(self) -> Equilibrium:
+        """The equilibrium one step of `f` further on, if that is closer to the fixed point.
+
+        Returns:
+            An equilibrium at `f(z*)`, or this one.
+        """
+        value = self.f(self.value).clone()
+        if not norm(value - self.value) < norm(self.value - self.z):
+            return self
+        return replace(self, z=self.value, value=value)
+
+    def require_finite(self) -> None:
+        """Refuse a cotangent or a value of `f` that holds NaN or infinity.
+
+        Raises:
+            NonFiniteError: If one does; the message counts the entries.
+        """
+        if math.isfinite(self.cotangent_size) and math.isfinite(self.residual):
+            return
+        for name, tensor in (("the cotangent dL/dz*", self.cotangent), ("f(z*) at the free fixed point", self.value)):
+            if not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(
+                    f"{name} has {count} of {tensor.numel()} entries that are NaN or infinite, so no error vector "
+                    "exists. Look for overflow in the loss or a free phase that diverged. If a GradScaler is meant to "
+                    "skip such steps, choose on_divergence='ift', which passes them on with a warning."
+                )
