@@ -11,7 +11,7 @@ from problems import contraction
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.host.solver import relaxation_solver
 from torchdeq_ep.measuring.comparison import peak_memory, plan
-from torchdeq_ep.relaxation.accelerations import affine_weights
+from torchdeq_ep.relaxation.phases import affine_weights
 from torchdeq_ep.relaxation.loop import MEMORY, iterate
 from torchdeq_ep.relaxation.solvers import relax
 

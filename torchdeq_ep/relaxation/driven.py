@@ -1,8 +1,4 @@
-"""Relaxation: from a map of a stack of nodes to its fixed point, by our own loop or by any torchdeq solver.
-
-Convergence is judged on the whole state of every node, by the residual `|N(z) - z|` relative to the nudge: solvers that
-look at rows report what is not so when the rows are coupled.
-"""
+"""Any solver of torchdeq, driven from outside until the whole state has converged."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq_ep.relaxation.loop import DIVERGED, Relaxation, Step, largest_row
+from torchdeq_ep.relaxation.loop import Relaxation, Step, largest_row
+from torchdeq_ep.relaxation.progress import DIVERGED
 
 Solver = Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""Relaxation: from a map of a stack of nodes to its fixed point, by our own loop or by any torchdeq solver.
+"""The package's own relaxation: the map itself, extrapolated, and mixed where that proves slow.
 
 Convergence is judged on the whole state of every node, by the residual `|N(z) - z|` relative to the nudge: solvers that
 look at rows report what is not so when the rows are coupled.
@@ -6,45 +6,23 @@ look at rows report what is not so when the rows are coupled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.relaxation.accelerations import Extrapolation, Mixing
+from torchdeq_ep.relaxation.phases import Extrapolation, Mixing, Phase, Plain
+from torchdeq_ep.relaxation.progress import Progress
 
 Step = Callable[[Tensor], Tensor]
-
-
 RowScale = Callable[[Tensor], Tensor]
-
-
-DIVERGED = 1e4
-"""A residual this many times the first one (or not finite) counts as divergence."""
-
-
-_STALL = 12
-
-
-_STUCK = 30
-
-
-_PLAIN = 24
-
-
-_PATIENCE = 15
-
-
-_WINDOW = 4
-
-
-_UNSEEN = 4
-
+"""From a value of the map to what the residual of each row is relative to."""
 
 MEMORY = 6
 """How many values the mixing combines."""
+
+_STUCK = 30
 
 
 @dataclass(frozen=True)
@@ -119,68 +97,40 @@ def iterate(
         >>> iterate(torch.cos, torch.zeros(1, 1)).value.round(decimals=3)
         tensor([[0.7390]])
     """
-    point = best = lowest_value = start
-    smallest = lowest = math.inf  # of all steps, and of the present stretch, accelerated or plain
-    lowest_at = begun_at = measured_at = next_at = 0
-    plain_until, plain_steps = 0 if memory > 1 else max_iter, _PLAIN
-    trace: list[float] = []
-    acceleration: Extrapolation | Mixing | None = Extrapolation() if memory > 1 else None
+    progress = Progress(start, tol, floor, memory)
+    phase: Phase = Extrapolation() if memory > 1 else Plain(start, until=max_iter)
+    point = start
     for k in range(max_iter):
         value = step(point)
-        if k < min(next_at, max_iter - 1):
+        if phase.passes_over(k) and k < max_iter - 1:
             point = value
             continue
-        if acceleration is None:
-            trace.append(largest_row(value - point, None, scale, value))
-        else:
-            trace.append(largest_row(*acceleration.add(value, point), scale, value))
-        if not math.isfinite(trace[-1]) or trace[-1] > DIVERGED * max(trace[0], tol):
-            return Relaxation(best, trace[-1], tuple(trace), k + 1, True)
-        if trace[-1] < 0.9 * lowest:
-            lowest_at = k
-        if trace[-1] < lowest:
-            lowest, lowest_value = trace[-1], value
-        if trace[-1] < smallest:
-            smallest, best = trace[-1], value
-        if trace[-1] <= tol or (smallest <= floor and k - lowest_at >= _STALL):
+        progress.measure(k, value, largest_row(*phase.add(value, point), scale, value))
+        if progress.has_diverged or progress.is_over:
             break
-        if acceleration is None and k < plain_until:
-            next_at = k + 1 + _steps_unseen(trace, k - measured_at, tol)
-            measured_at, point = k, value
-            continue
-        if acceleration is None:
-            acceleration = Extrapolation()
-            acceleration.add(value, point)
-            begun_at = lowest_at = k
-            lowest, lowest_value = trace[-1], value
-        elif k - lowest_at >= _STUCK:
-            acceleration, point = None, lowest_value
-            lowest, lowest_at, measured_at = math.inf, k, k
-            plain_until, plain_steps = k + plain_steps, 2 * plain_steps
-            continue
-        if trace[-1] > 10 * lowest:
-            point = acceleration.restart(lowest_value)
-            continue
-        between = isinstance(acceleration, Extrapolation) and acceleration.is_between
-        if between and k >= begun_at + _WINDOW and _is_slow(trace, tol):
-            acceleration = Mixing(memory, value)
-            acceleration.add(value, point)
-        point = acceleration.next()
-    return Relaxation(best, smallest, tuple(trace), k + 1, False)
+        phase = _next_phase(phase, progress, value, point)
+        point = phase.next(progress)
+    residual = progress.trace[-1] if progress.has_diverged else progress.smallest
+    return Relaxation(progress.best, residual, tuple(progress.trace), k + 1, progress.has_diverged)
 
 
-def _is_slow(trace: list[float], tol: float) -> bool:
-    """Whether more than `_PATIENCE` steps are left at the rate of the last `_WINDOW`."""
-    gained = math.log(trace[-1 - _WINDOW] / trace[-1])
-    return tol <= 0 or math.log(trace[-1] / tol) * _WINDOW > _PATIENCE * gained
-
-
-def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
-    """How many steps of plain iteration need not be looked at: one less than are left at the present rate."""
-    if len(trace) < 2 or not 0 < trace[-1] < trace[-2] or tol <= 0:
-        return 0
-    left = gap * math.log(tol / trace[-1]) / math.log(trace[-1] / trace[-2])
-    return min(int(left), _UNSEEN)
+def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor) -> Phase:
+    """The phase that finds the next point: the one place where it changes."""
+    k = progress.k
+    if isinstance(phase, Plain):
+        if k < phase.until:
+            return phase
+        progress.begin(k, value, progress.trace[-1])
+        phase = Extrapolation()
+        phase.add(value, point)
+    elif progress.steps_without_progress >= _STUCK:
+        phase = Plain(progress.lowest_value, until=k + progress.plain_steps, since=k)
+        progress.plain_steps *= 2
+        progress.begin(k, progress.lowest_value)
+    elif isinstance(phase, Extrapolation) and phase.is_between and not progress.has_grown and progress.is_slow:
+        phase = Mixing(progress.memory, value)
+        phase.add(value, point)
+    return phase
 
 
 def largest_row(residual: Tensor, size: float | None, scale: float | RowScale, value: Tensor) -> float:

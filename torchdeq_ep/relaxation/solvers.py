@@ -1,8 +1,4 @@
-"""Relaxation: from a map of a stack of nodes to its fixed point, by our own loop or by any torchdeq solver.
-
-Convergence is judged on the whole state of every node, by the residual `|N(z) - z|` relative to the nudge: solvers that
-look at rows report what is not so when the rows are coupled.
-"""
+"""Relaxation by the solver of one's choice: the loop of this package, or one that is registered with torchdeq."""
 
 from __future__ import annotations
 

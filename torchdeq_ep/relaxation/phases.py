@@ -1,18 +1,67 @@
-"""Relaxation: from a map of a stack of nodes to its fixed point, by our own loop or by any torchdeq solver.
+"""How the loop finds its next point: plain steps, extrapolation in every second one, or mixing of many values.
 
-Convergence is judged on the whole state of every node, by the residual `|N(z) - z|` relative to the nudge: solvers that
-look at rows report what is not so when the rows are coupled.
+A phase is shown each value of the map with the point it was taken at, and asked for the next point. Which phase it is
+that is asked, the loop decides.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from torchdeq_ep.relaxation.progress import Progress
 
-class Extrapolation:
+_UNSEEN = 4
+
+
+class Phase(ABC):
+    """A way to the next point."""
+
+    def passes_over(self, k: int) -> bool:
+        """Whether the residual of step `k` need not be measured, and the value is the next point."""
+        return False
+
+    @abstractmethod
+    def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float | None]:
+        """Take in a value of the map; its residual, and the norm of that where it is known."""
+
+    @abstractmethod
+    def next(self, progress: Progress) -> Tensor:
+        """The next point. One whose residual has grown far is given up for the best of the present stretch."""
+
+
+class Plain(Phase):
+    """The map itself: each value is the next point. Residuals are measured in some of its steps only.
+
+    Args:
+        start: Where it goes on.
+        until: The step at which it ends.
+        since: The step at which it begins.
+    """
+
+    def __init__(self, start: Tensor, until: int, since: int = 0) -> None:
+        self.until = until
+        self._value, self._measured_at, self._next_at = start, since, since
+
+    def passes_over(self, k: int) -> bool:
+        return k < self._next_at
+
+    def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float | None]:
+        self._value = value
+        return value - point, None
+
+    def next(self, progress: Progress) -> Tensor:
+        k = progress.k
+        if k > self._measured_at:
+            self._next_at = k + 1 + _steps_unseen(progress.trace, k - self._measured_at, progress.tol)
+            self._measured_at = k
+        return self._value
+
+
+class Extrapolation(Phase):
     """Every second step goes on along its residual, to where that of a linear map would be smallest.
 
     Let `p` and `r` be the residuals of two steps in a row, and `value` the end of the second. The next point is
@@ -29,22 +78,18 @@ class Extrapolation:
         """Whether no residual waits for the one that it would be combined with."""
         return self._first is None
 
-    def restart(self, point: Tensor) -> Tensor:
-        """Start anew from a point."""
-        self._first = None
-        return point
-
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
-        """Take in a value of the map; its residual, and the norm of that."""
         residual = value - point
         size = float(torch.linalg.vector_norm(residual))
         self._last = value, residual, size
         return residual, size
 
-    def next(self) -> Tensor:
-        """The next point."""
+    def next(self, progress: Progress) -> Tensor:
         value, residual, size = self._last
         del self._last
+        if progress.has_grown:
+            self._first = None
+            return progress.lowest_value
         if self._first is None:
             self._first = residual, size
             return value
@@ -57,7 +102,7 @@ class Extrapolation:
         return torch.add(value, residual, alpha=(product - size**2) / change, out=residual)
 
 
-class Mixing:
+class Mixing(Phase):
     """Type-II Anderson mixing: the affine combination of the last values of the map that has the smallest residual.
 
     One set of weights for the whole stack (Walker & Ni 2011, SINUM 49:1715, algorithm AA). The weights come from the
@@ -75,13 +120,7 @@ class Mixing:
         self._ridge = 10 * torch.finfo(origin.dtype).eps
         self._slot, self._known = -1, 0
 
-    def restart(self, point: Tensor) -> Tensor:
-        """Start anew from a point: the values so far belong to another region."""
-        self._slot, self._known = -1, 0
-        return point
-
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
-        """Take in a value of the map; its residual, and the norm of that."""
         memory = len(self._gram)
         slot = self._slot = (self._slot + 1) % memory
         self._known = min(self._known + 1, memory)
@@ -93,12 +132,22 @@ class Mixing:
             self._gram[slot][other] = self._gram[other][slot] = product
         return residual.view(self._shape), math.sqrt(products[slot])
 
-    def next(self) -> Tensor:
-        """The next point."""
+    def next(self, progress: Progress) -> Tensor:
+        if progress.has_grown:  # the values so far belong to another region
+            self._slot, self._known = -1, 0
+            return progress.lowest_value
         known = self._known
         weights = affine_weights([row[:known] for row in self._gram[:known]], self._ridge)
         values = self._values[:known]
         return torch.addmv(self._origin, values.T, values.new_tensor(weights)).view(self._shape)
+
+
+def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
+    """How many steps of plain iteration need not be looked at: one less than are left at the present rate."""
+    if len(trace) < 2 or not 0 < trace[-1] < trace[-2] or tol <= 0:
+        return 0
+    left = gap * math.log(tol / trace[-1]) / math.log(trace[-1] / trace[-2])
+    return min(int(left), _UNSEEN)
 
 
 def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:

@@ -1,0 +1,74 @@
+"""What the loop knows of its way so far: residuals, the best value, and whether it gets anywhere."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+DIVERGED = 1e4
+"""A residual this many times the first one (or not finite) counts as divergence."""
+
+_STALL = 12
+_PLAIN = 24
+_PATIENCE = 15
+_WINDOW = 4
+_GROWN = 10.0
+
+
+class Progress:
+    """The residuals so far, the best value, and those of the present stretch: since the loop last began anew."""
+
+    def __init__(self, start: Tensor, tol: float, floor: float, memory: int) -> None:
+        self.tol, self.floor, self.memory = tol, floor, memory
+        self.trace: list[float] = []
+        self.best, self.smallest = start, math.inf
+        self.plain_steps = _PLAIN
+        self.begin(0, start)
+
+    def begin(self, k: int, value: Tensor, residual: float = math.inf) -> None:
+        """A new stretch."""
+        self.began_at = self.lowest_at = k
+        self.lowest_value, self.lowest = value, residual
+
+    def measure(self, k: int, value: Tensor, residual: float) -> None:
+        """Take in the residual of a step."""
+        self.k = k
+        self.trace.append(residual)
+        if self.has_diverged:
+            return
+        if residual < 0.9 * self.lowest:
+            self.lowest_at = k
+        if residual < self.lowest:
+            self.lowest, self.lowest_value = residual, value
+        if residual < self.smallest:
+            self.smallest, self.best = residual, value
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the residual grew beyond all bounds, or is not finite."""
+        last = self.trace[-1]
+        return not math.isfinite(last) or last > DIVERGED * max(self.trace[0], self.tol)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tolerance is reached, or the floor and nothing falls any more."""
+        return self.trace[-1] <= self.tol or (self.smallest <= self.floor and self.steps_without_progress >= _STALL)
+
+    @property
+    def steps_without_progress(self) -> int:
+        """Steps since the residual last fell by a tenth."""
+        return self.k - self.lowest_at
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the last residual is far above the lowest of the stretch."""
+        return self.trace[-1] > _GROWN * self.lowest
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether more than `_PATIENCE` steps are left at the rate of the last `_WINDOW`."""
+        if self.k < self.began_at + _WINDOW:
+            return False
+        gained = math.log(self.trace[-1 - _WINDOW] / self.trace[-1])
+        return self.tol <= 0 or math.log(self.trace[-1] / self.tol) * _WINDOW > _PATIENCE * gained
