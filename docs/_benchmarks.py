@@ -1,4 +1,4 @@
-"""`docs/benchmarks.md` from the JSON of a recorded run: `python docs/_benchmarks.py docs/benchmarks/RUN.json`."""
+"""`docs/benchmarks.md` from a recorded run: `python docs/_benchmarks.py docs/results/benchmarks/RUN.json`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE / "benchmarks.md"
-RUNS = HERE / "benchmarks"
+RUNS = HERE / "results" / "benchmarks"
 
 Row = dict[str, Any]
 
 INTRODUCTION = """# Benchmarks
 
-This page is made from [`{file}`](benchmarks/{file}), a run of `make bench` on {date}, by
+This page is made from [`{file}`](results/benchmarks/{file}), a run of `make bench` on {date}, by
 `docs/_benchmarks.py`. Machine: {cpu}, {cores} cores, {threads} thread(s), torch {torch}, {gpu}.
 
 All figures are ratios. Before each timed run comes a run of what it is compared with, so that other load on the machine

@@ -29,7 +29,6 @@ error. `sweep` ends with 1 if a run has failed.
 | --- | --- |
 | `list`, `errors` | `torchdeq-ep` |
 | `compare`, `diagnose` | `torchdeq-ep[compare]` |
-| `experiment` | `torchdeq-ep[experiment]` |
 | `physics` | `torchdeq-ep-physics[recipes]` |
 | `train`, `sweep` | `torchdeq-ep-lightning` |
 
@@ -40,7 +39,6 @@ the remaining arguments to an exit code.
 GUIDES = {
     "compare": "[Compare backward passes](compare.md)",
     "diagnose": "[Find out why a gradient is off](diagnose.md)",
-    "experiment homeostasis": "[Homeostasis experiment](experiment.md)",
     "errors": "[Errors and warnings](errors.md)",
     "physics": "[Physical networks](physics.md)",
     "train": "[Train the papers' networks](train.md)",
@@ -51,7 +49,6 @@ EXAMPLES = {
     "list": "torchdeq-ep list",
     "compare": "torchdeq-ep compare my_package.models:factory --backward ep --backward hep:n_points=6 --plot out.png",
     "diagnose": "torchdeq-ep diagnose my_package.models:factory --markdown diagnosis.md",
-    "experiment homeostasis": "torchdeq-ep experiment homeostasis --epochs 2 --seeds 1 --out homeostasis",
     "errors": "torchdeq-ep errors NotHolomorphicError",
     "physics": "torchdeq-ep physics iris --simulator twin --steps 20",
     "train": "torchdeq-ep train digits-mlp --backward hep:n_points=4 --seed 1 --model.angle 30 --trainer.max_epochs 5",
@@ -74,7 +71,6 @@ GROUPS = {
 def page() -> str:
     """The Markdown of the page."""
     commands = dict(choices(cli._parser({})))
-    commands["experiment homeostasis"] = dict(choices(commands.pop("experiment")))["homeostasis"]
     commands |= {"physics": physics.parser(), "sweep": sweep._parser()}
     parts = [INTRODUCTION]
     for name in EXAMPLES:

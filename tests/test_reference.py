@@ -27,7 +27,7 @@ ENTRIES = re.findall(r"^::: (torchdeq_ep[\w.]*)$", REFERENCE.read_text(), re.MUL
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):\n((?:\n|    .*(?:\n|\Z))*)", re.MULTILINE)
 NAMES = re.compile(r"^    \*{0,2}(\w+):", re.MULTILINE)
 NAMESPACES = ["torchdeq_ep"] + [
-    f"torchdeq_ep.{name}" for name in ("compare", "errors", "experiment", "holomorphic", "jacobian", "nn")
+    f"torchdeq_ep.{name}" for name in ("compare", "errors", "holomorphic", "jacobian", "nn")
 ]
 
 

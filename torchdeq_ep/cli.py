@@ -1,4 +1,4 @@
-"""The command line: `list`, `compare`, `diagnose`, `experiment`, `errors`, and commands of other distributions."""
+"""The command line: `list`, `compare`, `diagnose`, `errors`, and commands of other distributions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from typing import Any
 from torch import nn
 
 from torchdeq_ep.errors import EPError, InvalidOptionError, unknown_name
-from torchdeq_ep.experiment import MODES, Setup, load_images, run_all, table, write_report
-from torchdeq_ep.experiment.train import Mode
 from torchdeq_ep.measuring import (
     Comparison,
     Diagnosis,
@@ -117,7 +115,6 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
     _add_problem_and_files(diagnosing, "alignment against amplitude")
     diagnosing.set_defaults(run=_diagnose)
-    _add_experiment(subparsers)
     explaining = subparsers.add_parser("errors", help="print what the documentation says about an error or warning")
     explaining.add_argument("name", nargs="?", metavar="NAME", help="class of the error; default: list them")
     explaining.set_defaults(run=_errors)
@@ -138,48 +135,6 @@ def _add_problem_and_files(parser: argparse.ArgumentParser, picture: str) -> Non
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument("--plot", metavar="FILE", help=f"draw {picture} (.png, .svg, .pdf)")
-
-
-def _add_experiment(subparsers: Any) -> None:
-    experimenting = subparsers.add_parser("experiment", help="train networks and measure their gradients")
-    experiments = experimenting.add_subparsers(title="experiments", metavar="EXPERIMENT", required=True)
-    parser = experiments.add_parser(
-        "homeostasis",
-        help="exact gradients, EP, and EP with homeostasis where forward and backward weights are not aligned",
-        description="Train a network whose backward weights are independent of its forward weights, with exact "
-        "gradients, with equilibrium propagation, and with homeostasis. A run that has finished is kept in the "
-        "directory of the results, and not repeated.",
-    )
-    preset = Setup()
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder with train.parquet and test.parquet; default: scikit-learn's digits"
-    )
-    parser.add_argument("--out", default="homeostasis", metavar="DIR", help="results (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each mode (default: %(default)s)")
-    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default: all")
-    parser.add_argument("--epochs", type=int, default=preset.epochs, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=preset.batch, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--hidden", type=int, nargs="+", default=list(preset.hidden), metavar="N", help="default: 256 256"
-    )
-    parser.add_argument(
-        "--readout", choices=("mse", "softmax"), default=preset.readout, help="output layer (default: %(default)s)"
-    )
-    helps = {
-        "angle": "initial angle between backward and forward weights, 0 to 90",
-        "damping": "share of the old state kept in each step",
-        "feedback": "strength of backward relative to forward weights that the metric takes for symmetric",
-        "gain": "factor of the initial recurrent weights",
-        "lr": "initial learning rate of Adam",
-        "strength": "learning rate of homeostasis, per unit of the state",
-    }
-    for name, text in helps.items():
-        value = getattr(preset, name)
-        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (default: {value:g})")
-    parser.add_argument(
-        "--probes", type=int, default=preset.probes, metavar="N", help="probes of homeostasis (default: %(default)s)"
-    )
-    parser.set_defaults(run=_homeostasis)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -279,26 +234,6 @@ def _trained_digits(console: Any) -> Problem:
     return trained.model, trained.batch, trained.loss_fn
 
 
-def _homeostasis(options: argparse.Namespace) -> int:
-    progress_module = require("rich.progress", "rich", "The progress bar")
-    require("matplotlib.figure", "matplotlib", "A figure")
-    named = ("epochs", "batch", "angle", "feedback", "readout", "damping", "gain", "lr", "strength", "probes")
-    setup = Setup(hidden=tuple(options.hidden), **{name: getattr(options, name) for name in named})
-    images = load_images(options.data)
-    modes = options.mode or MODES
-    columns = (*progress_module.Progress.get_default_columns(), progress_module.TimeElapsedColumn())
-    with progress_module.Progress(*columns, refresh_per_second=2) as progress:
-
-        def on_run(mode: Mode, seed: int) -> Callable[[int, int], None]:
-            bar = progress.add_task(f"{mode}, seed {seed}", total=None)
-            return lambda done, total: progress.update(bar, completed=done, total=total)
-
-        runs = run_all(setup, images, options.out, modes, options.seeds, on_run)
-        document, picture = write_report(runs, setup, images, options.out)
-    sys.stdout.write(f"{table(runs)}\nwritten: {document}  {picture}\n")
-    return 0
-
-
 def _show(console: Any, table: Comparison) -> None:
     console.print(to_rich(table, console.width))
     # A narrow terminal, or a pipe, wraps what follows; markup in a message would be taken for formatting.
@@ -387,7 +322,7 @@ def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
     return command(arguments)
 
 
-_BUILT_IN = ("list", "compare", "diagnose", "experiment", "errors")
+_BUILT_IN = ("list", "compare", "diagnose", "errors")
 
 
 if __name__ == "__main__":

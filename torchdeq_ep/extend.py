@@ -5,7 +5,8 @@ Everything else inside may change between minor versions. [Extend it](extend.md)
 A mode of one's own: [`Mode`][torchdeq_ep.extend.Mode] with `solve`, which is handed an
 [`Equilibrium`][torchdeq_ep.extend.Equilibrium] and returns the error vector with a
 [`NudgeReport`][torchdeq_ep.NudgeReport]. Callbacks of a trainer: `deqs_of`, `fixed_point`, `EquilibriumRule`. Measuring
-beside training: `Reference`, `Capture`, `left_as_found`. Commands: `require`, `write_text`, `write_whole`.
+beside training: `Reference`, `Capture`, `left_as_found`. Commands: `require`, `write_text`, `write_whole`. Figures in
+the package's look: `new_figure`, `dress`, `COLOURS`, `SHAPES`, `save`.
 """
 
 from torchdeq_ep._options import check_choice as check_choice
@@ -17,10 +18,14 @@ from torchdeq_ep.host import deqs_of as deqs_of
 from torchdeq_ep.host import fixed_point as fixed_point
 from torchdeq_ep.jacobian import Estimator as Estimator
 from torchdeq_ep.measuring import COLOURS as COLOURS
+from torchdeq_ep.measuring import SHAPES as SHAPES
 from torchdeq_ep.measuring import Capture as Capture
 from torchdeq_ep.measuring import Reference as Reference
+from torchdeq_ep.measuring import dress as dress
 from torchdeq_ep.measuring import left_as_found as left_as_found
+from torchdeq_ep.measuring import new_figure as new_figure
 from torchdeq_ep.measuring import require as require
+from torchdeq_ep.measuring import save as save
 from torchdeq_ep.measuring import write_text as write_text
 from torchdeq_ep.measuring import write_whole as write_whole
 from torchdeq_ep.modes import Mode as Mode

@@ -1,4 +1,4 @@
-"""Training a system whose solver is a black box: gradients from free and nudged equilibria and the local force law.
+"""A system whose solver is a black box, as a differentiable function: free and nudged equilibria give its gradient.
 
 An equilibrium `z*` satisfies `F(z*, theta, x) = 0`. A simulator, or an instrument, finds it, and finds it again under
 an added force, `F(z_b, theta, x) + b g = 0`. With `K = -dF/dz` at `z*` the displacement `(z_b - z*) / b` tends to
@@ -15,50 +15,20 @@ force is `b M g` and `v = M^-1 K^-1 M g`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
-from torchdeq_ep.black_box.containers import map_tensors, tensors_of
-from torchdeq_ep.black_box.instrument import Instrument, Measurement, Nudge, Solve
+from torchdeq_ep.black_box.instrument import Instrument, Measurement, Solve
 from torchdeq_ep.black_box.report import EquilibriumReport
-from torchdeq_ep.errors import (
-    InvalidOptionError,
-    MapChangedError,
-    MapContractError,
-    NonFiniteError,
-    NotHolomorphicError,
-    SolverError,
-    TruncationWarning,
-)
+from torchdeq_ep.black_box.system import ForceLaw, System
+from torchdeq_ep.errors import InvalidOptionError, MapContractError, NotHolomorphicError
 from torchdeq_ep.modes import EquilibriumPropagation, ForceScale, Stencil
-from torchdeq_ep.state import first_derivative_only, norm
-
-ForceLaw = Callable[[Tensor, Any, Any], Tensor]
-
-
-_PILOTS = 12
-
-
-_CLOSE_ENOUGH = 2.0
-
-
-_VISIBLE = 10.0
-
-
-_NEARLY_LINEAR = 1.5
-
-
-_FROM_NOTHING = 1e3
-
-
-_AFTER_A_FAILURE = 1e-2
+from torchdeq_ep.state import first_derivative_only
 
 
 def attach_equilibrium(
@@ -150,7 +120,7 @@ def attach_equilibrium(
     if noise is not None and not (isinstance(noise, (int, float)) and 0 < noise < math.inf):
         raise InvalidOptionError(f"noise must be a positive number or None, not {noise!r}.")
     check_count("repeats", repeats, 1)
-    system = _System(
+    system = System(
         Instrument(solve, batched, timeout, retries, executor, workers),
         force,
         theta,
@@ -177,7 +147,7 @@ def attach_equilibrium(
 
 class _MeasuredGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, system: _System, free: Measurement, value: Tensor, state: Tensor) -> Tensor:
+    def forward(ctx: Any, system: System, free: Measurement, value: Tensor, state: Tensor) -> Tensor:
         ctx.system, ctx.free = system, free
         return state.clone()
 
@@ -186,207 +156,6 @@ class _MeasuredGradient(torch.autograd.Function):
         (cotangent,) = cotangents
         error_vector = ctx.system.error_vector(ctx.free, cotangent.detach())
         return None, None, first_derivative_only(error_vector, cotangent), None
-
-
-@dataclass(frozen=True)
-class _System:
-    """One call of `attach_equilibrium`, as its autograd node remembers it."""
-
-    instrument: Instrument
-    force: ForceLaw
-    theta: Any
-    x: Any
-    stencil: Stencil
-    scale: ForceScale | Literal["response"]
-    metric: Tensor | Callable[[Tensor], Tensor] | None
-    repeats: int
-    noise: float | None
-    writer: Callable[[EquilibriumReport], None] | None
-    versions: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", self._versions())
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the dtype and device that the caller computes in."""
-        tensors = [t for t in (*tensors_of(self.theta), *tensors_of(self.x)) if t.is_floating_point()]
-        return tensors[0] if tensors else torch.zeros(())
-
-    def free_phase(self, shape: torch.Size | None) -> Measurement:
-        zero = self.like.new_zeros(() if shape is None else shape)
-        return self._measure([(0.0, zero)], shape)
-
-    def error_vector(self, free: Measurement, cotangent: Tensor) -> Tensor:
-        if not bool(torch.isfinite(cotangent).all()):
-            raise NonFiniteError(
-                f"the cotangent dL/dz* has {int((~torch.isfinite(cotangent)).sum())} of {cotangent.numel()} entries "
-                "that are NaN or infinite, so there is nothing to nudge by. Look for overflow in the loss."
-            )
-        if self._versions() != self.versions:
-            raise MapChangedError(
-                "theta or x was written into after the free phase, so the nudged phases would be those of another "
-                "system. Call backward() before optimizer.step()."
-            )
-        if norm(cotangent) == 0.0:
-            return torch.zeros_like(cotangent)
-        samples = torch.stack(free.states)
-        rest = samples.mean(0)
-        wide = rest.dtype
-        noise = self._noise(samples)
-        stencil = self.stencil.resolve(noise / self.repeats**0.5)
-        metric = self._metric(rest)
-        direction = (cotangent if metric is None else metric * cotangent).to(wide)
-        unit, pilots = self._unit(rest, direction, stencil, noise)
-        amplitudes = [unit * cast(float, node) for node in stencil.nodes]
-        forces = [(node, b * direction) for node, b in zip(stencil.nodes, amplitudes, strict=True)]
-        nudged = self._measure(forces, rest.shape)
-        shifts = torch.stack(nudged.states).reshape(-1, self.repeats, *rest.shape) - rest
-        weights = [c / b for c, b in zip(stencil.coefficients, amplitudes, strict=True)]
-        displacement = torch.einsum("k,kr...->...", torch.tensor(weights, dtype=wide), shifts.to(wide)) / self.repeats
-        v = (displacement if metric is None else displacement / metric).to(cotangent)
-        if self.scale == "response":
-            self._warn_of_saturation(shifts, rest, stencil, noise)
-        if self.writer is not None:
-            # The free state is subtracted from each; in stencils that are symmetric about it, it cancels.
-            scatter = [*zip(weights, shifts, strict=True), (sum(weights), samples - rest)]
-            (errors, errors_x), freedom = self._standard_errors(rest, scatter, metric)
-            moved = max(norm(shift.mean(0)) for shift in shifts)
-            self.writer(
-                EquilibriumReport(
-                    stencil.name,
-                    beta=float(stencil.beta),
-                    nudge=unit * float(stencil.beta),
-                    noise=noise,
-                    signal_to_noise=moved / (noise * _size(rest)),
-                    calls=len(samples) + pilots + len(nudged.states),
-                    failures=free.failures + nudged.failures,
-                    standard_error=errors,
-                    standard_error_x=errors_x,
-                    degrees_of_freedom=freedom,
-                )
-            )
-        return v
-
-    def _measure(self, forces: Sequence[tuple[complex, Tensor]], shape: torch.Size | None) -> Measurement:
-        """Each force, as often as there are repeats, in the dtype and on the device of the caller."""
-        like = self.like
-        nudges = [
-            Nudge(cast(float, amplitude), current.to(like.device, like.dtype), repeat)
-            for amplitude, current in forces
-            for repeat in range(self.repeats)
-        ]
-        done = self.instrument.measure(nudges, shape, 0 if self.instrument.batched else self._rows(shape))
-        # The solver's own precision is kept: a displacement is a small difference.
-        dtype = torch.promote_types(done.states[0].dtype, like.dtype)
-        return Measurement([state.to(like.device, dtype) for state in done.states], done.failures)
-
-    def _rows(self, shape: torch.Size | None) -> int:
-        inputs = tensors_of(self.x)
-        if shape is None and not (inputs and inputs[0].dim()):
-            raise InvalidOptionError("batched=False needs to know the number of rows: give shape=, or x with a batch.")
-        return len(inputs[0]) if shape is None else shape[0]
-
-    def _noise(self, samples: Tensor) -> float:
-        """Relative error of one solve."""
-        eps = float(torch.finfo(samples.dtype).eps)
-        if self.noise is not None:
-            return max(self.noise, eps)
-        rest = samples.mean(0)
-        if len(samples) < 2:
-            return eps
-        return max(norm(samples - rest) / math.sqrt(len(samples) - 1) / _size(rest), eps)
-
-    def _metric(self, rest: Tensor) -> Tensor | None:
-        if self.metric is None:
-            return None
-        metric = self.metric if isinstance(self.metric, Tensor) else self.metric(rest.to(self.like.dtype))
-        if not isinstance(metric, Tensor) or not bool(((metric > 0) & torch.isfinite(metric)).all()):
-            raise InvalidOptionError("the metric must be a positive and finite tensor: it is the diagonal of M.")
-        return metric.detach().to(rest).expand(rest.shape)
-
-    def _unit(self, rest: Tensor, direction: Tensor, stencil: Stencil, noise: float) -> tuple[float, int]:
-        """What the nodes of the stencil are multiplied by, and the solves it took to find out."""
-        unit = 1.0 if self.scale == "absolute" else _size(rest) / norm(direction)
-        if self.scale != "response":
-            return unit, 0
-        # A pilot that moves less than the noise shows nothing.
-        target = max(float(stencil.beta), _VISIBLE * noise / math.sqrt(self.repeats))
-        failure: SolverError | None = None
-        for pilot in range(1, _PILOTS + 1):
-            try:
-                state = self._measure([(target, target * unit * direction)], rest.shape).states
-            except SolverError as error:  # so strong a force may be beyond what the system can bear
-                failure, unit = error, unit * _AFTER_A_FAILURE
-                continue
-            moved = norm(torch.stack(state).mean(0) - rest) / _size(rest)
-            unit *= target / moved if moved > 0 else _FROM_NOTHING
-            if moved > 0 and 1 / _CLOSE_ENOUGH <= target / moved <= _CLOSE_ENOUGH:
-                return unit, pilot * self.repeats
-        if failure is not None:
-            raise failure
-        raise InvalidOptionError(
-            f"scale='response' found no force that moves the state by {target:.1e} of its norm in {_PILOTS} "
-            "solves. If the state cannot move in the direction of the cotangent there is no gradient; else give "
-            "scale='absolute'."
-        )
-
-    def _warn_of_saturation(self, shifts: Tensor, rest: Tensor, stencil: Stencil, noise: float) -> None:
-        """The pilot said how far each nudge would move the state, were the response linear."""
-        visible = _VISIBLE * noise / math.sqrt(self.repeats)
-        for node, shift in zip(stencil.nodes, shifts, strict=True):
-            moved, expected = norm(shift.mean(0)) / _size(rest), abs(node)
-            if expected > visible and not 1 / _NEARLY_LINEAR <= moved / expected <= _NEARLY_LINEAR:
-                warnings.warn(
-                    f"the nudge {node:+.2g} moved the state by {moved:.1e} of its norm where a linear response would "
-                    f"have moved it by {expected:.1e}: the response saturates, or the readings are cut off, and the "
-                    "gradient is wrong. Use a smaller beta.",
-                    TruncationWarning,
-                    stacklevel=2,
-                )
-                return
-
-    def _standard_errors(
-        self, rest: Tensor, scatter: Sequence[tuple[float, Tensor]], metric: Tensor | None
-    ) -> tuple[tuple[Any, Any], float]:
-        """Those of the gradients, from the scatter of the repeats, and their degrees of freedom.
-
-        The gradient is linear in the state at each node, so its variance is the sum over the nodes of that of the mean.
-        """
-        if self.repeats < 2:
-            return (None, None), math.nan
-        theta, x = (
-            map_tensors(tree, lambda t: t.detach().requires_grad_(t.requires_grad)) for tree in (self.theta, self.x)
-        )
-        leaves = [t for t in (*tensors_of(theta), *tensors_of(x)) if t.requires_grad]
-        largest = max(abs(weight) for weight, _ in scatter)
-        kept = [(weight, shift) for weight, shift in scatter if abs(weight) > 1e-9 * largest]
-        variances: dict[int, Tensor] = {}
-        if leaves:
-            with torch.enable_grad():
-                value = self.force(rest.to(self.like.dtype), theta, x)
-            for weight, shift in kept:
-                for sample in weight * (shift - shift.mean(0)):
-                    vector = (sample if metric is None else sample / metric).to(value)
-                    parts = torch.autograd.grad(value, leaves, vector, retain_graph=True, allow_unused=True)
-                    for leaf, part in zip(leaves, parts, strict=True):
-                        if part is not None:
-                            square = part.square() / (self.repeats * (self.repeats - 1))
-                            variances[id(leaf)] = variances.get(id(leaf), 0) + square
-        errors = (
-            map_tensors(tree, lambda t: variances[id(t)].sqrt() if id(t) in variances else None) for tree in (theta, x)
-        )
-        squares = [weight**2 for weight, _ in kept]
-        freedom = (self.repeats - 1) * sum(squares) ** 2 / sum(square**2 for square in squares)
-        return cast(tuple[Any, Any], tuple(errors)), freedom
-
-    def _versions(self) -> list[int]:
-        return [t._version for t in (*tensors_of(self.theta), *tensors_of(self.x))]
-
-
-def _size(state: Tensor) -> float:
-    # A state at zero has no scale of its own: one per entry then stands for it.
-    return norm(state) or math.sqrt(state.numel())
 
 
 def _require_shape(value: object, state: Tensor) -> None:

@@ -35,7 +35,6 @@ from torchdeq_ep.errors import (
 
 Solve = Callable[..., Any]
 
-
 _starting = threading.Lock()
 
 

@@ -79,14 +79,14 @@ def log1p_exp(z: Tensor) -> Tensor:
 @rule(
     "softplus", _GROUP, r"$\log(1 + e^{\beta z}) / \beta$, and $z$ where $\beta\,\mathrm{Re}\,z$ exceeds the threshold"
 )
-def _softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:  # noqa: A002
+def _softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     # Above the threshold PyTorch returns its argument; a continuation that did not would jump there.
     scaled = beta * input
     return torch.where(scaled.real > threshold, input, log1p_exp(scaled) / beta)
 
 
 @rule("log_sigmoid", _GROUP, r"$-\log(1 + e^{-z})$")
-def logsigmoid(input: Tensor) -> Tensor:  # noqa: A002
+def logsigmoid(input: Tensor) -> Tensor:
     """Logarithm of the logistic function."""
     return -log1p_exp(-input)
 
@@ -96,43 +96,43 @@ def _inplace(z: Tensor, value: Tensor, inplace: bool) -> Tensor:
 
 
 @rule("silu", _GROUP, r"$z\,\sigma(z)$")
-def _silu(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
     return _inplace(input, input * sigmoid(input), inplace)
 
 
 @rule("mish", _GROUP, r"$z \tanh(\log(1 + e^z))$")
-def _mish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
     return _inplace(input, input * tanh(log1p_exp(input)), inplace)
 
 
 @rule("gelu", _GROUP, r"$\frac z2 \mathrm{erfc}(-z/\sqrt 2)$ with a complex erfc; $z\,\sigma(2u)$ for the tanh form")
-def _gelu(input: Tensor, approximate: str = "none") -> Tensor:  # noqa: A002
+def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if approximate == "tanh":
         return input * sigmoid(math.sqrt(8 / math.pi) * (input + 0.044715 * input * input * input))
     return 0.5 * input * erfc(input * -math.sqrt(0.5))
 
 
 @rule("glu", _GROUP, r"$a\,\sigma(b)$")
-def _glu(input: Tensor, dim: int = -1) -> Tensor:  # noqa: A002
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
     value, gate = input.chunk(2, dim)
     return value * sigmoid(gate)
 
 
 @rule("tanhshrink", _GROUP, r"$z - \tanh z$")
-def _tanhshrink(input: Tensor) -> Tensor:  # noqa: A002
+def _tanhshrink(input: Tensor) -> Tensor:
     return input - tanh(input)
 
 
 @rule("logit", _ELEMENTARY, r"$\log z - \log(1 - z)$")
-def _logit(input: Tensor, eps: float | None = None) -> Tensor:  # noqa: A002
+def _logit(input: Tensor, eps: float | None = None) -> Tensor:
     if eps is not None:
         inside = (input.real > eps) & (input.real < 1 - eps)
-        input = torch.where(inside, input, input.real.clamp(eps, 1 - eps).to(input.dtype))  # noqa: A001
+        input = torch.where(inside, input, input.real.clamp(eps, 1 - eps).to(input.dtype))
     return torch.log(input) - log1p(-input)
 
 
 @rule("pow", _ELEMENTARY, "repeated squaring for small whole exponents, else the principal branch")
-def _pow(input: Any, exponent: Any) -> Tensor:  # noqa: A002
+def _pow(input: Any, exponent: Any) -> Tensor:
     whole = isinstance(exponent, int | float) and float(exponent).is_integer() and 0 < abs(exponent) <= _MAX_SQUARING
     if not whole:
         result: Tensor = torch.pow(input, exponent)
@@ -151,35 +151,35 @@ _MAX_SQUARING = 64
 
 
 @rule("float_power", _ELEMENTARY, "as `pow`, in double precision")
-def _float_power(input: Any, exponent: Any) -> Tensor:  # noqa: A002
+def _float_power(input: Any, exponent: Any) -> Tensor:
     return _pow(input.to(torch.complex128) if isinstance(input, Tensor) else input, exponent)
 
 
 @rule("xlogy", _ELEMENTARY, r"$x \log z$, zero where $x = 0$")
-def _xlogy(input: Any, other: Any) -> Tensor:  # noqa: A002
+def _xlogy(input: Any, other: Any) -> Tensor:
     x, z = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (input, other))
     zero = x == 0
     return torch.where(zero, 0, x * torch.log(torch.where(zero, 1, z)))
 
 
 @rule("logaddexp", _ELEMENTARY, r"$\log(e^z + e^w)$")
-def _logaddexp(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
     return other + log1p_exp(input - other)
 
 
 @rule("lerp", "arithmetic", "$z + w (y - z)$")
-def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:  # noqa: A002
+def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
     value: Tensor = input + weight * (end - input)
     return value
 
 
 @rule("addcmul", "arithmetic", "$z + c\\,a b$")
-def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:  # noqa: A002
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     return input + value * (tensor1 * tensor2)
 
 
 @rule("addcdiv", "arithmetic", "$z + c\\,a / b$")
-def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:  # noqa: A002
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     return input + value * (tensor1 / tensor2)
 
 
@@ -189,7 +189,7 @@ rule("rad2deg", "arithmetic", r"$180\,z / \pi$")(lambda z: z * (180 / math.pi))
 
 def _dropout(draw: Any) -> Any:
     def apply(
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         p: float = 0.5,
         training: bool = True,
         inplace: bool = False,
@@ -209,7 +209,7 @@ for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
 
 
 @rule("alpha_dropout feature_alpha_dropout", "regularisation", "identity; refused in training mode")
-def _alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:  # noqa: A002
+def _alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False) -> Tensor:
     if training and p > 0:
         raise CannotContinueError("it draws other random numbers at every call")
     return input

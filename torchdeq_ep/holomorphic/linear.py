@@ -63,7 +63,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 @rule("linear", _GROUP, "$W$ on real and imaginary parts, in one product")
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`input W^T + bias`, any of them complex."""
     if not input.is_complex() and not weight.is_complex():
         value = functional.linear(input, weight)
@@ -78,7 +78,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @rule("matmul mm bmm mv spmm smm linalg.matmul sparse.mm", _GROUP, "on the parts of the complex factor")
-def matmul(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+def matmul(input: Tensor, other: Tensor) -> Tensor:
     """`input @ other`, either or both complex."""
     if input.is_complex() and not other.is_complex() and other.dim() == 2 and _is_dense(other) and input.dim() > 0:
         parts = torch.matmul(torch.stack((input.real, input.imag)), _match(other, input))
@@ -113,7 +113,7 @@ def _einsum(equation: str, *operands: Any) -> Tensor:
 
 
 def _plus(product: Operation) -> Operation:
-    def apply(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:  # noqa: A002
+    def apply(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         value: Tensor = product(a, b) if alpha == 1 else alpha * product(a, b)
         return value if beta == 0 else value + (input if beta == 1 else beta * input)
 
@@ -137,7 +137,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _convolution(op: Operation, n_dims: int) -> Operation:
-    def apply(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def apply(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if not input.is_complex() and not weight.is_complex():
             value: Tensor = op(input, weight, None, *args, **kwargs)
         elif input.is_complex() and weight.is_complex():
@@ -163,7 +163,7 @@ for _dims in (1, 2, 3):
 
 
 def _linear_in_input(op: Operation) -> Operation:
-    def apply(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def apply(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if any(isinstance(value, Tensor) and value.is_complex() for value in (*args, *kwargs.values())):
             raise CannotContinueError("only its first argument may be complex")
         return by_parts(lambda part: op(part, *args, **kwargs), input)
@@ -180,7 +180,7 @@ for _name in (*_POOLING, "interpolate", "upsample", "grid_sample", "unfold", "fo
 
 
 @rule("nn.functional.pad", _RESAMPLING, "on real and imaginary parts")
-def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:  # noqa: A002
+def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     if mode == "constant":
         return join(functional.pad(input.real, pad, mode, value), functional.pad(input.imag, pad))
     return by_parts(lambda part: functional.pad(part, pad, mode), input)
@@ -200,7 +200,7 @@ for _name in ("linalg.solve", "linalg.solve_triangular"):
 
 @rule("scatter_reduce", "indexing", "sum, mean and product; refused for amax and amin")
 def _scatter_reduce(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     dim: int,
     index: Tensor,
     src: Tensor,
@@ -217,7 +217,7 @@ def _scatter_reduce(
 def _half_spectrum(n_dims: int | None) -> Operation:
     """`rfft` of a complex tensor: the transform, cut to the half that PyTorch keeps of a real one."""
 
-    def apply(input: Tensor, *args: Any, norm: str | None = None, **kwargs: Any) -> Tensor:  # noqa: A002
+    def apply(input: Tensor, *args: Any, norm: str | None = None, **kwargs: Any) -> Tensor:
         transform = {1: torch.fft.fft, 2: torch.fft.fft2, None: torch.fft.fftn}[n_dims]
         full: Tensor = transform(input, *args, norm=norm, **kwargs)
         named = dict(zip(("s", "dim"), args, strict=False)) | kwargs
@@ -238,7 +238,7 @@ def _cell(name: str, note: str) -> Callable[[_Gates], _Gates]:
     def register(gates: _Gates) -> _Gates:
         @rule(name, "recurrent cells", note)
         def apply(
-            input: Tensor,  # noqa: A002
+            input: Tensor,
             hx: Any,
             w_ih: Tensor,
             w_hh: Tensor,

@@ -27,7 +27,7 @@ def _reduce(loss: Tensor, reduction: Any, size_average: bool | None = None, redu
 
 @rule("mse_loss", _GROUP, r"$(z - t)^2$")
 def _mse_loss(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -48,13 +48,13 @@ def _is_mean(reduction: str, size_average: bool | None, reduce: bool | None) -> 
 
 
 @rule("nll_loss", _GROUP, "on real and imaginary parts")
-def _nll_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+def _nll_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     return by_parts(lambda part: functional.nll_loss(part, target, weight, *args, **kwargs), input)
 
 
 @rule("cross_entropy", _GROUP, "class or soft targets, on `log_softmax`")
 def _cross_entropy(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -88,7 +88,7 @@ def _cross_entropy(
 
 @rule("kl_div", _GROUP, r"$t (\log t - z)$")
 def _kl_div(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -103,7 +103,7 @@ def _kl_div(
 
 @rule("binary_cross_entropy_with_logits", _GROUP, r"$(1 - t) z + (1 + (p - 1) t) \log(1 + e^{-z})$")
 def _bce_with_logits(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -118,7 +118,7 @@ def _bce_with_logits(
 
 @rule("binary_cross_entropy", _GROUP, r"$-t \log z - (1 - t) \log(1 - z)$; the cut-off at -100 is not kept")
 def _bce(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -131,7 +131,7 @@ def _bce(
 
 @rule("soft_margin_loss", _GROUP, r"$\log(1 + e^{-t z})$")
 def _soft_margin_loss(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,

@@ -101,7 +101,7 @@ for _why, _names in _REFUSED.items():
 
 
 @rule("is_floating_point", "metadata", "true, so that code takes the path it takes at real states")
-def _is_floating_point(input: Tensor) -> bool:  # noqa: A002
+def _is_floating_point(input: Tensor) -> bool:
     del input
     return True
 
@@ -111,7 +111,7 @@ def _is_floating_point(input: Tensor) -> bool:  # noqa: A002
     "casts",
     "device and complex dtypes; refused for real dtypes, which would drop the imaginary part",
 )
-def _to(input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002
+def _to(input: Tensor, *args: Any, **kwargs: Any) -> Any:
     for value in (*args, *kwargs.values()):
         dtype = value.dtype if isinstance(value, Tensor) else value
         if isinstance(dtype, str) and dtype.endswith("Tensor"):

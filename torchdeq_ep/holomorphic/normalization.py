@@ -37,7 +37,7 @@ def _per_channel(tensor: Tensor | None, z: Tensor) -> Tensor | None:
 
 @rule("layer_norm", _GROUP, _NOTE)
 def _layer_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -50,7 +50,7 @@ def _layer_norm(
 
 @rule("rms_norm", _GROUP, r"$z / \sqrt{\overline{z^2} + \epsilon}$")
 def _rms_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -62,7 +62,7 @@ def _rms_norm(
 
 @rule("group_norm", _GROUP, _NOTE)
 def _group_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -93,7 +93,7 @@ def _statistics_norm(
 
 @rule("nn.functional.batch_norm", _GROUP, _STATISTICS_NOTE)
 def _batch_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -109,7 +109,7 @@ def _batch_norm(
 
 @rule("nn.functional.instance_norm", _GROUP, _STATISTICS_NOTE)
 def _instance_norm(
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -127,7 +127,7 @@ def _reordered(apply: Any) -> Any:
     """The rule for the function of the same name in `torch`, whose arguments come in another order."""
 
     def adapted(
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
@@ -173,22 +173,22 @@ def _moments(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 @rule("var", _GROUP, r"$\sum (z - \bar z)^2 / (n - 1)$")
-def _var(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+def _var(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _moments(input, *args, **kwargs)[0]
 
 
 @rule("std", _GROUP, "principal root of `var`")
-def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.sqrt(_moments(input, *args, **kwargs)[0])
 
 
 @rule("var_mean", _GROUP, "`var` and `mean`")
-def _var_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _var_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return _moments(input, *args, **kwargs)
 
 
 @rule("std_mean", _GROUP, "`std` and `mean`")
-def _std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _std_mean(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     var, mean = _moments(input, *args, **kwargs)
     return torch.sqrt(var), mean
 
@@ -199,7 +199,7 @@ def _over_dim(name: str, note: str) -> Callable[[_OverDim], _OverDim]:
     def register(apply: _OverDim) -> _OverDim:
         @rule(name, _SOFTMAX, note)
         def adapted(
-            input: Tensor,  # noqa: A002
+            input: Tensor,
             dim: int | None = None,
             _stacklevel: int = 3,
             dtype: torch.dtype | None = None,
@@ -233,7 +233,7 @@ def log_softmax(z: Tensor, dim: int) -> Tensor:
 
 
 @rule("logsumexp", _SOFTMAX, r"$\log \sum_j e^{z_j}$, shifted by the largest real part")
-def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:  # noqa: A002
+def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     """Logarithm of a sum of exponentials, on the branch of the real axis."""
     shift = input.real.detach().amax(dim, keepdim=True)
     total = torch.log(exp(input - shift).sum(dim, keepdim=keepdim))

@@ -35,30 +35,30 @@ def _above(kink: Kink, z: Tensor, threshold: float = 0) -> Tensor:
 
 
 @gated("relu", _RECTIFIERS, r"$z$ where $\mathrm{Re}\,z > 0$, else 0")
-def _relu(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _relu(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:
     return _inplace(input, torch.where(_above(kink, input), input, 0), inplace)
 
 
 @gated("leaky_relu", _RECTIFIERS, "slope by the sign of the real part")
-def _leaky_relu(kink: Kink, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:  # noqa: A002
+def _leaky_relu(kink: Kink, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     return _inplace(input, torch.where(_above(kink, input), input, negative_slope * input), inplace)
 
 
 @gated("prelu", _RECTIFIERS, "slope by the sign of the real part")
-def _prelu(kink: Kink, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002
+def _prelu(kink: Kink, input: Tensor, weight: Tensor) -> Tensor:
     slope = weight.reshape(-1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else weight
     return torch.where(_above(kink, input), input, slope * input)
 
 
 @gated("threshold", _RECTIFIERS, "piece by the real part")
-def _threshold(kink: Kink, input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:  # noqa: A002
+def _threshold(kink: Kink, input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
     return _inplace(input, torch.where(_above(kink, input, threshold), input, value), inplace)
 
 
 @gated("elu", _RECTIFIERS, r"$z$ or $\alpha (e^z - 1)$, by the sign of the real part")
 def _elu(
     kink: Kink,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     alpha: float = 1.0,
     inplace: bool = False,
     scale: float = 1.0,
@@ -70,12 +70,12 @@ def _elu(
 
 
 @gated("celu", _RECTIFIERS, r"$z$ or $\alpha (e^{z / \alpha} - 1)$, by the sign of the real part")
-def _celu(kink: Kink, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:  # noqa: A002
+def _celu(kink: Kink, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return _elu(kink, input, alpha, inplace, input_scale=1 / alpha)
 
 
 @gated("selu", _RECTIFIERS, "scaled `elu`")
-def _selu(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _selu(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:
     return _elu(kink, input, _SELU_ALPHA, inplace, _SELU_SCALE)
 
 
@@ -94,24 +94,24 @@ def _clamp_between(kink: Kink, z: Tensor, low: Any, high: Any) -> Tensor:
 
 
 @gated("clamp clip", _RECTIFIERS, "the bound where the real part is beyond it")
-def _clamp(kink: Kink, input: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002
+def _clamp(kink: Kink, input: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return _clamp_between(kink, input, min, max)
 
 
 @gated("clamp_min", _RECTIFIERS, "the bound where the real part is beyond it")
-def _clamp_min(kink: Kink, input: Tensor, min: Any) -> Tensor:  # noqa: A002
+def _clamp_min(kink: Kink, input: Tensor, min: Any) -> Tensor:
     return _clamp_between(kink, input, min, None)
 
 
 @gated("clamp_max", _RECTIFIERS, "the bound where the real part is beyond it")
-def _clamp_max(kink: Kink, input: Tensor, max: Any) -> Tensor:  # noqa: A002
+def _clamp_max(kink: Kink, input: Tensor, max: Any) -> Tensor:
     return _clamp_between(kink, input, None, max)
 
 
 @gated("hardtanh", _RECTIFIERS, "`clamp`")
 def _hardtanh(
     kink: Kink,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     min_val: float = -1.0,
     max_val: float = 1.0,
     inplace: bool = False,
@@ -120,29 +120,29 @@ def _hardtanh(
 
 
 @gated("relu6", _RECTIFIERS, "`clamp`")
-def _relu6(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _relu6(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:
     return _hardtanh(kink, input, 0.0, 6.0, inplace)
 
 
 @gated("hardsigmoid", _RECTIFIERS, "`clamp`")
-def _hardsigmoid(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _hardsigmoid(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:
     return _inplace(input, _clamp_between(kink, input, -3.0, 3.0) / 6 + 0.5, inplace)
 
 
 @gated("hardswish", _RECTIFIERS, "`clamp`")
-def _hardswish(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
+def _hardswish(kink: Kink, input: Tensor, inplace: bool = False) -> Tensor:
     return _inplace(input, input * (_clamp_between(kink, input, -3.0, 3.0) / 6 + 0.5), inplace)
 
 
 @gated("hardshrink", _RECTIFIERS, "piece by the real part")
-def _hardshrink(kink: Kink, input: Tensor, lambd: float = 0.5) -> Tensor:  # noqa: A002
+def _hardshrink(kink: Kink, input: Tensor, lambd: float = 0.5) -> Tensor:
     kink(input - lambd)
     kink(input + lambd)
     return torch.where(input.real.abs() > lambd, input, 0)
 
 
 @gated("softshrink", _RECTIFIERS, "piece by the real part")
-def _softshrink(kink: Kink, input: Tensor, lambd: float = 0.5) -> Tensor:  # noqa: A002
+def _softshrink(kink: Kink, input: Tensor, lambd: float = 0.5) -> Tensor:
     return input - _clamp_between(kink, input, -lambd, lambd)
 
 
@@ -151,25 +151,25 @@ def _absolute(kink: Kink, z: Tensor) -> Tensor:
 
 
 @gated("abs absolute", _RECTIFIERS, r"$\mathrm{sign}(\mathrm{Re}\,z)\,z$")
-def _abs(kink: Kink, input: Tensor) -> Tensor:  # noqa: A002
+def _abs(kink: Kink, input: Tensor) -> Tensor:
     return _absolute(kink, input)
 
 
 @gated("sign", _COMPARISONS, "sign of the real part")
-def _sign(kink: Kink, input: Tensor) -> Tensor:  # noqa: A002
+def _sign(kink: Kink, input: Tensor) -> Tensor:
     kink(input)
     return torch.sign(input.real).to(input.dtype)
 
 
 @gated("softsign", _RECTIFIERS, r"$z / (1 \pm z)$, by the sign of the real part")
-def _softsign(kink: Kink, input: Tensor) -> Tensor:  # noqa: A002
+def _softsign(kink: Kink, input: Tensor) -> Tensor:
     return input / (1 + _absolute(kink, input))
 
 
 @gated("l1_loss", _RECTIFIERS, "`abs`")
 def _l1_loss(
     kink: Kink,
-    input: Tensor,  # noqa: A002
+    input: Tensor,
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -183,7 +183,7 @@ def _l1_loss(
 
 
 def _compared(name: str) -> Callable[..., Tensor]:
-    def apply(kink: Kink, input: Any, other: Any) -> Tensor:  # noqa: A002
+    def apply(kink: Kink, input: Any, other: Any) -> Tensor:
         difference = input - other
         kink(difference)
         result: Tensor = getattr(torch, name)(difference.real, 0)
@@ -197,7 +197,7 @@ for _name in ("gt", "ge", "lt", "le", "greater", "greater_equal", "less", "less_
 
 
 def _pairwise(larger: bool) -> Callable[..., Tensor]:
-    def apply(kink: Kink, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+    def apply(kink: Kink, input: Tensor, other: Tensor) -> Tensor:
         difference = input - other
         kink(difference)
         return torch.where((difference.real > 0) == larger, input, other)
@@ -228,7 +228,7 @@ def _max_or_min(largest: bool) -> Callable[..., Any]:
     result_type = torch.return_types.max if largest else torch.return_types.min
     pairwise = _pairwise(largest)
 
-    def apply(kink: Kink, input: Tensor, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:  # noqa: A002
+    def apply(kink: Kink, input: Tensor, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
         other = dim if isinstance(dim, Tensor) else other
         if other is not None:
             return pairwise(kink, input, other)
@@ -244,7 +244,7 @@ gated("min", _ORDER, "entry of the smallest real part")(_max_or_min(False))
 
 
 def _arg_extreme(largest: bool) -> Callable[..., Tensor]:
-    def apply(kink: Kink, input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:  # noqa: A002
+    def apply(kink: Kink, input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
         z, dim = (input.reshape(-1), 0) if dim is None else (input, dim)
         return _extreme(kink, z, dim, keepdim, largest)[1]
 
@@ -256,14 +256,14 @@ gated("argmin", _ORDER, "of the real part")(_arg_extreme(False))
 
 
 def _a_extreme(largest: bool) -> Callable[..., Tensor]:
-    def apply(kink: Kink, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:  # noqa: A002
+    def apply(kink: Kink, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
         dims = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
         dims = sorted((d % input.dim() for d in dims), reverse=True)
         for d in dims:
-            input, _ = _extreme(kink, input, d, True, largest)  # noqa: A001
+            input, _ = _extreme(kink, input, d, True, largest)
         if not keepdim:
             for d in dims:
-                input = input.squeeze(d)  # noqa: A001
+                input = input.squeeze(d)
         return input
 
     return apply
@@ -278,7 +278,7 @@ def _count_neighbours(kink: Kink, ordered: Tensor, dim: int) -> None:
 
 
 @gated("sort", _ORDER, "by the real part")
-def _sort(kink: Kink, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:  # noqa: A002
+def _sort(kink: Kink, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
     index = torch.sort(input.real, dim=dim, descending=descending, stable=stable).indices
     ordered = input.gather(dim, index)
     _count_neighbours(kink, ordered, dim)
@@ -286,13 +286,13 @@ def _sort(kink: Kink, input: Tensor, dim: int = -1, descending: bool = False, st
 
 
 @gated("argsort", _ORDER, "by the real part")
-def _argsort(kink: Kink, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False) -> Tensor:  # noqa: A002
+def _argsort(kink: Kink, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False) -> Tensor:
     index: Tensor = _sort(kink, input, dim, descending, stable).indices
     return index
 
 
 @gated("topk", _ORDER, "by the real part")
-def _topk(kink: Kink, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002
+def _topk(kink: Kink, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     del sorted
     ordered, index = _sort(kink, input, dim, largest)
     return torch.return_types.topk((ordered.narrow(dim, 0, k), index.narrow(dim, 0, k)))
@@ -301,7 +301,7 @@ def _topk(kink: Kink, input: Tensor, k: int, dim: int = -1, largest: bool = True
 def _max_pool(n_dims: int, adaptive: bool, with_indices: bool) -> Callable[..., Any]:
     pool = getattr(functional, f"{'adaptive_' if adaptive else ''}max_pool{n_dims}d_with_indices")
 
-    def apply(kink: Kink, input: Tensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:  # noqa: A002
+    def apply(kink: Kink, input: Tensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
         positional = args if adaptive else args[:5]
         _, index = pool(input.real, *positional, **kwargs)
         flat = input.flatten(-n_dims)

@@ -1,4 +1,4 @@
-"""Everything that touches torchdeq: switching the backward of its DEQs, its cores, its arguments."""
+"""DEQ cores that torchdeq knows by name, and the option `--backward`: for models that are built from arguments."""
 
 from __future__ import annotations
 
@@ -94,6 +94,4 @@ def _spec(text: str) -> str:
 
 
 register_deq("ep-sliced", EPSliced)
-
-
 register_deq("ep-indexing", EPIndexing)

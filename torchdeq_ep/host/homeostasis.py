@@ -1,13 +1,7 @@
-"""Jacobian homeostasis: a penalty on the asymmetry of the Jacobian at the fixed point, `|J M - (J M)^T|_F^2 / 2 n`.
+"""Jacobian homeostasis on the DEQs of a model: forward hooks that penalise the asymmetry of `J M` at the fixed point.
 
-What nudging computes differs from the gradient by the asymmetry of `J` (Laborieux & Zenke, arXiv 2309.02214, eq. 14).
-With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, the two estimators are
-
-    paper:          |u|^2 - e^T (J M)^2 e  =  |u|^2 - w . u
-    antisymmetric:  |u - w|^2 / 2
-
-Both are unbiased. The second is never negative, and its standard deviation is second order in the asymmetry where that
-of the first is first order. These are eqs. (20) to (22) of the theory page.
+The penalty itself and its estimators are those of `jacobian.symmetry`. Here it is decided when it is measured and how
+much it weighs, and it is handed to the training loop: to be added to the loss, or injected into the backward pass.
 """
 
 from __future__ import annotations
@@ -30,10 +24,8 @@ from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussia
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
 
 Schedule = Callable[[int], float]
-
-
 Weight = float | Schedule | Mapping[str, float | Schedule]
-
+Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
 
 _MANY_UNCOLLECTED = 100
 
@@ -135,9 +127,6 @@ class HomeostasisHandle:
                     EPWarning,
                     stacklevel=2,
                 )
-
-
-Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
 
 
 def register_homeostasis(

@@ -14,8 +14,6 @@ from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation import MEMORY, Relaxation, iterate
 
 STOP_MODES = ("abs", "rel")
-
-
 _TINY = 1e-9
 
 

@@ -1,4 +1,4 @@
-"""Everything that touches torchdeq: switching the backward of its DEQs, its cores, its arguments."""
+"""Switching the backward of torchdeq's DEQs to a mode and back, and naming the loss that it nudges by."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.node import Layer, connect
 from torchdeq_ep.state import Autocast, Map, Packing
 
-DEFAULT_BACKWARD = "ep"
-
-
 Loss = Callable[[Any], Tensor]
+
+DEFAULT_BACKWARD = "ep"
 
 
 @dataclass

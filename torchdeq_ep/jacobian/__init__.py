@@ -18,4 +18,4 @@ from torchdeq_ep.jacobian.symmetry import SymmetryMeasurement as SymmetryMeasure
 from torchdeq_ep.jacobian.symmetry import measure_symmetry as measure_symmetry
 from torchdeq_ep.jacobian.symmetry import symmetry_penalty as symmetry_penalty
 from torchdeq_ep.jacobian.symmetry import symmetry_score as symmetry_score
-from torchdeq_ep.jacobian.symmetry import weight_angle as weight_angle
+from torchdeq_ep.nn.weights import weight_angle as weight_angle

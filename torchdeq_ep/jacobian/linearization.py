@@ -1,4 +1,4 @@
-"""Products with the Jacobian `J = df/dz` of a map at a state, measures of it, and the dense Jacobian of a small one."""
+"""Products with the Jacobian `J = df/dz` of a map at a state and with its transpose, and all of a small one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from torchdeq_ep.state import Map, Packing, State
 
 Product = Callable[[Tensor], Tensor]
 
-
 _NO_PRODUCT = (
     "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "
     "@once_differentiable, or activation checkpointing), so there is no product J u with its Jacobian. Write its "
     "backward with differentiable operations, or use a mode without such products: 'ift', or a stencil such as 'ep' "
     "without the asymmetric correction."
 )
-
-
 _ADJOINT_DEFECT = 0.05
 """Largest difference between `v . J u` and `J^T v . u`, relative to `|J u|`, that low precision inside `f` explains."""
 
@@ -307,8 +304,9 @@ def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -
 
 
 def row_dots(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of each row of two stacks."""
-    return (one * other).flatten(1).sum(1)
+    """The inner product of each row of two stacks, in single precision at least: half precision would overflow."""
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(wide) * other.to(wide)).flatten(1).sum(1)
 
 
 def packed_map(f: Callable[..., Any], z: State) -> tuple[Map, Tensor]:

@@ -14,48 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchdeq_ep._options import check_choice
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.holomorphic.context import real_part
 from torchdeq_ep.jacobian.linearization import Linearization, Product
+from torchdeq_ep.nn.activations import ACTIVATIONS, Activation, slope
 from torchdeq_ep.state import Map, Packing, State, norm, undisturbed
-
-Activation = Callable[[Tensor], Tensor]
-
 
 Metric = Callable[[Tensor], Tensor] | Literal["auto"]
 
-
 _PROBES = 8
-
-
 _STEPS = 30
-
-
 _TOLERANCE = 1e-3
-
-
 _RANGE = 1e3
-
-
 _SMALLEST_STEP = 0.05
-
-
 _DOUBLINGS = 24
-
-
 _HALVINGS = 64
-
-
-def _shifted_sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(4 * x - 2)
-
-
-# The function, and its slope as a function of its value.
-_ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
-    "tanh": (torch.tanh, lambda value: 1 - value**2),
-    "sigmoid": (torch.sigmoid, lambda value: value * (1 - value)),
-    "shifted-sigmoid": (_shifted_sigmoid, lambda value: 4 * value * (1 - value)),
-}
 
 
 @dataclass(frozen=True)
@@ -89,45 +63,43 @@ class ActivityMetric:
 
     def __post_init__(self) -> None:
         if isinstance(self.phi, str):
-            if self.phi not in _ACTIVATIONS:
-                raise InvalidOptionError(f"{unknown_name('activation', self.phi, _ACTIVATIONS)} Or pass a function.")
+            if self.phi not in ACTIVATIONS:
+                raise InvalidOptionError(f"{unknown_name('activation', self.phi, ACTIVATIONS)} Or pass a function.")
         elif not callable(self.phi):
             raise InvalidOptionError(f"phi must be the name of an activation or a function, not {self.phi!r}.")
-        if self.state not in ("pre", "post"):
-            raise InvalidOptionError(unknown_name("value of state", self.state, ("pre", "post")))
+        check_choice("state", self.state, ("pre", "post"))
         if not 0 < self.floor < 1:
             raise InvalidOptionError(f"floor must lie between 0 and 1, not be {self.floor!r}.")
 
     def __call__(self, z: Tensor) -> Tensor:
         """The diagonal of `M` at a state, detached and of its shape; at a complex one, continued from its real part."""
         z = z.detach()
-        slope = self._real_slope(real_part(z))
-        flat = slope <= self.floor
+        slopes = self._slopes(real_part(z))
+        flat = slopes <= self.floor
         if z.is_complex():
-            slope = self._continued_slope(z)
-        slope = torch.where(flat, self.floor, slope)
-        return slope if self.state == "post" else 1 / slope
+            slopes = self._slopes(z)
+        slopes = torch.where(flat, self.floor, slopes)
+        return slopes if self.state == "post" else 1 / slopes
 
-    def _real_slope(self, z: Tensor) -> Tensor:
+    def _slopes(self, z: Tensor) -> Tensor:
+        """`phi'` where the state is `z`, unbounded."""
         phi = self.phi
         if isinstance(phi, str):
-            function, slope_of_value = _ACTIVATIONS[phi]
-            return slope_of_value(z) if self.state == "post" else _slope(function, z)
-        return _slope(phi, _inverse(phi, z) if self.state == "post" else z)
-
-    def _continued_slope(self, z: Tensor) -> Tensor:
-        phi = self.phi
-        if isinstance(phi, str):
-            function, slope_of_value = _ACTIVATIONS[phi]
-            return slope_of_value(z if self.state == "post" else function(z))
-        if self.state == "post":
+            function, slope_of_value = ACTIVATIONS[phi]
+            return slope_of_value(z) if self.state == "post" else slope(function, z)
+        if self.state == "pre":
+            slopes = slope(phi, z)
+        elif z.is_complex():
             raise InvalidOptionError(
                 f"the inverse of {phi!r} is not known at complex states, where this metric is asked for because the "
                 "loss nudges the state. Give the name of the activation, or the metric itself: metric=lambda z: the "
                 "slope at the state z, clamped away from zero."
             )
-        derivative: Tensor = torch.func.jvp(phi, (z,), (torch.ones_like(z),))[1]
-        return derivative
+        else:
+            slopes = slope(phi, _inverse(phi, z))
+        if not z.is_complex() and bool((slopes < 0).any()):
+            raise _not_increasing(phi)
+        return slopes
 
 
 def automatic_metric(f: Callable[..., Any], z: State, *, probes: int = _PROBES, max_iter: int = _STEPS) -> Tensor:
@@ -232,15 +204,6 @@ def _least_squares(
         before, size = size, norm(gradient)
         direction = gradient + (size / before) ** 2 * direction
     return x, max_iter
-
-
-def _slope(phi: Activation, u: Tensor) -> Tensor:
-    with torch.enable_grad():
-        point = u.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(phi(point).sum(), point)
-    if bool((slope < 0).any()):
-        raise _not_increasing(phi)
-    return slope
 
 
 def _inverse(phi: Activation, z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products with the Jacobian `J = df/dz` of a map at a state, measures of it, and the dense Jacobian of a small one."""
+"""Extreme eigenvalues of a Jacobian and the extent of its field of values, by Arnoldi's method on products with it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Jacobian homeostasis: a penalty on the asymmetry of the Jacobian at the fixed point, `|J M - (J M)^T|_F^2 / 2 n`.
+"""How symmetric `J M` is, from Gaussian probes: a penalty that can be differentiated, and scores with standard errors.
 
 What nudging computes differs from the gradient by the asymmetry of `J` (Laborieux & Zenke, arXiv 2309.02214, eq. 14).
-With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, the two estimators are
+With a Gaussian probe `e`, `u = J M e` and `w = (J M)^T e`, there are two estimators of `|J M - (J M)^T|_F^2 / 2`:
 
     paper:          |u|^2 - e^T (J M)^2 e  =  |u|^2 - w . u
     antisymmetric:  |u - w|^2 / 2
@@ -21,17 +21,13 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice
-from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes, packed_map, row_dots
+from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes, row_dots
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
-from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only, norm, undisturbed
+from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only
 
 Estimator = Literal["antisymmetric", "paper"]
 
-
 ESTIMATORS = ("antisymmetric", "paper")
-
-
 _NO_SECOND_DERIVATIVE = (
     "a second derivative was asked of the homeostatic penalty, whose probes define the first one only. Leave the "
     "penalty out of the loss that is differentiated twice, and add its gradient in a backward pass of its own."
@@ -175,47 +171,7 @@ def symmetry_score(
         >>> symmetry_score(lambda z: matrix @ z, torch.zeros(2))
         1.0
     """
-    packed, point = packed_map(f, z)
-    with undisturbed():
-        vectors = gaussian_probes(point, probes, generator)
-        local = Linearization(packed, point)
-        forward, adjoint = local.both(vectors, vectors)
-    symmetric, antisymmetric = norm(forward + adjoint), norm(forward - adjoint)
-    return symmetric / (symmetric + antisymmetric) if symmetric else float(antisymmetric == 0.0)
-
-
-def weight_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
-    """The angle between forward and backward weights, in degrees: 0 aligned, 90 unrelated, 180 opposed.
-
-    Args:
-        forward_weight: A weight of any shape.
-        backward_weight: The weight that should equal it, in the same layout: `.weight` of a `ConvTranspose2d` beside
-            that of a `Conv2d`, but `.weight.T` of a `Linear` that goes back beside the `.weight` of one that goes
-            forth.
-
-    Returns:
-        An angle between 0 and 180.
-
-    Raises:
-        InvalidOptionError: If the shapes differ, or a weight is zero.
-
-    Example:
-        >>> import torch
-        >>> weight_angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
-        45.0
-    """
-    if forward_weight.shape != backward_weight.shape:
-        raise InvalidOptionError(
-            f"weights of shapes {tuple(forward_weight.shape)} and {tuple(backward_weight.shape)} have no angle: bring "
-            "both into one layout, e.g. weight_angle(forward.weight, backward.weight.T) for two linear layers."
-        )
-    pair = [weight.detach().flatten().double() for weight in (forward_weight, backward_weight)]
-    sizes = [norm(weight) for weight in pair]
-    if not all(sizes):
-        raise InvalidOptionError("a weight that is zero everywhere has no direction, so there is no angle to it.")
-    one, other = (weight / size for weight, size in zip(pair, sizes, strict=True))
-    # Exact at small angles, where the arc cosine of the product is not.
-    return math.degrees(2 * math.atan2(norm(one - other), norm(one + other)))
+    return measure_symmetry(f, z, probes, generator=generator).symmetry
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +228,7 @@ def probe_symmetry(
         state: Where to differentiate.
         vectors: The probes, packed, of shape `(probes, *shape)`.
         estimator: Of the penalty.
-        metric: Of [`symmetry_penalty`][torchdeq_ep.symmetry_penalty].
+        metric: Of [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
         autocast: The autocast state in which `f` was evaluated.
         batched: Whether to try `vmap`.
         create_graph: Whether the penalty can be differentiated by the parameters of `f`.
@@ -293,7 +249,7 @@ def probe_symmetry(
         symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
         paper = estimator == "paper"
         penalties = (_squares(u) - row_dots(u, w) if paper else 2 * antisymmetric) / z.numel()
-        penalty = penalties.mean()
+        penalty = penalties.mean().to(z.dtype)
         if create_graph and pulled.requires_grad:
             # With A = J M, the differential of |A e - A^T e|^2 / 2 is r . dA e - e . dA r, where r = A e - A^T e, and
             # that of |A e|^2 - e . A A e is (2 u - w) . dA e - e . dA u. So products of J^T with vectors that are held
@@ -302,7 +258,7 @@ def probe_symmetry(
             left, right = (2 * u - w, u) if paper else (u - w, u - w)
             bilinear = row_dots(local.adjoint(left, create_graph), weighed) - row_dots(pulled, m * right)
             with torch.enable_grad():
-                penalty = cast(Tensor, _Penalty.apply(penalty, bilinear.mean() / z.numel()))  # type: ignore[no-untyped-call]
+                penalty = cast(Tensor, _Penalty.apply(penalty, (bilinear.mean() / z.numel()).to(z.dtype)))  # type: ignore[no-untyped-call]
     return Sample(penalty, torch.stack([penalties, symmetric, antisymmetric]), local.batched)
 
 

@@ -20,11 +20,7 @@ from torchdeq_ep.state import Autocast, Equilibrium, norm, undisturbed
 
 LARGEST_DENSE = 4096
 """States with more entries than this have no dense reference: the Jacobian would not fit."""
-
-
 REFERENCE_STEPS = 1000
-
-
 _NOTE_LENGTH = 160
 
 
@@ -73,7 +69,7 @@ def left_as_found(model: nn.Module) -> Iterator[Found]:
 
 
 @dataclass(frozen=True)
-class Task:
+class Trial:
     """A model with a batch and a loss, which can be differentiated over and over from the same random state."""
 
     model: nn.Module

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchdeq_ep.errors import EPError, EPWarning, InvalidOptionError, JacobianProductError
 from torchdeq_ep.host import deqs_of
 from torchdeq_ep.jacobian import Metric, SymmetryMeasurement, measure_symmetry, spectral_radius
-from torchdeq_ep.measuring.capture import Capture, Reference, Task, caught_warnings, left_as_found
+from torchdeq_ep.measuring.capture import Capture, Reference, Trial, caught_warnings, left_as_found
 from torchdeq_ep.measuring.diagnosis import AMPLITUDES, GOOD, Diagnosis, LayerDiagnosis, Part, Parts
 from torchdeq_ep.modes import (
     EquilibriumPropagation,
@@ -28,11 +28,7 @@ from torchdeq_ep.relaxation import relax
 from torchdeq_ep.state import Equilibrium, cosine, norm, undisturbed
 
 _TIGHT_STEPS = 1000
-
-
 _PROBES = 50
-
-
 _STENCILS: dict[str, Callable[[float], Stencil]] = {
     "one-sided": Stencil.one_sided,
     "symmetric": Stencil.symmetric,
@@ -89,7 +85,7 @@ def diagnose(
         if not all(deq.training for deq in deqs):
             model.train()
         reference = Reference()
-        Task(model, batch, loss_fn, list(trained.values()), found).gradient(reference)
+        Trial(model, batch, loss_fn, list(trained.values()), found).gradient(reference)
         if not reference.captures:
             raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
         # Those of this pass alone: the pullback of a DEQ goes through the ones before it, and adds to the list.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.host import deqs_of
-from torchdeq_ep.measuring.capture import Capture, Reference, Task, caught_warnings, left_as_found, short
+from torchdeq_ep.measuring.capture import Capture, Reference, Trial, caught_warnings, left_as_found, short
 from torchdeq_ep.measuring.tables import Comparison, Row
 from torchdeq_ep.modes import Mode, ModeLike, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, check_solver
@@ -92,15 +92,15 @@ def compare(
     with left_as_found(model) as found, torch.enable_grad():
         if not all(deq.training for deq in deqs):
             model.train()
-        task = Task(model, batch, loss_fn, trained, found)
+        trial = Trial(model, batch, loss_fn, trained, found)
         reference = Reference()
-        exact_gradient, reference_notes = task.gradient(reference)
+        exact_gradient, reference_notes = trial.gradient(reference)
         if not reference.captures:
             raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
         # Which parameters does an error vector reach? Not a read-out, whose gradient is the same whatever the mode.
-        without, _ = task.gradient(_no_error_vector)
+        without, _ = trial.gradient(_no_error_vector)
         reached = [k for k, pair in enumerate(zip(exact_gradient, without, strict=True)) if _differ(*pair)]
-        rows = _measure(entries, task, reference.captures, [exact_gradient[k] for k in reached], reached, repeats)
+        rows = _measure(entries, trial, reference.captures, [exact_gradient[k] for k in reached], reached, repeats)
     return Comparison(
         rows=tuple(rows),
         reference=" and ".join(dict.fromkeys(capture.method for capture in reference.captures)),
@@ -193,7 +193,7 @@ class _Solve:
 
 def _measure(
     entries: Sequence[Entry],
-    task: Task,
+    trial: Trial,
     captures: Sequence[Capture],
     exact_gradient: Sequence[Tensor],
     reached: Sequence[int],
@@ -210,7 +210,7 @@ def _measure(
         try:
             with caught_warnings() as notes:
                 solved = _solve_all(entry.mode, captures)
-            gradient, _ = task.gradient(entry.mode)
+            gradient, _ = trial.gradient(entry.mode)
             error_vector = _joined(solved.error_vectors)
             reached_gradient = _joined([gradient[j] for j in reached])
             figures[k] = {

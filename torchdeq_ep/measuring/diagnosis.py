@@ -1,4 +1,4 @@
-"""Why is an EP gradient off? Its error, split into the three causes it can have."""
+"""The result of a diagnosis: the error of an EP gradient in parts for each DEQ, as data, in tables and as curves."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ from typing import Any
 from torch import Tensor
 
 from torchdeq_ep.jacobian import SymmetryMeasurement
-from torchdeq_ep.measuring.files import require
-from torchdeq_ep.measuring.plots import check_plot
-from torchdeq_ep.measuring.style import COLOURS, INK, SHAPES, dress, new_figure, save
+from torchdeq_ep.measuring.files import plain, require
+from torchdeq_ep.measuring.plots import Panel, check_plot, draw_panels
+from torchdeq_ep.measuring.style import save
 from torchdeq_ep.state import cosine, norm
 
 GOOD = 0.01
 """An error vector within this relative error of the exact one needs no advice."""
-
-
 AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
 """The amplitudes of the sweep: from 1e-4 to 1, relative to the state."""
-
-
 _HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
-
-
 _MEASURES = ("DEQ", "symmetry", "asymmetry", "spectral radius", "beta", "best beta")
 
 
@@ -164,8 +158,8 @@ class Diagnosis:
         Returns:
             Nested dictionaries, ready for JSON: a figure that does not exist is `None`.
         """
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        whole: dict[str, Any] = plain(asdict(self))
+        return whole
 
     def to_markdown(self) -> str:
         """A table of the parts, one of the measures of each Jacobian, and the advice.
@@ -188,7 +182,12 @@ class Diagnosis:
             InvalidOptionError: If the file cannot be written.
         """
         check_plot(path)
-        save(_draw(self), path)
+        panels = [
+            Panel(f"{layer.name or 'DEQ'}: how well is the gradient aligned?", layer.sweep, layer.floor)
+            for layer in self.layers
+        ]
+        words = ("amplitude beta, relative to the state", "cosine to the exact gradient", "limit of every nudge")
+        save(draw_panels(panels, AMPLITUDES, *words), path)
 
 
 def _rows(diagnosis: Diagnosis) -> list[list[str]]:
@@ -246,32 +245,3 @@ def to_rich_tables(diagnosis: Diagnosis) -> list[Any]:
             table.add_row(*cells)
         tables.append(table)
     return tables
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _draw(diagnosis: Diagnosis) -> Any:
-    layers: Sequence[LayerDiagnosis] = diagnosis.layers
-    figure = new_figure(6.4 * len(layers), 4.4)
-    figure.set_layout_engine("constrained")
-    for k, layer in enumerate(layers):
-        axes = figure.add_subplot(1, len(layers), k + 1)
-        dress(axes)
-        for (stencil, cosines), colour, marker in zip(layer.sweep.items(), COLOURS[1:], SHAPES, strict=False):
-            if any(math.isfinite(cosine) for cosine in cosines):
-                axes.plot(AMPLITUDES, cosines, color=colour, marker=marker, label=stencil)
-        axes.axhline(layer.floor, color="black", linestyle="--", linewidth=1, label="limit of every nudge")
-        axes.set_xscale("log")
-        axes.set_xlabel("amplitude beta, relative to the state", color=INK)
-        axes.set_ylabel("cosine to the exact gradient", color=INK)
-        axes.set_title(
-            f"{layer.name or 'DEQ'}: how well is the gradient aligned?", loc="left", fontsize="medium", color=INK
-        )
-        axes.legend(frameon=False, labelcolor=INK)
-    return figure

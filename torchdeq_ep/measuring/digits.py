@@ -13,16 +13,11 @@ from torchdeq import get_deq
 from torchdeq_ep.host import use_backward
 from torchdeq_ep.measuring.files import require
 
-_STATE, _PIXELS, _CLASSES = 64, 64, 10
-
-
-_BATCH, _EPOCHS, _TRAINED = 64, 3, 1437
-
-
-_SEED = 0
-
-
 Batch = tuple[Tensor, Tensor]
+
+_STATE, _PIXELS, _CLASSES = 64, 64, 10
+_BATCH, _EPOCHS, _TRAINED = 64, 3, 1437
+_SEED = 0
 
 
 class DigitsModel(nn.Module):

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and optional packages that say how to get them."""
+"""Files that appear whole or not at all, plain data for them, and optional packages that say how to get them."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -112,3 +113,23 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_whole(path, write)
+
+
+def plain(value: Any) -> Any:
+    """Nested data ready for JSON: lists in place of tuples, `None` in place of a figure that does not exist.
+
+    Args:
+        value: Dictionaries, lists and tuples of numbers, texts and the like.
+
+    Returns:
+        The same in dictionaries and lists.
+
+    Example:
+        >>> plain({"errors": (0.5, float("nan"))})
+        {'errors': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,11 +9,7 @@ from torchdeq_ep.measuring.files import require, write_whole
 
 # Okabe & Ito's palette, with a grey in place of its yellow, which is too pale for a light ground.
 COLOURS = ("#000000", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#777777", "#E69F00", "#D55E00")
-
-
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
-
-
 GROUND, INK, FAINT, GRID = "#FAFAFA", "#222222", "#8A8A8A", "#E2E2E2"
 
 

@@ -1,4 +1,4 @@
-"""The result of a comparison, and the forms it is read in: Markdown, a data frame, plain data, one sentence."""
+"""The result of a comparison, and the forms it is read in: Markdown, a data frame, plain data, a sentence, a plot."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep.measuring.files import require
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.measuring.files import plain, require
+from torchdeq_ep.measuring.plots import Point, Words, check_plot, scatter
+from torchdeq_ep.measuring.style import save
 
 BASELINE = "ift"
 """The mode that times are quoted relative to."""
-
-
 WIDE = 132
 """Characters in a line from which on all columns of the printed table have room."""
+_SMALLEST_ERROR = 1e-16
+"""Where an error of zero is drawn."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ class Comparison:
             The fields by name; `rows` is a list of dictionaries, each with `relative_time` beside its own fields.
         """
         rows = [{**asdict(row), "relative_time": self.relative_time(row)} for row in self.rows]
-        plain = [{name: _plain(value) for name, value in row.items()} for row in rows]
-        return {**asdict(self), "rows": plain, "warnings": list(self.warnings), "sentence": self.sentence()}
+        whole: dict[str, Any] = plain({**asdict(self), "rows": rows, "sentence": self.sentence()})
+        return whole
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas data frame.
@@ -155,9 +158,9 @@ class Comparison:
             MissingDependencyError: If matplotlib is not installed.
             InvalidOptionError: If the file cannot be written in this place or format, or no row has figures.
         """
-        from torchdeq_ep.measuring.plots import save_plot
-
-        save_plot(self, path)
+        path = check_plot(path)
+        figure, _ = draw_comparison(self)
+        save(figure, path)
 
     def sentence(self) -> str:
         """The table in one sentence: the most exact mode, the fastest, and those that could not be used.
@@ -209,12 +212,6 @@ class Column:
     text: Callable[[Comparison, Row], str]
     is_text: bool = False
     is_detail: bool = False
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _number(value: float, form: str) -> str:
@@ -269,3 +266,44 @@ def to_rich(comparison: Comparison, width: int = WIDE) -> Any:
         cells = [column.text(comparison, row) for column in shown]
         table.add_row(*cells, style="dim" if row.error else None)
     return table
+
+
+def draw_comparison(comparison: Comparison) -> tuple[Any, list[Any]]:
+    """Error against time as a figure, for a test or a notebook.
+
+    Args:
+        comparison: What to draw.
+
+    Returns:
+        A `matplotlib.figure.Figure`, and the labels of its markers as `matplotlib.text.Annotation`.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+        InvalidOptionError: If no row has figures.
+    """
+    shown = [row for row in comparison.rows if math.isfinite(row.gradient_error) and math.isfinite(row.milliseconds)]
+    if not shown:
+        raise InvalidOptionError("there is nothing to draw: no mode of this comparison has an error and a time.")
+    relative = comparison.baseline is not None
+    backwards = list(dict.fromkeys(row.backward for row in comparison.rows))
+    solvers = list(dict.fromkeys(row.solver for row in comparison.rows))
+    points = [
+        Point(
+            comparison.relative_time(row) if relative else row.milliseconds,
+            max(row.gradient_error, _SMALLEST_ERROR),
+            row.label,
+            backwards.index(row.backward),
+            solvers.index(row.solver),
+        )
+        for row in shown
+    ]
+    failed = ", ".join(f"{row.label} ({row.error.partition(':')[0]})" for row in comparison.rows if row.error)
+    unit = ", relative to implicit differentiation (ift)" if relative else " in milliseconds"
+    words = Words(
+        title="How exact and how fast is each backward pass?",
+        subtitle="lower is more exact, further left is faster",
+        x=f"time of the backward solve{unit}",
+        y="relative error of the gradient",
+        footnote=f"Not shown: {failed}" if failed else "",
+    )
+    return scatter(points, words, rule=1.0 if relative else None)

@@ -1,9 +1,7 @@
-"""What a backward mode is: from a free equilibrium and a cotangent to an error vector; and the two linear modes.
+"""What a backward mode is: from a free equilibrium and a cotangent to an error vector.
 
-With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`, eq. (3) of the theory page;
-every nudged mode solves `d = D_b(d)`, eq. (6), and so tends to `(I - J)^-1 g`, eq. (4), which is the same vector when
-`J` is symmetric, or with a metric or a correction that makes up for it. A mode is an immutable value: it can be
-compared, pickled and shared between threads.
+A mode is an immutable value: it can be compared, pickled and shared between threads. This module has what all modes
+share: the checks, the choice of a solver, and the judgement on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,15 +31,9 @@ from torchdeq_ep.state import (
 )
 
 Correction = Literal["asymmetric"]
-
-
 DEFAULT_MAX_ITER = 100
-
-
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
-
-
 MEANINGLESS = 0.1
 """A relaxation that stops with a larger relative residual than this has found no estimate at all."""
 
@@ -123,7 +115,21 @@ class Mode(ABC):
 
 @dataclass(frozen=True)
 class RelaxedMode(Mode):
-    """A mode whose error vector is the fixed point of a map: its solver, and what it does if that fails."""
+    """A mode whose error vector is the fixed point of a map, and the choice of what solves it.
+
+    Args:
+        solver: Name of a torchdeq solver or a callable; `None` for the package's own.
+        max_iter: Largest number of steps of one relaxation, by default 100.
+        tol: Relative residual at which to stop; by default what rounding leaves.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
+
+    Example:
+        >>> from torchdeq_ep import ImplicitDifferentiation
+        >>> issubclass(ImplicitDifferentiation, RelaxedMode)
+        True
+    """
 
     solver: str | Solver | None = field(default=None, kw_only=True)
     max_iter: int | None = field(default=None, kw_only=True)
@@ -139,7 +145,15 @@ class RelaxedMode(Mode):
         check_solver(self.solver)
 
     def run(self, tol: float, floor: float) -> Run:
-        """The relaxation that this mode uses, at a tolerance."""
+        """The relaxation that this mode uses, at a tolerance.
+
+        Args:
+            tol: Relative residual at which to stop.
+            floor: Relative residual that rounding may leave.
+
+        Returns:
+            [`relax`][torchdeq_ep.relaxation.relax] with the options of this mode.
+        """
         max_iter = self.max_iter or DEFAULT_MAX_ITER
         return partial(relax, tol=tol, floor=floor, max_iter=max_iter, solver=self.solver)
 

@@ -1,9 +1,8 @@
-"""What a backward mode is: from a free equilibrium and a cotangent to an error vector; and the two linear modes.
+"""Modes that take products with the Jacobian, so that their equation is linear in the error vector.
 
 With `J = df/dz` at `z*` and `g = dL/dz*`, implicit differentiation solves `v = J^T v + g`, eq. (3) of the theory page;
-every nudged mode solves `d = D_b(d)`, eq. (6), and so tends to `(I - J)^-1 g`, eq. (4), which is the same vector when
-`J` is symmetric, or with a metric or a correction that makes up for it. A mode is an immutable value: it can be
-compared, pickled and shared between threads.
+the infinitesimal nudge `d = J d + g`, eq. (4), the limit of every finite one. The two are the same vector when `J` is
+symmetric, or with a metric or a correction that makes up for it.
 """
 
 from __future__ import annotations

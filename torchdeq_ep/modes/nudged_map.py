@@ -27,8 +27,6 @@ from torchdeq_ep.modes.stencils import Node
 from torchdeq_ep.state import Equilibrium
 
 Force = Callable[[Tensor], Tensor]
-
-
 _HOLOMORPHIC_ADVICE = (
     "Use a stencil with real nodes ('ep', or 'ep-richardson' for high order), or teach the operation with "
     "torchdeq_ep.holomorphic.register_rule."

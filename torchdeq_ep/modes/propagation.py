@@ -36,20 +36,14 @@ from torchdeq_ep.state import Equilibrium
 
 Batching = Literal["auto", "loop", "vmap"]
 OnDivergence = Literal["shrink", "raise", "accept", "ift"]
-
-
 _STENCILS: dict[str, Callable[[], Stencil]] = {
     "one-sided": Stencil.one_sided,
     "symmetric": Stencil.symmetric,
     "richardson": Stencil.richardson,
     "contour": Stencil.contour,
 }
-
-
 _RETRIES = 4
 _COARSE = 0.02
-
-
 _LARGEST_TRUNCATION = 0.05
 _ONLINE_FLOOR = 1e-2
 

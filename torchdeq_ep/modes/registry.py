@@ -18,8 +18,6 @@ from torchdeq_ep.modes.stencils import Beta, Stencil
 
 ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 """What a mode is: `(f, z_star, cotangent) -> error vector`."""
-
-
 ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 

@@ -23,11 +23,7 @@ from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import InvalidOptionError
 
 Beta = float | Literal["auto"]
-
-
 Node = float | complex
-
-
 LARGEST_AUTO_BETA = 0.1
 """Above a tenth of the state's norm a nudge may leave the disc on which `d_b` is analytic, whatever the order."""
 

@@ -1,4 +1,4 @@
-"""Activations that are analytic, so that a complex nudge can be used with them."""
+"""Activations that are analytic, so that a complex nudge can be used with them, and the slope of any activation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchdeq_ep.holomorphic.context import real_part
 from torchdeq_ep.holomorphic.elementwise import sigmoid
 from torchdeq_ep.holomorphic.registry import continued
+
+Activation = Callable[[Tensor], Tensor]
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -38,52 +40,6 @@ def shifted_sigmoid(x: Tensor) -> Tensor:
     return _sigmoid(4 * x - 2)
 
 
-def slope(phi: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The derivative of an elementwise activation: in closed form for the papers' two, by a JVP for others.
-
-    Args:
-        phi: The activation.
-        x: Real tensor, or a complex one if `phi` takes it.
-
-    Returns:
-        `phi'(x)`, of the shape of `x`.
-
-    Example:
-        >>> slope(shifted_sigmoid, torch.tensor([0.5])), slope(torch.sin, torch.tensor([0.0]))
-        (tensor([1.]), tensor([1.]))
-    """
-    if phi is shifted_sigmoid:
-        value = phi(x)
-        return 4 * value * (1 - value)
-    if phi is dsilu:
-        s, rest = torch.sigmoid(x), torch.sigmoid(-x)  # which holomorphic modes see
-        return s * rest * (2 + x * (rest - s))
-    derivative: Tensor = torch.func.jvp(phi, (x,), (torch.ones_like(x),))[1]
-    return derivative
-
-
-def steepness(phi: Callable[[Tensor], Tensor], x: Tensor, floor: float) -> Tensor:
-    """The absolute value of the slope, bounded from below; at complex points that of the real part, continued.
-
-    Args:
-        phi: The activation.
-        x: Real tensor, or a complex one if `phi` takes it.
-        floor: The bound. It holds where the slope at the real part is no steeper.
-
-    Returns:
-        `max(|phi'(x)|, floor)`, of the shape of `x`.
-
-    Example:
-        >>> steepness(dsilu, torch.tensor([0.0, 3.0, 99.0]), 1e-3).round(decimals=3)
-        tensor([0.5000, 0.0320, 0.0010])
-    """
-    derivative = slope(phi, x)
-    if not x.is_complex():
-        return derivative.abs().clamp_min(floor)
-    real = slope(phi, real_part(x))
-    return torch.where(real.abs() > floor, derivative * real.sign(), floor)
-
-
 @continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")
 def dsilu(x: Tensor) -> Tensor:
     """The derivative of SiLU, `s(x) (1 + x (1 - s(x)))` with the logistic function `s`.
@@ -105,6 +61,71 @@ def dsilu(x: Tensor) -> Tensor:
         return handle_torch_function(dsilu, (x,), x)
     # 1 - s(x) = s(-x), without cancellation.
     return _sigmoid(x) * (1 + x * _sigmoid(-x))
+
+
+ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
+    "tanh": (torch.tanh, lambda value: 1 - value**2),
+    "sigmoid": (torch.sigmoid, lambda value: value * (1 - value)),
+    "shifted-sigmoid": (shifted_sigmoid, lambda value: 4 * value * (1 - value)),
+}
+"""The activations that have a name: the function, and its slope as a function of its value."""
+
+
+def slope(phi: Activation, x: Tensor) -> Tensor:
+    """The derivative of an elementwise activation.
+
+    In closed form for `dsilu` and the functions in `ACTIVATIONS`. Any other is differentiated in reverse mode at real
+    points, since a custom function need have no other formula, and in forward mode at complex ones.
+
+    Args:
+        phi: The activation.
+        x: Real tensor, or a complex one if `phi` takes it.
+
+    Returns:
+        `phi'(x)`, of the shape of `x` and without a graph.
+
+    Example:
+        >>> slope(shifted_sigmoid, torch.tensor([0.5])), slope(torch.sin, torch.tensor([0.0]))
+        (tensor([1.]), tensor([1.]))
+    """
+    x = x.detach()
+    if phi is dsilu:
+        s, rest = torch.sigmoid(x), torch.sigmoid(-x)  # which holomorphic modes see
+        return s * rest * (2 + x * (rest - s))
+    for function, slope_of_value in ACTIVATIONS.values():
+        if phi is function:
+            return slope_of_value(phi(x))
+    derivative: Tensor
+    if x.is_complex():
+        with torch.no_grad():
+            derivative = torch.func.jvp(phi, (x,), (torch.ones_like(x),))[1]
+        return derivative
+    with torch.enable_grad():
+        point = x.requires_grad_()
+        (derivative,) = torch.autograd.grad(phi(point).sum(), point)
+    return derivative
+
+
+def steepness(phi: Activation, x: Tensor, floor: float) -> Tensor:
+    """The absolute value of the slope, bounded from below; at complex points that of the real part, continued.
+
+    Args:
+        phi: The activation.
+        x: Real tensor, or a complex one if `phi` takes it.
+        floor: The bound. It holds where the slope at the real part is no steeper.
+
+    Returns:
+        `max(|phi'(x)|, floor)`, of the shape of `x` and without a graph.
+
+    Example:
+        >>> steepness(dsilu, torch.tensor([0.0, 3.0, 99.0]), 1e-3).round(decimals=3)
+        tensor([0.5000, 0.0320, 0.0010])
+    """
+    derivative = slope(phi, x)
+    if not x.is_complex():
+        return derivative.abs().clamp_min(floor)
+    real = slope(phi, real_part(x))
+    return torch.where(real.abs() > floor, derivative * real.sign(), floor)
 
 
 class ShiftedSigmoid(nn.Module):

@@ -1,14 +1,4 @@
-"""Vector-field networks of Laborieux & Zenke (arXiv 2309.02214) as maps for torchdeq.
-
-Neurons have a potential `u` and an activity `phi(u)`, and connections carry activity to potentials:
-
-    f(u) = damping * u + (1 - damping) * (W phi(u) + drive),        drive = U x + b.
-
-Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
-`damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M`. `nudge_metric`, the same for
-nudges, makes EP the papers', who nudge potentials by `dL/dphi`.
-"""
+"""Angles between forward and backward weights: how large one is, and a weight at a given one."""
 
 from __future__ import annotations
 
@@ -16,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.state import norm
 
 
 def weight_at_angle(weight: Tensor, degrees: float) -> Tensor:
@@ -30,7 +23,7 @@ def weight_at_angle(weight: Tensor, degrees: float) -> Tensor:
 
     Example:
         >>> weight = torch.randn(4, 3)
-        >>> angle_between(weight, weight_at_angle(weight, 30.0))
+        >>> round(weight_angle(weight, weight_at_angle(weight, 30.0)), 3)
         30.0
     """
     wide = weight.double()
@@ -42,20 +35,54 @@ def weight_at_angle(weight: Tensor, degrees: float) -> Tensor:
     return (math.cos(radians) * wide + math.sin(radians) * noise).to(weight.dtype)
 
 
-def angle_between(a: Tensor, b: Tensor) -> float:
-    """The angle between two tensors as vectors, in degrees, rounded to a thousandth.
+def weight_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
+    """The angle between forward and backward weights, in degrees: 0 aligned, 90 unrelated, 180 opposed.
 
     Args:
-        a: One.
-        b: The other, of the same shape.
+        forward_weight: A weight of any shape.
+        backward_weight: The weight that should equal it, in the same layout: `.weight` of a `ConvTranspose2d` beside
+            that of a `Conv2d`, but `.weight.T` of a `Linear` that goes back beside the `.weight` of one that goes
+            forth.
 
     Returns:
-        0 to 180.
+        An angle between 0 and 180.
+
+    Raises:
+        InvalidOptionError: If the shapes differ, or a weight is zero.
 
     Example:
-        >>> angle_between(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
+        >>> import torch
+        >>> weight_angle(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
         45.0
     """
-    a, b = a.detach().double() / a.detach().double().norm(), b.detach().double() / b.detach().double().norm()
-    # Unlike the arc cosine, exact at small angles too.
-    return round(math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm()))), 3)
+    if forward_weight.shape != backward_weight.shape:
+        raise InvalidOptionError(
+            f"weights of shapes {tuple(forward_weight.shape)} and {tuple(backward_weight.shape)} have no angle: bring "
+            "both into one layout, e.g. weight_angle(forward.weight, backward.weight.T) for two linear layers."
+        )
+    pair = [weight.detach().flatten().double() for weight in (forward_weight, backward_weight)]
+    sizes = [norm(weight) for weight in pair]
+    if not all(sizes):
+        raise InvalidOptionError("a weight that is zero everywhere has no direction, so there is no angle to it.")
+    one, other = (weight / size for weight, size in zip(pair, sizes, strict=True))
+    # Exact at small angles, where the arc cosine of the product is not.
+    return math.degrees(2 * math.atan2(norm(one - other), norm(one + other)))
+
+
+def rounded_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
+    """The same to a thousandth of a degree, as the networks report it; NaN where a weight is zero everywhere.
+
+    Args:
+        forward_weight: A weight of any shape.
+        backward_weight: Another of the same shape.
+
+    Returns:
+        An angle between 0 and 180, or NaN.
+
+    Example:
+        >>> rounded_angle(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0]))
+        26.565
+    """
+    if not (bool(forward_weight.any()) and bool(backward_weight.any())):
+        return math.nan  # a report in the middle of training is no place for an error
+    return round(weight_angle(forward_weight, backward_weight), 3)

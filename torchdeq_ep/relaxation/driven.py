@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdeq_ep.relaxation.loop import Relaxation, Step, largest_row
-from torchdeq_ep.relaxation.progress import DIVERGED
+from torchdeq_ep.relaxation.loop import Relaxation, Step
+from torchdeq_ep.relaxation.progress import DIVERGED, largest_row
 
 Solver = Callable[..., Any]
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.relaxation.phases import Extrapolation, Mixing, Phase, Plain
-from torchdeq_ep.relaxation.progress import Progress
+from torchdeq_ep.relaxation.progress import Progress, RowScale, largest_row
 
 Step = Callable[[Tensor], Tensor]
-RowScale = Callable[[Tensor], Tensor]
-"""From a value of the map to what the residual of each row is relative to."""
 
 MEMORY = 6
 """How many values the mixing combines."""
@@ -131,12 +129,3 @@ def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor) 
         phase = Mixing(progress.memory, value)
         phase.add(value, point)
     return phase
-
-
-def largest_row(residual: Tensor, size: float | None, scale: float | RowScale, value: Tensor) -> float:
-    """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
-    if callable(scale):
-        return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
-    if residual.shape[0] == 1:
-        return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
-    return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale

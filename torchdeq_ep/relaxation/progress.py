@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+RowScale = Callable[[Tensor], Tensor]
+"""From a value of the map to what the residual of each row is relative to."""
 
 DIVERGED = 1e4
 """A residual this many times the first one (or not finite) counts as divergence."""
@@ -72,3 +77,12 @@ class Progress:
             return False
         gained = math.log(self.trace[-1 - _WINDOW] / self.trace[-1])
         return self.tol <= 0 or math.log(self.trace[-1] / self.tol) * _WINDOW > _PATIENCE * gained
+
+
+def largest_row(residual: Tensor, size: float | None, scale: float | RowScale, value: Tensor) -> float:
+    """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
+    if callable(scale):
+        return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
+    if residual.shape[0] == 1:
+        return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
+    return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale

@@ -18,23 +18,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Map = Callable[[Tensor], Tensor]
-
-
 STATEFUL = (
     "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, a layer "
     "that updates its state on every call, or a map that works in place on its argument."
 )
-
-
 _STATISTICS: dict[Callable[..., Tensor], str] = {
     functional.batch_norm: "training",
     functional.instance_norm: "use_input_stats",
 }
-
-
 _SIGNATURES = {norm: inspect.signature(norm) for norm in _STATISTICS}
-
-
 _COUNTING = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 

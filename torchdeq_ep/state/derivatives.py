@@ -1,4 +1,4 @@
-"""The autograd node that makes an error vector the gradient of an implicit layer. It knows nothing of torchdeq."""
+"""A derivative that may be used, and not be differentiated again."""
 
 from __future__ import annotations
 

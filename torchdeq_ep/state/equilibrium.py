@@ -1,4 +1,4 @@
-"""The state of an implicit layer as one real tensor, and the free equilibrium at which a backward pass starts."""
+"""The free equilibrium with its cotangent: all that a backward mode is given."""
 
 from __future__ import annotations
 

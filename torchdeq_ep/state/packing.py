@@ -1,4 +1,4 @@
-"""The state of an implicit layer as one real tensor, and the free equilibrium at which a backward pass starts."""
+"""How a state, one tensor or several of any shapes, is laid out as one real tensor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from torchdeq_ep.errors import MapContractError
 from torchdeq_ep.state.calls import Map
 
 State = Tensor | Sequence[Tensor]
-
-
 Container = type[list[Any]] | type[tuple[Any, ...]] | None
-
-
 _COARSE = (torch.float16, torch.bfloat16)
 
 

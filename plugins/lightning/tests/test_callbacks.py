@@ -16,7 +16,7 @@ from torch import nn
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, UnknownBackwardError
-from torchdeq_ep.host.switching import EquilibriumRule
+from torchdeq_ep.extend import EquilibriumRule
 from torchdeq_ep_lightning import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.callbacks import PerSample, loss_scale
 
@@ -155,7 +155,8 @@ def test_homeostasis_is_the_penalty_added_to_the_loss(tmp_path):
         monkey = pytest.MonkeyPatch()
         with monkey.context() as patch:
             patch.setattr(
-                "torchdeq_ep_lightning.callbacks.register_homeostasis", lambda *_, seed, **__: seeds.append(seed)
+                "torchdeq_ep_lightning.callbacks.homeostasis.register_homeostasis",
+                lambda *_, seed, **__: seeds.append(seed),
             )
             probe.on_train_batch_start(trainer, trainer.lightning_module, None, batch_idx)
         return seeds[0]

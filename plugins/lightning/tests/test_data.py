@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,10 @@ import torch
 from lightning_problems import coloured_images, encoded, write_coloured, write_parquet
 from pyarrow import parquet
 
-from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.experiment.data import DataError
+from torchdeq_ep.errors import DataError, InvalidOptionError, MissingDependencyError
 from torchdeq_ep_lightning import ImageData
-from torchdeq_ep_lightning.data import EpochBatches, augment
+from torchdeq_ep_lightning.batches import EpochBatches, augment
+from torchdeq_ep_lightning.images import load_images
 
 
 def batches(data: ImageData, epoch: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -23,7 +24,7 @@ def batches(data: ImageData, epoch: int = 0) -> list[tuple[torch.Tensor, torch.T
     return list(loader)
 
 
-def test_digits_are_those_of_the_experiment():
+def test_digits_are_split_without_overlap_and_always_alike():
     data = ImageData(test_batch=100)
     assert data.shape == (1, 8, 8)
     assert data.n_classes == 10
@@ -32,6 +33,18 @@ def test_digits_are_those_of_the_experiment():
     assert torch.cat(x).amin() == 0
     assert torch.cat(x).amax() == 1
     assert torch.cat(y).unique().tolist() == list(range(10))
+    torch.manual_seed(99)
+    train, test = load_images()
+    assert len(train.labels) == 1437
+    assert torch.equal(test.pixels, torch.cat(x))
+    both = torch.cat([train.pixels, test.pixels]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)  # no image is in both parts
+
+
+def test_a_missing_reader_of_the_digits_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingDependencyError, match=r"scikit-learn.*torchdeq-ep\[compare\]"):
+        ImageData().images  # noqa: B018
 
 
 def test_parquet(tmp_path):
@@ -84,6 +97,20 @@ def test_the_hub_is_asked_for_other_names(tmp_path, monkeypatch):
         ImageData("nobody/nothing").images  # noqa: B018
 
 
+def test_grey_images_have_one_channel_and_coloured_ones_three(tmp_path):
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None] * 20 * torch.ones(3, 4, dtype=torch.uint8)
+    folder = tmp_path / "d"
+    for split in ("train", "test"):
+        write_parquet(folder / f"{split}.parquet", [encoded(image) for image in pixels], list(range(6)))
+    train, _ = load_images(str(folder), cache=str(tmp_path / "cache"))
+    assert torch.equal(train.pixels[:, 0], pixels)
+    red = torch.zeros(3, 4, 3, dtype=torch.uint8)
+    red[..., 0] = 255
+    write_parquet(folder / "test.parquet", [encoded(red)], [0])
+    _, test = load_images(str(folder), cache=str(tmp_path / "other"))
+    assert torch.equal(test.pixels[0], red.permute(2, 0, 1))
+
+
 def spoil(name: str, folder: Path) -> None:
     images, labels = coloured_images(6, size=8)
     path = folder / "train.parquet"
@@ -103,12 +130,21 @@ def spoil(name: str, folder: Path) -> None:
         parquet.write_table(pyarrow.table({"image": [1.0], "label": [1]}), path)
     elif name == "broken image":
         write_parquet(path, [*images[:3], b"nothing", *images[4:]], labels)
+    elif name == "truncated image":
+        write_parquet(path, [*images[:3], images[3][:40], *images[4:]], labels)
     elif name == "missing image":
         write_parquet(path, [*images[:3], None, *images[4:]], labels)
+    elif name == "empty image":
+        write_parquet(path, [*images[:3], b"", *images[4:]], labels)
+    elif name == "truncated file":
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
     elif name == "other size":
         write_parquet(path, [*images[:3], encoded(torch.zeros(9, 8, 3, dtype=torch.uint8)), *images[4:]], labels)
     elif name == "negative label":
         write_parquet(path, images, [*labels[:3], -1, *labels[4:]])
+    elif name == "missing label":
+        write_parquet(path, images, [*labels[:3], None, *labels[4:]])
     elif name == "second file":
         write_parquet(folder / "train2.parquet", [images[0], b"nothing"], [0, 1])
 
@@ -123,9 +159,13 @@ def spoil(name: str, folder: Path) -> None:
         ("text labels", r"column 'label' of .*train\.parquet holds .*string"),
         ("no images", r"column 'image' of .*train\.parquet is .*float64"),
         ("broken image", r"row 3 of .*train\.parquet is not an image"),
+        ("truncated image", r"row 3 of .*train\.parquet is not an image"),
         ("missing image", r"row 3 of .*train\.parquet has no image"),
+        ("empty image", r"row 3 of .*train\.parquet has no image"),
+        ("truncated file", r"cannot read .*train\.parquet as Parquet"),
         ("other size", r"row 3 of .*train\.parquet is an image of shape \(3, 9, 8\)"),
         ("negative label", r"row 3 of .*train\.parquet has the label -1"),
+        ("missing label", r"row 3 of .*train\.parquet has the label None"),
         ("second file", r"row 1 of .*train2\.parquet is not an image"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from lightning_problems import write_coloured
 
 from torchdeq_ep.cli import main
+from torchdeq_ep_lightning.report import Spread
 from torchdeq_ep_lightning.report import main as report
 from torchdeq_ep_lightning.sweep import cells
 from torchdeq_ep_lightning.training import run
@@ -66,13 +67,44 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
 
 
+def test_the_homeostasis_experiment_aligns_weights_and_error_vectors(tmp_path):
+    """The sweep of the documentation, at a small size: the recipe trains, and homeostasis is off unless asked for."""
+    out = tmp_path / "out"
+    sweep = ["sweep", "homeostasis", "--backward", "ift", "ep", "--homeostasis", "0", "0.5", "--seed", "0"]
+    small = ["--model.hidden", "[24, 24]", "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu"]
+    assert main([*sweep, "--out", str(out), *small]) == 0
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    last = {(row["backward"], row["homeostasis"]): row["history"][-1] for row in runs}
+    assert set(last) == {(mode, weight) for mode in ("ift", "ep") for weight in (0.0, 0.5)}
+    for mode in ("ift", "ep"):
+        assert last[mode, 0.5]["angle"] < 30 < 80 < last[mode, 0.0]["angle"]
+        assert last[mode, 0.5]["alignment/cosine"] > 0.97 > last[mode, 0.0]["alignment/cosine"]
+    plain = run("homeostasis", ["--out", str(tmp_path / "plain"), *small, *QUIET]).last
+    assert plain["test/error"] == last["ep", 0.0]["test/error"]
+
+
 def test_the_page_of_the_documentation_is_that_of_its_results(tmp_path):
     docs = Path(__file__).parents[3] / "docs"
     page = tmp_path / "page.md"
     page.write_text((docs / "reproduction.md").read_text())
-    results = [docs / "reproduction" / f"{name}.json" for name in ("digits", "table1", "angle", "loop")]
+    results = [docs / "results" / "reproduction" / f"{name}.json" for name in ("digits", "table1", "angle", "loop")]
     assert report([str(page), *map(str, results)]) == 0
     assert page.read_text() == (docs / "reproduction.md").read_text()
+
+
+def test_the_page_of_the_homeostasis_experiment_has_its_results():
+    docs = Path(__file__).parents[3] / "docs"
+    rows = json.loads((docs / "results" / "homeostasis.json").read_text())["runs"]
+    page = (docs / "experiment.md").read_text()
+    for mode, title in (("ift", "exact (IFT)"), ("ep", "EP")):
+        for weight, name in ((0.0, "none"), (0.5, "0.5")):
+            last = [r["history"][-1] for r in rows if (r["backward"], r["homeostasis"]) == (mode, weight)]
+            errors, cosines = ([row[key] for row in last] for key in ("test/error", "alignment/cosine"))
+            each = ", ".join(f"{error:.2f}" for error in errors)
+            assert (
+                f"| {title} | {name} | {Spread.of(errors).text(2, ' %')} | {each} | {Spread.of(cosines).text(3)} |"
+                in page
+            )
 
 
 def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):
@@ -83,7 +115,7 @@ def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):
     assert abs(accuracies["hep"] - accuracies["ift"]) <= 1
 
 
-# As in the experiment of the package: EP nudges by the cotangent, homeostasis descends beside Adam.
+# As in the recipe homeostasis: EP nudges by the cotangent, homeostasis descends beside Adam.
 HOMEOSTASIS = [
     *("--data.source", "digits", "--data.shape", "null", "--data.batch", "100", "--model.damping", "0.3"),
     *("--model.optimizer", "adamw", "--model.lr", "1e-3", "--model.schedule", "cosine", "--model.nudging", "cotangent"),

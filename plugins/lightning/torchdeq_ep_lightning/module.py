@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from torchdeq_ep import nudge_loss
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.extend import EquilibriumRule, deqs_of, find_solver, unknown_name
+from torchdeq_ep.extend import EquilibriumRule, check_choice, check_count, deqs_of, find_solver
 from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
 from torchdeq_ep_lightning.callbacks import Means
 
-Activation = Literal["shifted-sigmoid", "dsilu"]
+ActivationName = Literal["shifted-sigmoid", "dsilu"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"shifted-sigmoid": shifted_sigmoid, "dsilu": dsilu}
 
@@ -67,7 +68,7 @@ class VectorFieldClassifier(LightningModule):
         network: Literal["mlp", "cnn"] = "mlp",
         hidden: Sequence[int] = (256, 256, 10),
         connections: list[str] | None = None,
-        activation: Activation = "shifted-sigmoid",
+        activation: ActivationName = "shifted-sigmoid",
         angle: float = 0.0,
         damping: float = 0.0,
         gain: float = 1.0,
@@ -87,23 +88,10 @@ class VectorFieldClassifier(LightningModule):
         schedule: Literal["constant", "cosine"] = "constant",
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise InvalidOptionError(unknown_name("model.activation", activation, _ACTIVATIONS))
-        if not lr > 0 or not 0 <= momentum < 1 or weight_decay < 0:
-            raise InvalidOptionError(
-                f"model.lr must be positive, model.momentum in [0, 1), model.weight_decay at least 0, not {lr}, "
-                f"{momentum} and {weight_decay}."
-            )
-        if free_steps < 1 or not free_tol > 0:
-            raise InvalidOptionError(
-                f"model.free_steps must be at least 1 and model.free_tol positive, not {free_steps} and {free_tol}."
-            )
-        find_solver(free_solver)
-        if lr_factors is not None and (network != "cnn" or len(lr_factors) != len(hidden)):
-            raise InvalidOptionError(
-                f"model.lr_factors has one number for each layer of a CNN, not {lr_factors} with "
-                f"model.network={network} and model.hidden={list(hidden)}."
-            )
+        check_choice("model.activation", activation, _ACTIVATIONS)
+        _check_optimizer(lr, momentum, weight_decay)
+        _check_free_phase(free_steps, free_tol, free_solver)
+        _check_lr_factors(lr_factors, network, hidden)
         options: dict[str, Any] = {
             "phi": _ACTIVATIONS[activation],
             "damping": damping,
@@ -115,9 +103,7 @@ class VectorFieldClassifier(LightningModule):
         }
         self.network: VectorField
         if network == "mlp":
-            pixels = shape[0] * shape[1] * shape[2]
-            layers = {f"l{k}": size for k, size in enumerate(hidden, start=1)}
-            sizes = {"in": pixels, **layers, "out": n_classes}
+            sizes = _sizes(shape, hidden, n_classes)
             self.network = VectorFieldMLP(sizes, connections, feedback=feedback, readout="softmax", **options)
         elif connections is not None:
             raise InvalidOptionError("model.connections are those of an MLP: a CNN is a chain of layers.")
@@ -231,3 +217,32 @@ class VectorFieldClassifier(LightningModule):
             return 1.0, 1.0
         # Layer k + 1 is reached by forward weight k + 1, and left backwards by backward weight k.
         return self.lr_factors[int(rest) + (kind == "backward_weights")], 1.0
+
+
+def _check_optimizer(lr: float, momentum: float, weight_decay: float) -> None:
+    if not lr > 0 or not 0 <= momentum < 1 or weight_decay < 0:
+        raise InvalidOptionError(
+            f"model.lr must be positive, model.momentum in [0, 1), model.weight_decay at least 0, not {lr}, "
+            f"{momentum} and {weight_decay}."
+        )
+
+
+def _check_free_phase(steps: int, tol: float, solver: str) -> None:
+    check_count("model.free_steps", steps)
+    if not tol > 0:
+        raise InvalidOptionError(f"model.free_tol must be positive, not {tol}.")
+    find_solver(solver)
+
+
+def _check_lr_factors(factors: list[float] | None, network: str, hidden: Sequence[int]) -> None:
+    if factors is not None and (network != "cnn" or len(factors) != len(hidden)):
+        raise InvalidOptionError(
+            f"model.lr_factors has one number for each layer of a CNN, not {factors} with "
+            f"model.network={network} and model.hidden={list(hidden)}."
+        )
+
+
+def _sizes(shape: tuple[int, int, int], hidden: Sequence[int], n_classes: int) -> dict[str, int]:
+    """Units of the layers of an MLP by their names."""
+    layers = {f"l{k}": size for k, size in enumerate(hidden, start=1)}
+    return {"in": math.prod(shape), **layers, "out": n_classes}

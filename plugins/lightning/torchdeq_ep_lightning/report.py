@@ -6,32 +6,55 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.experiment.report import Spread
-from torchdeq_ep.extend import require, write_whole
+from torchdeq_ep.extend import COLOURS, SHAPES, dress, new_figure, save, write_text
 
-Row = dict[str, Any]
-Series = dict[str, list[tuple[float, Spread]]]
+RunRow = dict[str, Any]
+Series = dict[str, list[tuple[float, "Spread"]]]
 
-# Okabe & Ito's palette.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GROUND = "#FAFAFA"
 _TITLE = "# Reproduction\n\n"
 MARK = "<!-- What follows is written by torchdeq_ep_lightning.report. -->\n\n"
 
 
-def label(row: Row) -> str:
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over runs; the latter is 0 for a single one.
+
+    Args:
+        mean: The mean.
+        sd: The standard deviation.
+
+    Example:
+        >>> Spread.of([1.0, 3.0])
+        Spread(mean=2.0, sd=1.4142135623730951)
+    """
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0)
+
+    def text(self, digits: int, unit: str = "") -> str:
+        """`mean ± sd`, rounded."""
+        return f"{self.mean:.{digits}f} ± {self.sd:.{digits}f}{unit}"
+
+
+def label(row: RunRow) -> str:
     """What a run is called in tables and legends, without angle and seed."""
     weight = row["homeostasis"]
     return str(row["backward"]) if weight is None else f"{row['backward']}, homeostasis {weight:g}"
 
 
-def series(rows: Sequence[Row], x: Callable[[Row, Row], float | None], measure: str, final: bool) -> Series:
+def series(rows: Sequence[RunRow], x: Callable[[RunRow, RunRow], float | None], measure: str, final: bool) -> Series:
     """Means and deviations over the seeds, by label and abscissa.
 
     Args:
@@ -53,7 +76,7 @@ def series(rows: Sequence[Row], x: Callable[[Row, Row], float | None], measure: 
     return {name: [(p, Spread.of(points[p])) for p in sorted(points)] for name, points in gathered.items()}
 
 
-def save_figures(rows: Sequence[Row], title: str, out: Path) -> list[Path]:
+def save_figures(rows: Sequence[RunRow], title: str, out: Path) -> list[Path]:
     """Draw what there are data for: error against angle and epochs, cosine of each layer, symmetry.
 
     Args:
@@ -68,8 +91,8 @@ def save_figures(rows: Sequence[Row], title: str, out: Path) -> list[Path]:
         MissingDependencyError: If matplotlib is not installed.
     """
     layers = sorted({name for row in rows for epoch in row["history"] for name in epoch if "/cosine" in name})
-    by_epoch: Callable[[Row, Row], float | None] = lambda row, epoch: epoch["epoch"]  # noqa: E731
-    by_angle: Callable[[Row, Row], float | None] = lambda row, epoch: row["angle"]  # noqa: E731
+    by_epoch: Callable[[RunRow, RunRow], float | None] = lambda row, epoch: epoch["epoch"]  # noqa: E731
+    by_angle: Callable[[RunRow, RunRow], float | None] = lambda row, epoch: row["angle"]  # noqa: E731
     panels = {
         "error-angle": [("test error in percent", series(rows, by_angle, "test/error", final=True))],
         "error-epochs": [("test error in percent", _by_angle(rows, by_epoch, "test/error"))],
@@ -86,7 +109,7 @@ def save_figures(rows: Sequence[Row], title: str, out: Path) -> list[Path]:
     return written
 
 
-def _by_angle(rows: Sequence[Row], x: Callable[[Row, Row], float | None], measure: str) -> Series:
+def _by_angle(rows: Sequence[RunRow], x: Callable[[RunRow, RunRow], float | None], measure: str) -> Series:
     """Curves of each angle, named by it where there are several."""
     angles = sorted({row["angle"] for row in rows if row["angle"] is not None})
     if len(angles) < 2:
@@ -104,15 +127,16 @@ def _cosine_title(name: str) -> str:
 
 
 def _draw(parts: Sequence[tuple[str, Series]], title: str, abscissa: str, path: Path) -> None:
-    figure_module = require("matplotlib.figure", "matplotlib", "A figure")
+    figure = new_figure(1.2 + 4.6 * len(parts), 4.6)
+    figure.set_layout_engine("constrained")
     ticker = import_module("matplotlib.ticker")
-    figure = figure_module.Figure(figsize=(1.2 + 4.6 * len(parts), 4.6), layout="constrained", facecolor=_GROUND)
     names = list(dict.fromkeys(name for _, curves in parts for name in curves))
     for k, (heading, curves) in enumerate(parts, start=1):
-        axes = figure.add_subplot(1, len(parts), k, facecolor=_GROUND)
+        axes = figure.add_subplot(1, len(parts), k)
+        dress(axes)
         for name, curve in curves.items():
             place = names.index(name)
-            colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+            colour, marker = COLOURS[place % len(COLOURS)], SHAPES[place % len(SHAPES)]
             xs = [x for x, _ in curve]
             low, high = ([spread.mean + sign * spread.sd for _, spread in curve] for sign in (-1, 1))
             axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -122,13 +146,10 @@ def _draw(parts: Sequence[tuple[str, Series]], title: str, abscissa: str, path: 
         axes.set_xlabel(abscissa)
         if abscissa == "epoch":
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        axes.grid(color="#E2E2E2", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, x=0.02, ha="left")
-    write_whole(path, lambda temporary: figure.savefig(temporary, facecolor=_GROUND, dpi=160))
+    save(figure, path)
 
 
 def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
@@ -145,7 +166,7 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
         command = shlex.join(["torchdeq-ep", "sweep", *sweep["command"]])
         lines += [f"## {sweep['name']}", "", "```console", f"$ {command}", "```", ""]
         lines += [_TABLE_HEAD, "|---|---|---|---|---|---|---|---|---|"]
-        groups: dict[tuple[str, float | None], list[Row]] = {}
+        groups: dict[tuple[str, float | None], list[RunRow]] = {}
         for row in sweep["runs"]:
             groups.setdefault((label(row), row["angle"]), []).append(row)
         lines += [_line(name, angle, rows) for (name, angle), rows in groups.items()]
@@ -164,7 +185,7 @@ _TABLE_HEAD = (
 )
 
 
-def _line(name: str, angle: float | None, rows: Sequence[Row]) -> str:
+def _line(name: str, angle: float | None, rows: Sequence[RunRow]) -> str:
     last = [row["history"][-1] for row in rows if row["history"]]
 
     def cell(measure: str, digits: int, unit: str = "") -> str:
@@ -210,12 +231,7 @@ def main(arguments: Sequence[str]) -> int:
 
     head, mark, _ = page.read_text(encoding="utf-8").partition(MARK) if page.is_file() else ("", "", "")
     tables = to_markdown(sweeps)
-    text = head + mark + tables.removeprefix(_TITLE) if mark else tables
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(page, write)
+    write_text(page, head + mark + tables.removeprefix(_TITLE) if mark else tables)
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torchdeq_ep import get_backward
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.extend import write_whole
+from torchdeq_ep.extend import write_text
 from torchdeq_ep_lightning.report import save_figures, to_markdown
 from torchdeq_ep_lightning.training import find_recipe, run
 
@@ -117,11 +117,11 @@ def main(arguments: Sequence[str]) -> int:
             rows.append(asdict(cell) | {"history": [], "failure": f"{type(error).__name__}: {error.args[0]}"})
             sys.stdout.write(f"  failed: {error}\n")
         plain = {"name": out.name, "recipe": options.recipe, "overrides": overrides, "command": list(arguments)}
-        _write(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
+        write_text(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
     title = Path(options.recipe).stem
     figures = save_figures(rows, title, out)
     document = out / "results.md"
-    _write(document, to_markdown([json.loads(results.read_text(encoding="utf-8"))]))
+    write_text(document, to_markdown([json.loads(results.read_text(encoding="utf-8"))]))
     sys.stdout.write(f"written: {'  '.join(map(str, [results, document, *figures]))}\n")
     return int(any(row["failure"] for row in rows))
 
@@ -143,11 +143,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--out", metavar="DIR", help="default: sweeps/RECIPE")
     return parser
-
-
-def _write(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write)

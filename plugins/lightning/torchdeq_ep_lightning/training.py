@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning
-from torchdeq_ep.extend import unknown_name, write_whole
+from torchdeq_ep.extend import check_count, unknown_name, write_text
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
 from torchdeq_ep_lightning.module import VectorFieldClassifier
@@ -124,8 +124,7 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        if config.checkpoint_every < 1:
-            raise InvalidOptionError(f"checkpoint_every must be at least 1, not {config.checkpoint_every}.")
+        check_count("checkpoint_every", config.checkpoint_every)
         if isinstance(config.seed_everything, bool):
             raise InvalidOptionError("seed_everything must be a whole number: a run is repeated by its seed.")
         # Refused here, before any data are read.
@@ -220,7 +219,7 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
         result = Result(path.stem, config.backward, config.seed_everything, tuple(cli.record.history), out)
         if trainer.is_global_zero and trainer.state.finished:
             plain = {**vars(result), "out": str(out)}
-            _write(out / RESULT, json.dumps(plain, indent=1) + "\n")
+            write_text(out / RESULT, json.dumps(plain, indent=1) + "\n")
     return result
 
 
@@ -263,7 +262,7 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
             raise InvalidOptionError(f"cannot make the directory {out}: {error}") from error
         for stale in (RESULT, _CHECKPOINT):
             (out / stale).unlink(missing_ok=True)
-        _write(saved, yaml.safe_dump(plain, sort_keys=False))
+        write_text(saved, yaml.safe_dump(plain, sort_keys=False))
     return cli
 
 
@@ -293,13 +292,6 @@ def _read_result(out: Path) -> Result | None:
     except (OSError, ValueError):
         return None
     return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
-
-
-def _write(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
 
 
 # Lightning's advice on matters that this package has decided. Each with what it is about.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import MissingDependencyError
-
-if TYPE_CHECKING:
-    from torchdeq_ep_physics.system import PhysicalSystem
 
 
 def figure(*grid: int, width: float = 10.0, height: float = 4.2) -> tuple[Any, Any]:
@@ -25,22 +22,6 @@ def figure(*grid: int, width: float = 10.0, height: float = 4.2) -> tuple[Any, A
         ) from error
     drawn = Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(*(grid or (1, 1)))
-
-
-def draw(system: PhysicalSystem, path: str, x: Tensor, cotangent: Tensor, amplitude: float) -> None:
-    """One sample, free and nudged, side by side."""
-    theta = system.physical()
-    free = system.equilibrium(x, theta=theta)
-    # A weak nudge first: it shows how strong the wanted one must be.
-    scale = free.norm() / cotangent.norm() * system.stiffness(free, theta, x).detach().mean()
-    trial = system.equilibrium(x, 1e-4 * scale * cotangent, theta=theta)
-    factor = amplitude * free.norm() / (trial - free).norm()
-    nudged = system.equilibrium(x, 1e-4 * scale * factor * cotangent, theta=theta)
-    drawn, axes = figure(1, 2)
-    for axis, state, title in zip(axes, (free, nudged), ("free", "nudged"), strict=True):
-        system.sketch(axis, state[0].detach(), x)
-        axis.set_title(title)
-    drawn.savefig(path, dpi=120)
 
 
 def circle(count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_physics.drawing import graph
 from torchdeq_ep_physics.system import PhysicalSystem, Theta, positive
 
 
@@ -99,8 +100,6 @@ class ElasticNetwork(PhysicalSystem):
         return both
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
-        from torchdeq_ep_physics.drawing import graph
-
         theta = self.physical()
         places = self.places(z.unsqueeze(0), x)[0].detach()
         distance = (places[self._ends[0]] - places[self._ends[1]]).norm(dim=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_physics.drawing import circle, graph
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta
 
 
@@ -81,8 +82,6 @@ class OscillatorNetwork(PhysicalSystem):
         return 2 * theta["coupling"].abs().sum(1) + theta["pinning"].abs().sum(1)
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
-        from torchdeq_ep_physics.drawing import circle, graph
-
         places = circle(self.n_states)
         pairs = [(i, j) for i in range(self.n_states) for j in range(i)]
         coupling = self.physical()["coupling"].detach().abs()

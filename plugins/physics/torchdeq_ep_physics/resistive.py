@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_physics.drawing import circle, graph
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta, positive
 
 THERMAL_VOLTAGE = 1.38064852e-23 * 300.15 / 1.6021766208e-19
@@ -216,8 +217,6 @@ class ResistiveNetwork(PhysicalSystem):
         return torch.cat([z, x.expand(len(z), -1), self._rail.expand(len(z), -1)], 1)
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
-        from torchdeq_ep_physics.drawing import circle, graph
-
         u = self.potentials(z.unsqueeze(0), x)[0].detach()
         terminals = [end for branch in (*self.resistors, *self.diodes) for end in branch]
         shown = sorted(set(terminals))

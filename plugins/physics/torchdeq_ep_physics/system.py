@@ -14,6 +14,7 @@ from torchdeq.solver import get_solver
 import torchdeq_ep as tep
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.extend import ModeLike, RelaxedMode
+from torchdeq_ep_physics.drawing import figure
 
 Theta = dict[str, Tensor]
 
@@ -206,9 +207,18 @@ class PhysicalSystem(nn.Module, ABC):
             cotangent: Direction of the nudge, of the shape of the state.
             amplitude: How far the nudge moves the state, relative to its norm (to first order).
         """
-        from torchdeq_ep_physics.drawing import draw
-
-        draw(self, path, x, cotangent, amplitude)
+        theta = self.physical()
+        free = self.equilibrium(x, theta=theta)
+        # A weak nudge first: it shows how strong the wanted one must be.
+        weak = 1e-4 * free.norm() / cotangent.norm() * self.stiffness(free, theta, x).detach().mean() * cotangent
+        trial = self.equilibrium(x, weak, theta=theta)
+        factor = amplitude * free.norm() / (trial - free).norm()
+        nudged = self.equilibrium(x, factor * weak, theta=theta)
+        drawn, axes = figure(1, 2)
+        for axis, state, title in zip(axes, (free, nudged), ("free", "nudged"), strict=True):
+            self.sketch(axis, state[0].detach(), x)
+            axis.set_title(title)
+        drawn.savefig(path, dpi=120)
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
         """Draw one state, of shape `(n_states,)`, into matplotlib axes."""

@@ -1,1 +1,1 @@
-"""Layered networks of the papers as maps for torchdeq: fully connected in any wiring, and convolutional."""
+"""Vector-field networks of the papers as maps for torchdeq: fully connected in any wiring, and convolutional."""

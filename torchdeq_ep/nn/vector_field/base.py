@@ -1,4 +1,4 @@
-"""Vector-field networks of Laborieux & Zenke (arXiv 2309.02214) as maps for torchdeq.
+"""What the vector-field networks of Laborieux & Zenke (arXiv 2309.02214) have in common, as maps for torchdeq.
 
 Neurons have a potential `u` and an activity `phi(u)`, and connections carry activity to potentials:
 
@@ -21,14 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchdeq import get_deq
 
-from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.nn.activations import steepness
-
-Activation = Callable[[Tensor], Tensor]
-
+from torchdeq_ep._options import check_choice
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.nn.activations import Activation, steepness
 
 Readout = Literal["mse", "softmax"]
-
 
 _FLATTEST = 1e-4
 
@@ -65,8 +62,7 @@ class VectorField(nn.Module, ABC):
             raise InvalidOptionError(f"gain must be positive, not {gain!r}.")
         if not 0 <= angle <= 90:
             raise InvalidOptionError(f"angle must be between 0 and 90 degrees, not {angle!r}.")
-        if readout not in ("mse", "softmax"):
-            raise InvalidOptionError(unknown_name("readout", readout, ("mse", "softmax")))
+        check_choice("readout", readout, ("mse", "softmax"))
         self.phi = phi
         self.damping = damping
         self.gain = gain
@@ -147,7 +143,7 @@ class VectorField(nn.Module, ABC):
         Returns:
             Tensor of the same shape, positive.
         """
-        return 1 / steepness(self.phi, u.detach(), _FLATTEST)
+        return 1 / steepness(self.phi, u, _FLATTEST)
 
     def nudge_metric(self, u: Tensor) -> Tensor:
         """The same metric for nudges: of saturated units too, and in the scale of the drive.
@@ -163,7 +159,7 @@ class VectorField(nn.Module, ABC):
             Tensor of the same shape.
         """
         # A slope of zero is one below rounding. Where the cotangent was taken, it may be one above.
-        return (1 - self.damping) / steepness(self.phi, u.detach(), torch.finfo(u.dtype).eps)
+        return (1 - self.damping) / steepness(self.phi, u, torch.finfo(u.dtype).eps)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.

@@ -1,14 +1,4 @@
-"""Vector-field networks of Laborieux & Zenke (arXiv 2309.02214) as maps for torchdeq.
-
-Neurons have a potential `u` and an activity `phi(u)`, and connections carry activity to potentials:
-
-    f(u) = damping * u + (1 - damping) * (W phi(u) + drive),        drive = U x + b.
-
-Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
-`damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M`. `nudge_metric`, the same for
-nudges, makes EP the papers', who nudge potentials by `dL/dphi`.
-"""
+"""Convolutional vector-field networks with softmax pooling, and independent weights on the way down."""
 
 from __future__ import annotations
 
@@ -22,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.nn.activations import shifted_sigmoid
+from torchdeq_ep.nn.activations import Activation, shifted_sigmoid
 from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
-from torchdeq_ep.nn.vector_field.base import Activation, VectorField
-from torchdeq_ep.nn.weights import angle_between, weight_at_angle
+from torchdeq_ep.nn.vector_field.base import VectorField
+from torchdeq_ep.nn.weights import rounded_angle, weight_at_angle
 
 _WINDOW = (2, 2, 1)  # of height, width and channels
 
@@ -141,7 +131,7 @@ class VectorFieldCNN(VectorField):
 
     def connection_angles(self) -> dict[str, float]:
         pairs = zip(list(self.forward_weights)[1:], self.backward_weights, strict=True)
-        return {f"l{k}-l{k + 1}": angle_between(w, b) for k, (w, b) in enumerate(pairs, start=1)}
+        return {f"l{k}-l{k + 1}": rounded_angle(w, b) for k, (w, b) in enumerate(pairs, start=1)}
 
     def _up(self, below: Tensor, weight: Tensor) -> Tensor:
         convolved = functional.conv2d(below, weight, padding="same").permute(0, 2, 3, 1)

@@ -1,14 +1,4 @@
-"""Vector-field networks of Laborieux & Zenke (arXiv 2309.02214) as maps for torchdeq.
-
-Neurons have a potential `u` and an activity `phi(u)`, and connections carry activity to potentials:
-
-    f(u) = damping * u + (1 - damping) * (W phi(u) + drive),        drive = U x + b.
-
-Forward and backward weights between two layers are independent parameters. With `D = diag phi'(u)`, the Jacobian
-`damping I + (1 - damping) W D` is not symmetric even if `W` is. With the metric `M = D^-1`, what counts for equilibrium
-propagation is `J M`: `(1 - damping) W` and a diagonal. `metric` of a network is this `M`. `nudge_metric`, the same for
-nudges, makes EP the papers', who nudge potentials by `dL/dphi`.
-"""
+"""Fully connected vector-field networks in any wiring: layers by name, and connections between them."""
 
 from __future__ import annotations
 
@@ -23,9 +13,9 @@ from torch.nn import functional
 
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.nn.activations import shifted_sigmoid
-from torchdeq_ep.nn.vector_field.base import Activation, Readout, VectorField
-from torchdeq_ep.nn.weights import angle_between, weight_at_angle
+from torchdeq_ep.nn.activations import Activation, shifted_sigmoid
+from torchdeq_ep.nn.vector_field.base import Readout, VectorField
+from torchdeq_ep.nn.weights import rounded_angle, weight_at_angle
 
 INPUT, OUTPUT = "in", "out"
 
@@ -201,7 +191,7 @@ class VectorFieldMLP(VectorField):
 
     def connection_angles(self) -> dict[str, float]:
         return {
-            str(pair): angle_between(self.weights[str(pair)], self.weights[str(pair.reverse)].T)
+            str(pair): rounded_angle(self.weights[str(pair)], self.weights[str(pair.reverse)].T)
             for pair in self._reciprocal()
         }
 

@@ -1,0 +1,98 @@
+"""What the solves of each training step did."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from torchdeq_ep import EquilibriumPropagation, ImplicitDifferentiation
+from torchdeq_ep.extend import deqs_of
+from torchdeq_ep_lightning.callbacks.attached import Attached
+from torchdeq_ep_lightning.callbacks.lookup import rule_of
+from torchdeq_ep_lightning.callbacks.means import Measuring
+from torchdeq_ep_lightning.callbacks.per_sample import PerSample
+
+
+class NudgeStats(Measuring, Attached):
+    """Log what the solves of a training step did: steps, calls, amplitude, residual, and how many went wrong.
+
+    Under `nudge/`: `iterations`, `calls`, `beta` (relative), `residual`, the shares of solves that missed their
+    tolerance (`unconverged`), diverged and had to halve the amplitude (`shrunk`), or fell back to implicit
+    differentiation (`fallback`), and for contours the estimated `truncation`. A plain torchdeq backward has
+    `iterations` and `residual` alone. Under `free/`: `iterations` and relative `residual` of the free phase. All are
+    means over the solves of an epoch, and residuals and iterations of torchdeq's solvers the largest over the rows.
+
+    Example:
+        >>> from torchdeq_ep_lightning import SwapBackward
+        >>> trainer_options = {"callbacks": [SwapBackward("hep"), NudgeStats()]}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._remove()
+        for deq in deqs_of(pl_module):
+            self._handles.append(deq.register_forward_pre_hook(self._listen, with_kwargs=True))
+            self._handles.append(deq.register_forward_hook(self._watch))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._remove()
+        self._means.end_batch(trainer, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._means.end_epoch(pl_module)
+
+    def _listen(self, deq: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        before = kwargs.get("backward_writer")
+
+        def writer(statistics: Any) -> None:
+            self._means.add(_statistics(deq, statistics))
+            if before is not None:
+                before(statistics)
+
+        return args, kwargs | {"backward_writer": writer}
+
+    def _watch(self, deq: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if deq.training:
+            iterations, residual = _solver_numbers(output[1])
+            self._means.add({"free/iterations": iterations, "free/residual": residual})
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _statistics(deq: nn.Module, statistics: Any) -> dict[str, float]:
+    report = statistics.get("report")
+    if report is None:
+        iterations, residual = _solver_numbers(statistics)
+        return {"nudge/iterations": iterations, "nudge/residual": residual}
+    values = {
+        "iterations": float(report.iterations),
+        "calls": float(report.calls),
+        "residual": report.residual,
+        "unconverged": float(not report.converged),
+    }
+    rule = rule_of(deq)
+    if rule is not None and isinstance(rule.mode, (EquilibriumPropagation, PerSample)):
+        values |= {
+            "beta": report.beta,
+            "shrunk": float(report.retries > 0),
+            "fallback": float(report.backward.startswith(ImplicitDifferentiation.__name__)),
+        }
+    if math.isfinite(report.truncation):
+        values["truncation"] = report.truncation
+    return {f"nudge/{name}": value for name, value in values.items()}
+
+
+def _solver_numbers(statistics: Any) -> tuple[float, float]:
+    return float(statistics["nstep"].max()), float(statistics["rel_lowest"].max())

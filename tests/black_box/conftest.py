@@ -1,0 +1,7 @@
+import pytest
+from networks import Network
+
+
+@pytest.fixture
+def network():
+    return Network()

@@ -1,0 +1,242 @@
+"""`tep.compare`: figures against dense linear algebra, a model left as it was found, and the forms of the table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torchdeq
+from torch import Tensor, nn
+
+from torchdeq_ep.errors import InvalidOptionError, NoDEQError, NonFiniteError, UnknownBackwardError
+from torchdeq_ep.measuring import capture as capture_module
+from torchdeq_ep.measuring.comparison import compare, plan
+from torchdeq_ep.measuring.tables import Comparison, Row
+from torchdeq_ep.modes.registry import available_backwards
+
+N = 6
+
+
+class Linear(nn.Module):
+    """`f(z) = W z + U x`, so that `J = W`, with a read-out and a batch norm after it."""
+
+    def __init__(self, gain: float = 0.5) -> None:
+        super().__init__()
+        weight = torch.randn(N, N, dtype=torch.float64)
+        self.weight = nn.Parameter(gain * weight / torch.linalg.matrix_norm(weight, 2))
+        self.inject = nn.Linear(N, N, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(N, dtype=torch.float64)
+        self.read_out = nn.Linear(N, 1, dtype=torch.float64)
+        self.deq = torchdeq.get_deq(ift=True, f_max_iter=200, f_tol=1e-13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drive = self.norm(self.inject(x))
+        states, _ = self.deq(lambda z: z @ self.weight.T + drive, torch.zeros_like(drive))
+        noise = 0.1 * torch.rand(len(x), 1, dtype=x.dtype)
+        return self.read_out(states[-1]) + noise
+
+
+class Stacked(nn.Module):
+    """Two DEQs, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Linear(), Linear()
+        self.first.read_out = nn.Linear(N, N, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.first(x))
+
+
+def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+def batch(rows: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, N, dtype=torch.float64), torch.randn(rows, 1, dtype=torch.float64)
+
+
+def row_of(table: Comparison, backward: str) -> Row:
+    return next(row for row in table.rows if row.backward == backward)
+
+
+def test_exact_modes_are_exact_and_the_bias_of_ep_is_the_one_of_the_dense_matrices() -> None:
+    model = Linear()
+    table = compare(model, batch(), mean_square, ["ift", "ep", "aep"], repeats=1)
+    # The cotangent of every row is a multiple of the read-out weights, and so are both error vectors.
+    g, w, eye = model.read_out.weight[0].detach(), model.weight.detach(), torch.eye(N, dtype=torch.float64)
+    exact, biased = torch.linalg.solve(eye - w.T, g), torch.linalg.solve(eye - w, g)
+    assert table.reference == "dense"
+    assert table.state_entries == 4 * N
+    for name in ("ift", "aep"):
+        row = row_of(table, name)
+        assert row.adjoint_error < 1e-6
+        assert row.gradient_error < 1e-6
+        assert row.gradient_cosine == pytest.approx(1.0, abs=1e-9)
+        assert row.converged is True
+    ep = row_of(table, "ep")
+    assert ep.adjoint_error == pytest.approx(float((biased - exact).norm() / exact.norm()), rel=1e-5)
+    assert ep.adjoint_error > 1e-2
+    assert ep.adjoint_cosine == pytest.approx(float(torch.cosine_similarity(biased, exact, dim=0)), rel=1e-6)
+    assert ep.gradient_error > 1e-3
+    assert ep.calls > 0
+    assert ep.milliseconds > 0
+    assert ep.peak_mib > 0
+    assert ep.beta > 0
+
+
+def test_the_gradient_is_judged_on_the_parameters_that_the_error_vector_reaches() -> None:
+    """Without an error vector all of their gradient is lost; that of the read-out is exact, and must not count."""
+    table = compare(Linear(), batch(), mean_square, [lambda f, z, g: torch.zeros_like(z)], repeats=1)
+    assert table.rows[0].gradient_error == pytest.approx(1.0, abs=1e-12)
+    assert table.rows[0].adjoint_error == pytest.approx(1.0, abs=1e-12)
+
+
+def test_large_states_are_compared_with_a_tight_implicit_differentiation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = Linear(), batch()
+    dense = compare(model, data, mean_square, ["ep"], repeats=1)
+    monkeypatch.setattr(capture_module, "LARGEST_DENSE", 4)
+    large = compare(model, data, mean_square, ["ep"], repeats=1)
+    assert large.reference == "ift"
+    assert large.rows[0].adjoint_error == pytest.approx(dense.rows[0].adjoint_error, rel=1e-6)
+
+
+def test_several_deqs_are_joined() -> None:
+    table = compare(Stacked(), batch(), mean_square, ["ift", "ep"], repeats=1)
+    assert table.state_entries == 2 * 4 * N
+    assert row_of(table, "ift").gradient_error < 1e-6
+    assert row_of(table, "ep").gradient_error > 1e-3
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "buffers": [buffer.clone() for buffer in model.buffers()],
+        "random": torch.get_rng_state(),
+        "training": [module.training for module in model.modules()],
+    }
+
+
+def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    pairs = [*zip(left["grads"], right["grads"], strict=True), *zip(left["buffers"], right["buffers"], strict=True)]
+    tensors = all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+    return tensors and torch.equal(left["random"], right["random"]) and left["training"] == right["training"]
+
+
+def _refuse(f: Any, z: Tensor, g: Tensor) -> Tensor:
+    raise RuntimeError("no, thank you. Not today.")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("end", ["table", "failing mode", "failing loss"])
+def test_the_model_is_left_as_it_was_found(training: bool, end: str) -> None:
+    model = Linear().train(training)
+    model.weight.grad = torch.ones_like(model.weight)
+    rules = model.deq.produce_grad
+    calls = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(outputs.detach())
+        if end == "failing loss" and len(calls) == 3:
+            raise KeyboardInterrupt
+        return mean_square(outputs, targets)
+
+    data, before = batch(), _snapshot(model)
+    torch.set_rng_state(before["random"])
+    modes: list[Any] = ["ep", _refuse] if end == "failing mode" else ["ep"]
+    if end == "failing loss":
+        with pytest.raises(KeyboardInterrupt):
+            compare(model, data, loss_fn, modes, repeats=1)
+    else:
+        compare(model, data, loss_fn, modes, repeats=1)
+    assert _same(before, _snapshot(model))
+    assert model.deq.produce_grad is rules
+    # The random state is the same before each forward pass, so all gradients are of one loss.
+    assert all(torch.equal(call, calls[0]) for call in calls)
+    assert len(calls) >= 3
+
+
+def test_a_mode_that_fails_has_a_row_that_says_so() -> None:
+    table = compare(Linear(), batch(), mean_square, ["ift", _refuse], repeats=1)
+    failed = table.rows[1]
+    assert failed.error == "RuntimeError: no, thank you"
+    assert failed.backward == "_refuse"
+    assert math.isnan(failed.gradient_error)
+    assert math.isnan(failed.milliseconds)
+    assert row_of(table, "ift").error == ""
+    assert "_refuse could not be used" in table.sentence()
+
+
+def test_warnings_of_modes_are_notes_in_their_rows() -> None:
+    """Warnings are errors in this suite, so that one printed instead would fail here."""
+    table = compare(Linear(0.9), batch(), mean_square, ["ift:max_iter=4", "ift"], repeats=2)
+    assert table.rows[0].converged is False
+    assert len(table.rows[0].warnings) == 1
+    assert table.rows[0].warnings[0].startswith("ConvergenceWarning: the adjoint iteration stopped")
+    assert table.rows[1].warnings == ()
+
+
+def test_every_registered_mode_is_compared_by_default_and_each_with_each_solver() -> None:
+    table = compare(Linear(), batch(), mean_square, repeats=1)
+    assert tuple(row.backward for row in table.rows) == available_backwards()
+    table = compare(Linear(), batch(), mean_square, ["ift", "ep"], [None, "anderson"], repeats=1)
+    assert [row.label for row in table.rows] == ["ift", "ift / anderson", "ep", "ep / anderson"]
+    assert table.rows[1].gradient_error < 1e-5
+
+
+def test_the_loss_can_be_put_in_every_documented_way() -> None:
+    model, (x, y) = Linear(), batch()
+    expected = compare(model, (x, y), mean_square, ["ep"], repeats=1).rows[0].gradient_error
+    ways = [
+        (((x,), y), mean_square),
+        (({"x": x}, y), mean_square),
+        (x, lambda outputs: mean_square(outputs, y)),
+        ({"pixels": x}, lambda model, batch: mean_square(model(batch["pixels"]), y)),
+    ]
+    for data, loss_fn in ways:
+        error = compare(model, data, loss_fn, ["ep"], repeats=1).rows[0].gradient_error
+        assert error == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work() -> None:
+    def untouched(*_: Any) -> Tensor:
+        raise AssertionError("the model was run")
+
+    model, data = Linear(), batch()
+    with pytest.raises(UnknownBackwardError, match="richardson"):
+        compare(model, data, untouched, ["ep", "ep-richardsn"])
+    with pytest.raises(InvalidOptionError, match="n_pts"):
+        compare(model, data, untouched, ["hep:n_pts=3"])
+    with pytest.raises(InvalidOptionError, match="unknown solver 'andersen'"):
+        compare(model, data, untouched, ["ep"], ["andersen"])
+    with pytest.raises(InvalidOptionError, match="repeats"):
+        compare(model, data, untouched, ["ep"], repeats=0)
+    with pytest.raises(InvalidOptionError, match="backwards is empty"):
+        compare(model, data, untouched, [])
+    with pytest.raises(NoDEQError):
+        compare(nn.Linear(2, 2), data, untouched, ["ep"])
+
+
+def test_losses_that_define_no_gradient_are_refused() -> None:
+    model, data = Linear(), batch()
+    with pytest.raises(InvalidOptionError, match=r"shape \(4, 1\)"):
+        compare(model, data, lambda outputs, _: outputs, ["ep"])
+    with pytest.raises(InvalidOptionError, match="without a gradient"):
+        compare(model, data, lambda outputs, _: outputs.detach().sum(), ["ep"])
+    with pytest.raises(InvalidOptionError, match="equilibrium of any DEQ"):
+        compare(model, data, lambda outputs, _: model.read_out.weight.sum(), ["ep"])
+
+
+def test_a_singular_problem_has_no_reference() -> None:
+    model = Linear()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(N))
+    with pytest.raises(NonFiniteError, match="singular"):
+        compare(model, batch(), mean_square, ["ep"])
+
+
+@pytest.mark.parametrize("name", ["auto", "plain"])
+def test_the_names_of_the_own_loop_are_accepted_wherever_a_solver_is(name):
+    assert [entry.solver for entry in plan(["ep"], [name])] == [name]

@@ -1,0 +1,57 @@
+"""Extrapolation and mixing choose the smallest residual that they can reach."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import contraction
+
+from torchdeq_ep.relaxation.loop import iterate
+from torchdeq_ep.relaxation.phases import affine_weights
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 1000))
+def test_the_mixed_residual_is_the_smallest_of_all_affine_combinations(n, seed):
+    residuals = torch.randn(n, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    weights = torch.tensor(affine_weights((residuals @ residuals.T).tolist(), 0.0), dtype=torch.float64)
+    assert float(weights.sum()) == pytest.approx(1)
+    mixed = weights @ residuals
+    for other in residuals[1:] - residuals[0]:  # no direction within the affine hull leads further down
+        assert abs(float(mixed @ other)) < 1e-9
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-3, 0.999).filter(lambda w: abs(w) > 1e-3), st.integers(0, 1000))
+def test_one_eigenvalue_is_extrapolated_to_the_fixed_point(eigenvalue, seed):
+    offset = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    calls = 0
+
+    def step(z):
+        nonlocal calls
+        calls += 1
+        return eigenvalue * z + offset
+
+    result = iterate(step, torch.zeros_like(offset), scale=float(offset.norm()), tol=1e-9, max_iter=9)
+    assert calls == 3
+    torch.testing.assert_close(result.value, offset / (1 - eigenvalue), rtol=1e-7, atol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000))
+def test_the_extrapolated_residual_is_the_smallest_along_its_line(seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = contraction(9, seed, 0.8)
+    offset = torch.randn(1, 9, dtype=torch.float64, generator=generator)
+    points = []
+
+    def step(z):
+        points.append(z)
+        return z @ matrix.T + offset
+
+    iterate(step, torch.zeros_like(offset), tol=1e-12, max_iter=3)
+    first, second, third = (z @ matrix.T + offset - z for z in points)
+    # What the step after the two did to the residual of their combination: one multiplication by the matrix.
+    along = second - first
+    combined = torch.linalg.solve(matrix, third[0])
+    assert abs(float(combined @ along[0])) < 1e-6 * float(combined.norm() * along.norm())
