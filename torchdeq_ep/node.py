@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from torchdeq_ep.state import (
     Autocast,
     Equilibrium,
     Map,
+    Memory,
     Packing,
     change_tolerance,
     first_derivative_only,
@@ -93,6 +94,7 @@ class Layer:
         writer: Called with the report of each backward pass.
         loss_of_state: A function that returns the loss as a function of the packed state, for loss nudging, or `None`;
             asked at backward time.
+        memory: What is remembered of the layer's earlier passes.
     """
 
     f: Map
@@ -101,6 +103,7 @@ class Layer:
     packing: Packing
     writer: Callable[[NudgeReport], None] | None = None
     loss_of_state: Callable[[], Map | None] = lambda: None
+    memory: Memory = field(default_factory=Memory)
 
 
 def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
@@ -147,7 +150,17 @@ def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Te
             value_now = value  # one state less in memory
         else:
             _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
-        equilibrium = Equilibrium(layer.f, z, value_now, cotangent, eps_now, records, layer.loss_of_state())
+        equilibrium = Equilibrium(
+            layer.f,
+            z,
+            value_now,
+            cotangent,
+            eps_now,
+            records,
+            layer.loss_of_state(),
+            layer.packing.rows,
+            layer.memory,
+        )
         if isinstance(layer.mode, Mode):
             error_vector, report = layer.mode.solve(equilibrium)
         else:

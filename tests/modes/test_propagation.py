@@ -67,7 +67,7 @@ def test_bfloat16_states_are_warned_about():
     assert relative_error(v, problem.dense()) < 0.2
 
 
-def test_a_linear_map_without_a_gradient_is_refused():
+def test_a_linear_map_without_a_gradient_has_a_best_estimate_and_is_said_or_refused():
     # f(z + c) = f(z) + c, so I - J is singular and no error vector exists.
     centring = torch.eye(4, dtype=torch.float64) * 0.5 + 0.125
 
@@ -75,8 +75,11 @@ def test_a_linear_map_without_a_gradient_is_refused():
         return z @ centring
 
     z = torch.ones(2, 4, dtype=torch.float64)
+    with pytest.warns(ConvergenceWarning, match="I - J is nearly singular"):
+        v = tep.EquilibriumPropagation()(f, z, torch.ones_like(z))
+    assert v.isfinite().all()
     with pytest.raises(NudgeDivergedError, match=r"diverged.*solver='broyden'"):
-        tep.EquilibriumPropagation()(f, z, torch.ones_like(z))
+        tep.EquilibriumPropagation(on_divergence="raise")(f, z, torch.ones_like(z))
 
 
 def test_divergence_shrinks_then_raises_or_falls_back():
@@ -103,7 +106,7 @@ def test_a_failed_nudge_may_be_accepted_as_it_is():
     problem = tanh_problem(gain=0.99)
     with pytest.raises(NudgeDivergedError):
         report_of(tep.EquilibriumPropagation("one-sided", max_iter=1, on_divergence="raise"), problem)
-    with pytest.warns(ConvergenceWarning, match="accepted, although the one-sided nudge"):
+    with pytest.warns(ConvergenceWarning, match="the one-sided nudge .* stopped at"):
         v, report = report_of(tep.EquilibriumPropagation("one-sided", max_iter=1, on_divergence="accept"), problem)
     assert report.residual > 0.1
     assert not report.converged
@@ -164,11 +167,11 @@ def test_misspelt_choices_name_the_nearest():
         tep.EquilibriumPropagation(scale="relativ")
 
 
-def test_the_message_of_a_retried_divergence_has_its_pointer_at_the_end():
-    with pytest.raises(NudgeDivergedError) as caught:
-        tep.EquilibriumPropagation(solver="plain")(lambda z: -3 * z + 0.1 * z**2, torch.zeros(4), torch.ones(4))
-    assert "were tried." in caught.value.args[0]
-    assert "More:" not in caught.value.args[0]
+def test_a_divergence_at_every_amplitude_ends_in_the_best_estimate():
+    z = torch.zeros(4)
+    with pytest.warns(ConvergenceWarning, match="stopped at"):
+        v = tep.EquilibriumPropagation(solver="plain")(lambda z: -3 * z + 0.1 * z**2, z, torch.ones(4))
+    assert v.isfinite().all()
 
 
 def test_memory_does_not_grow_with_iterations():

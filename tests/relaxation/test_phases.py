@@ -1,5 +1,6 @@
 """Extrapolation and mixing choose the smallest residual that they can reach."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,18 +8,27 @@ from hypothesis import strategies as st
 from problems import contraction
 
 from torchdeq_ep.relaxation.loop import iterate
-from torchdeq_ep.relaxation.phases import affine_weights
+from torchdeq_ep.relaxation.phases import least_residual
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 1000))
-def test_the_mixed_residual_is_the_smallest_of_all_affine_combinations(n, seed):
-    residuals = torch.randn(n, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    weights = torch.tensor(affine_weights((residuals @ residuals.T).tolist(), 0.0), dtype=torch.float64)
-    assert float(weights.sum()) == pytest.approx(1)
-    mixed = weights @ residuals
-    for other in residuals[1:] - residuals[0]:  # no direction within the affine hull leads further down
-        assert abs(float(mixed @ other)) < 1e-9
+def test_the_mixed_residual_is_the_smallest_of_all_combinations_row_by_row(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(3, n, 9, dtype=torch.float64, generator=generator)
+    residual = torch.randn(3, 9, dtype=torch.float64, generator=generator)
+    gram, pull = directions @ directions.mT, (directions @ residual.unsqueeze(2)).squeeze(2)
+    weights = torch.tensor(least_residual(gram.numpy(), pull.numpy(), 0.0))
+    mixed = residual - torch.einsum("rm,rmn->rn", weights, directions)
+    assert float(torch.einsum("rn,rmn->rm", mixed, directions).abs().max()) < 1e-9
+
+
+def test_a_row_that_is_done_has_no_weights():
+    gram, pull = np.zeros((2, 3, 3)), np.zeros((2, 3))
+    gram[1], pull[1] = np.eye(3), 1.0
+    weights = least_residual(gram, pull, 1e-12)
+    assert (weights[0] == 0).all()
+    assert weights[1] == pytest.approx([1, 1, 1])
 
 
 @settings(max_examples=50, deadline=None)

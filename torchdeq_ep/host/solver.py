@@ -11,7 +11,8 @@ from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.relaxation import MEMORY, Relaxation, iterate
+from torchdeq_ep.relaxation import Relaxation, iterate
+from torchdeq_ep.state import Rows, are_independent
 
 STOP_MODES = ("abs", "rel")
 _TINY = 1e-9
@@ -24,14 +25,14 @@ def relaxation_solver(
     tol: float = 1e-3,
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
     """Extrapolated iteration, and Anderson mixing if that proves slow; see [`iterate`][torchdeq_ep.relaxation.iterate].
 
     Registered with torchdeq on import: `get_deq(f_solver="relaxation")`. It takes the options of torchdeq's own solvers
-    and stops where they do. Unlike theirs, its mixing has one set of weights for the whole state, because rows of a
-    state may be coupled.
+    and stops where they do. Where its mixing begins, it measures whether rows are independent, in one or two calls of
+    `func` that are not counted: each row then has weights of its own, as in torchdeq's. Coupled rows share theirs.
 
     Args:
         func: The map.
@@ -40,7 +41,8 @@ def relaxation_solver(
         tol: Largest residual of a row at which to stop.
         stop_mode: `"abs"`: the norm of a row of `func(x) - x`. `"rel"`: relative to that of `func(x)`.
         indexing: Numbers of iterations, from 1, whose values are to be returned as well.
-        memory: Number of values that the mixing combines; 1 for plain iteration.
+        memory: Number of differences of values that the mixing combines, 1 for plain iteration. By default 6 and, where
+            that is slow, 20.
 
     Returns:
         The value of `func` with the smallest residual; the values at `indexing`; and torchdeq's statistics, with one
@@ -73,14 +75,23 @@ def relaxation_solver(
 
     last_wanted = max(indexing or (0,))
 
+    seen: dict[str, Tensor] = {}
+
     def step(flat: Tensor) -> Tensor:
         value = func(state(flat))
         if len(visited) < last_wanted:
             visited.append(value)
-        return as_rows(value).clone()  # func may return a buffer that its next call overwrites
+        seen["point"], seen["value"] = flat, as_rows(value).clone()  # func may overwrite its buffer
+        return seen["value"]
+
+    def independent_rows() -> Rows | None:
+        layout = Rows(rows, (x0.numel() // rows,))
+        if rows < 2 or not are_independent(lambda x: as_rows(func(state(x))), seen["point"], seen["value"], layout):
+            return None
+        return Rows(1, layout.parts)  # each row is a state of its own in the stack
 
     scale = 1.0 if stop_mode == "abs" else _row_norms
-    result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory)
+    result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory, rows=independent_rows)
     z = state(result.value)
     reached = [visited[k - 1] for k in indexing or () if k <= len(visited)]
     trajectory = reached or [z] if indexing else []  # torchdeq's solvers return at least one, too

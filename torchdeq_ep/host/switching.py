@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torchdeq.solver.stat import SolverStat
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.node import Layer, connect
-from torchdeq_ep.state import Autocast, Map, Packing
+from torchdeq_ep.state import Autocast, Map, Memory, Packing
 
 Loss = Callable[[Any], Tensor]
 
@@ -24,10 +25,11 @@ DEFAULT_BACKWARD = "ep"
 
 
 @dataclass
-class _LossSlot:
-    """Where `nudge_loss` leaves the loss for the backward passes of one DEQ."""
+class _Slot:
+    """Where `nudge_loss` leaves the loss for the backward passes of one DEQ, and these leave their last report."""
 
     loss_of_state: Loss | None = None
+    report: NudgeReport | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class EquilibriumRule:
 
     mode: ModeLike
     steps: PhantomGradient = PhantomGradient()
-    slot: _LossSlot = field(default_factory=_LossSlot)
+    slot: _Slot = field(default_factory=_Slot)
+    memory: Memory = field(default_factory=Memory)
 
     def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
         return [
@@ -94,12 +97,18 @@ class EquilibriumRule:
             self.mode,
             autocast,
             packing,
-            None if writer is None else lambda report: writer(solver_statistics(report)),
+            partial(self._record, writer),
             loss_of_packed_state,
+            self.memory,
         )
         value = packing.pack(returned)
         state = packing.pack(source, "the solver").detach()
         return packing.restore(connect(layer, state, value, value), like=returned)
+
+    def _record(self, writer: Any, report: NudgeReport) -> None:
+        self.slot.report = report
+        if writer is not None:
+            writer(solver_statistics(report))
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,7 @@ class BackwardHandle:
 
     Args:
         switched: The DEQs with their rules, as `use_backward` switched them.
+        names: Their names in the module.
 
     Example:
         >>> import torch, torchdeq, torchdeq_ep as tep
@@ -145,16 +155,45 @@ class BackwardHandle:
         ...     pass  # train here
     """
 
-    def __init__(self, switched: list[tuple[DEQBase, _SwitchedRules]]) -> None:
-        self._switched = switched
+    def __init__(self, switched: list[tuple[DEQBase, _SwitchedRules]], names: Sequence[str]) -> None:
+        self._switched, self._names = switched, tuple(names)
+        self._is_removed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}, {'removed' if self._is_removed else 'in force'}\n{self.summary()}>"
 
     @property
     def deqs(self) -> tuple[DEQBase, ...]:
         """The DEQs that were switched, in the order of `module.modules()`."""
         return tuple(deq for deq, _ in self._switched)
 
+    @property
+    def last(self) -> dict[str, NudgeReport]:
+        """The report of the last backward pass of each DEQ that had one, by its name in the module."""
+        return {name: rule.slot.report for name, rule in self._rules() if rule.slot.report is not None}
+
+    def summary(self) -> str:
+        """What all backward passes so far reported: how many there were, and what each kind of warning counts.
+
+        Returns:
+            A paragraph for each DEQ.
+        """
+        paragraphs = []
+        for name, rule in self._rules():
+            passes, found = rule.memory.passes, rule.memory.summary()
+            head = f"{name or 'the DEQ'}: {passes} backward pass{'' if passes == 1 else 'es'}"
+            report = rule.slot.report
+            if report is not None:
+                head += f", the last with a residual of {report.residual:.1e} after {report.calls} calls"
+            paragraphs.append("\n".join([head, *(f"  {line}" for line in found.splitlines())]))
+        return "\n".join(paragraphs)
+
+    def _rules(self) -> list[tuple[str, EquilibriumRule]]:
+        return [(name, rules[-1]) for name, (_, rules) in zip(self._names, self._switched, strict=True)]
+
     def remove(self) -> None:
         """Give every DEQ the rules back that it had before; a second call does nothing."""
+        self._is_removed = True
         for deq, rules in self._switched:
             rules.removed = True
             while isinstance(deq.produce_grad, _SwitchedRules) and deq.produce_grad.removed:
@@ -162,7 +201,6 @@ class BackwardHandle:
                 deq.produce_grad = top.below
                 if isinstance(deq.f_solver, CompleteTrajectory) and top.solver_below is not None:
                     deq.f_solver = top.solver_below
-        self._switched = []
 
     def __enter__(self) -> BackwardHandle:
         return self
@@ -202,7 +240,8 @@ def use_backward(module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD,
     """
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
-    return BackwardHandle([(deq, switch(deq, mode)) for deq in deqs])
+    names = {part: name for name, part in module.named_modules()}
+    return BackwardHandle([(deq, switch(deq, mode)) for deq in deqs], [names[deq] for deq in deqs])
 
 
 def deqs_of(module: nn.Module) -> list[DEQBase]:

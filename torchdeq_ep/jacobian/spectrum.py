@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from torchdeq_ep.errors import ConvergenceWarning
 from torchdeq_ep.jacobian.linearization import Linearization, Product, gaussian_probes, jvp, packed_map
-from torchdeq_ep.state import State, norm, undisturbed
+from torchdeq_ep.state import Map, State, norm, undisturbed
 
 
 def spectral_radius(
@@ -50,6 +51,31 @@ def spectral_radius(
     packed, point = packed_map(f, z)
     with undisturbed():
         values = _ritz_values(jvp(packed, point), point, _largest_modulus, max_iter, tol, generator)
+    return max(abs(value) for value in values)
+
+
+def rough_spectral_radius(f: Map, z: Tensor, max_iter: int = 30) -> float:
+    """The spectral radius to a few per cent, for a message: no warning, and NaN where there are no products with `J`.
+
+    Args:
+        f: A map of one real tensor that keeps its shape.
+        z: The state.
+        max_iter: Largest number of products.
+
+    Returns:
+        The estimate.
+
+    Example:
+        >>> import torch
+        >>> round(rough_spectral_radius(lambda z: 0.5 * z, torch.ones(3)), 3)
+        0.5
+    """
+    generator = torch.Generator(z.device).manual_seed(0)
+    try:
+        with undisturbed():
+            values = _ritz_values(jvp(f, z), z, _largest_modulus, max_iter, 0.02, generator, quiet=True)
+    except (RuntimeError, NotImplementedError):  # f cannot be differentiated forwards, in whatever way
+        return math.nan
     return max(abs(value) for value in values)
 
 
@@ -138,6 +164,7 @@ def _ritz_values(
     max_iter: int,
     tol: float,
     generator: torch.Generator | None,
+    quiet: bool = False,
 ) -> list[complex]:
     """The eigenvalues that `wanted` picks, from a Krylov space grown until their residuals are below `tol`."""
     n = z.numel()
@@ -165,7 +192,7 @@ def _ritz_values(
             if converged or last:
                 break
         basis = torch.cat([basis, (vector / size).unsqueeze(0)])
-    if not converged and steps < n:
+    if not converged and steps < n and not quiet:
         warnings.warn(
             f"the eigenvalues of the Jacobian have a residual of {residual:.1e} after {steps} products (tolerance "
             f"{tol:.1e} relative to the largest): raise max_iter, or loosen tol.",

@@ -6,36 +6,30 @@ share: the checks, the choice of a solver, and the judgement on where it stopped
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep._options import check_count
-from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, NudgeDivergedError, StochasticMapError
+from torchdeq_ep._options import check_choice, check_count
+from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
+from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
-from torchdeq_ep.relaxation import Relaxation, Run, Solver, check_solver, relax
+from torchdeq_ep.relaxation import Run, Solver, check_solver, relax
 from torchdeq_ep.state import (
-    STATEFUL,
     Equilibrium,
     Packing,
     State,
-    change_tolerance,
-    relative_difference,
     undisturbed,
 )
 
 Correction = Literal["asymmetric"]
+OnDivergence = Literal["shrink", "raise", "accept", "ift"]
 DEFAULT_MAX_ITER = 100
-UNCONVERGED_STATE = 1e-2
-"""A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
-MEANINGLESS = 0.1
-"""A relaxation that stops with a larger relative residual than this has found no estimate at all."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Mode(ABC):
         packed = packing.map(f)
         with undisturbed() as guard:
             value = packed(z).clone()  # f may return a buffer that its next call overwrites
-        equilibrium = Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps, guard.withheld)
+        equilibrium = Equilibrium(packed, z, value, g, torch.finfo(z.dtype).eps, guard.withheld, rows=packing.rows)
         return packing.unpack(self.solve(equilibrium)[0])
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
@@ -93,16 +87,10 @@ class Mode(ABC):
             NonFiniteError: If the cotangent or `f(z*)` is not finite.
             NudgeDivergedError: If the relaxation diverges.
         """
+        equilibrium.memory.passes += 1
         equilibrium.require_finite()
-        residual = equilibrium.residual
-        if residual > UNCONVERGED_STATE:
-            warnings.warn(
-                f"the free phase stopped at a relative residual |f(z*) - z*| / |z*| of {residual:.1e}, so the gradient "
-                "is taken at a state that is not an equilibrium. Raise f_max_iter, or use a solver that converges "
-                "(f_solver='anderson' or 'broyden').",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        if equilibrium.residual > UNCONVERGED_STATE:
+            speak_up_of_free_phase(equilibrium)
         if equilibrium.cotangent_size == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
         with undisturbed(equilibrium.records):
@@ -120,7 +108,12 @@ class RelaxedMode(Mode):
     Args:
         solver: Name of a torchdeq solver or a callable; `None` for the package's own.
         max_iter: Largest number of steps of one relaxation, by default 100.
-        tol: Relative residual at which to stop; by default what rounding leaves.
+        tol: Relative residual at which to stop; by default what rounding leaves, but no less than a tenth of the
+            residual of the free phase.
+        on_divergence: What happens to an estimate that is none: one that diverged, or whose residual is above 0.1.
+            `"shrink"` tries smaller nudges, and then takes the best estimate with a warning; `"accept"` takes it at
+            once; `"ift"` falls back to implicit differentiation, with a warning; `"raise"` raises. Unasked, an error is
+            raised only if there is no finite estimate.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -134,6 +127,7 @@ class RelaxedMode(Mode):
     solver: str | Solver | None = field(default=None, kw_only=True)
     max_iter: int | None = field(default=None, kw_only=True)
     tol: float | None = field(default=None, kw_only=True)
+    on_divergence: OnDivergence = field(default="shrink", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.max_iter is not None:
@@ -143,11 +137,23 @@ class RelaxedMode(Mode):
                 f"tol must lie between 0 and 1, not be {self.tol!r}: it is relative to the norm of the cotangent."
             )
         check_solver(self.solver)
+        check_choice("on_divergence", self.on_divergence, get_args(OnDivergence))
 
-    def run(self, tol: float, floor: float) -> Run:
+    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        try:
+            return super().solve(equilibrium)
+        except NonFiniteError as error:
+            if self.on_divergence != "ift":
+                raise
+            text = f"passed on as it is: {error.args[0]}"
+            equilibrium.memory.warn(FallbackWarning, "not finite", text, lambda: "A GradScaler skips such steps.")
+            return torch.full_like(equilibrium.z, torch.nan), NudgeReport(repr(self), converged=False)
+
+    def run(self, equilibrium: Equilibrium, tol: float, floor: float) -> Run:
         """The relaxation that this mode uses, at a tolerance.
 
         Args:
+            equilibrium: It knows which rows are independent.
             tol: Relative residual at which to stop.
             floor: Relative residual that rounding may leave.
 
@@ -155,48 +161,32 @@ class RelaxedMode(Mode):
             [`relax`][torchdeq_ep.relaxation.relax] with the options of this mode.
         """
         max_iter = self.max_iter or DEFAULT_MAX_ITER
-        return partial(relax, tol=tol, floor=floor, max_iter=max_iter, solver=self.solver)
+        rows = equilibrium.independent_rows
+        return partial(relax, tol=tol, floor=floor, max_iter=max_iter, solver=self.solver, rows=rows)
 
+    def finish(self, equilibrium: Equilibrium, what: str, vector: Tensor, report: NudgeReport) -> None:
+        """Say what there is to say of an estimate that is to be returned.
 
-def judge(relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
-    """Whether a relaxation converged; speaks up if not.
+        Args:
+            equilibrium: The free equilibrium.
+            what: What was relaxed, for messages.
+            vector: The estimate.
+            report: Of the solve.
 
-    Args:
-        relaxation: The result.
-        equilibrium: Whose map it was made with: asked once more, since a random map converges to nothing.
-        tol: Residual that was to be reached.
-        floor: Residual that rounding may leave.
-        what: What was relaxed, for messages.
-
-    Returns:
-        Whether it converged.
-
-    Raises:
-        StochasticMapError: If `f` gives different answers for the same state.
-        NudgeDivergedError: If there is no estimate at all.
-    """
-    converged = relaxation.residual <= max(tol, floor)
-    if converged and not relaxation.diverged:
-        return True
-    again = equilibrium.f(equilibrium.z)
-    if relative_difference(again, equilibrium.value) > change_tolerance(equilibrium.eps):
-        raise StochasticMapError(
-            f"f gives different answers for the same state, so it has no fixed point to nudge. {STATEFUL}"
-        )
-    if relaxation.diverged or relaxation.residual > MEANINGLESS:
-        raise NudgeDivergedError(
-            f"{what} diverged: relative residual {relaxation.residual:.1e} after {relaxation.steps} steps. "
-            "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
-            "try solver='broyden', on_divergence='ift', a smaller beta, or weight norms that keep f contractive."
-        )
-    warnings.warn(
-        f"{what} stopped at a relative residual of {relaxation.residual:.1e} after {relaxation.steps} steps "
-        f"(tolerance {tol:.1e}), and the error vector is about as wrong as that. Raise max_iter, loosen tol, or "
-        "try another solver ('anderson', 'broyden').",
-        ConvergenceWarning,
-        stacklevel=2,
-    )
-    return False
+        Raises:
+            StochasticMapError: If `f` gives different answers for the same state.
+            NudgeDivergedError: If the estimate is not finite, or is none and `on_divergence="raise"`.
+        """
+        if report.converged:
+            return
+        require_repeatable(equilibrium)
+        if not bool(torch.isfinite(vector).all()) or (self.on_divergence == "raise" and not report.is_usable):
+            raise NudgeDivergedError(
+                f"{what} diverged: relative residual {report.residual:.1e} after {report.iterations} steps. "
+                "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
+                "try solver='broyden', on_divergence='ift', a smaller beta, or weight norms that keep f contractive."
+            )
+        speak_up(equilibrium, what, report, vector)
 
 
 def check_correction(correction: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -77,12 +76,14 @@ class NudgedProblem:
         if equilibrium.loss_of_state is not None:
             state_force, mismatch = loss_force(equilibrium, returned, metric, diagonal, piecewise)
             if mismatch > _LOSS_MISMATCH:
-                warnings.warn(
+                equilibrium.memory.warn(
+                    LossMismatchWarning,
+                    "loss",
                     "the loss given to nudge_loss has another gradient at the equilibrium than the one that reached "
                     f"the layer (they differ by {mismatch:.0%} beyond a factor), so the layer is nudged by another "
-                    "loss than the one being minimised. Include every term of the training loss, read-out included.",
-                    LossMismatchWarning,
-                    stacklevel=2,
+                    "loss than the one being minimised",
+                    lambda: "Include every term of the training loss, read-out included.",
+                    mismatch,
                 )
         term = AsymmetricCorrection.at(equilibrium, diagonal) if correction else None
         # A fixed point at zero has no scale of its own: one per entry then stands for it.

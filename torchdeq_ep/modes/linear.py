@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from torchdeq_ep._options import check_metric
+from torchdeq_ep.errors import FallbackWarning
 from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
 from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
-from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction, judge
+from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
+from torchdeq_ep.modes.judgement import accepted_residual, default_tolerance
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import relax_linear
 from torchdeq_ep.state import Equilibrium
@@ -24,24 +26,24 @@ from torchdeq_ep.state import Equilibrium
 class LinearMode(RelaxedMode):
     """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
 
-    def _solve_linear(
-        self, equilibrium: Equilibrium, product: Product, force: Tensor, what: str
-    ) -> tuple[Tensor, NudgeReport]:
+    def _solve_linear(self, equilibrium: Equilibrium, product: Product, force: Tensor) -> tuple[Tensor, NudgeReport]:
         """Solve `v = product(v) + force`."""
-        tol = self.tol or 10 * equilibrium.eps
+        tol = self.tol or default_tolerance(10 * equilibrium.eps, equilibrium.residual)
         floor = 100 * equilibrium.eps
-        relaxation = relax_linear(self.run(tol, floor), product, force)
-        converged = judge(relaxation, equilibrium, tol, floor, what)
-        steps = relaxation.steps
-        return relaxation.value[0].to(force.dtype), NudgeReport(
+        measuring = equilibrium.memory.calls
+        relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force)
+        vector = relaxation.value[0].to(force.dtype)
+        report = NudgeReport(
             repr(self),
-            calls=steps + 1,
-            iterations=steps,
+            calls=relaxation.steps + 1 + equilibrium.memory.calls - measuring,
+            iterations=relaxation.steps,
             residual=relaxation.residual,
             tol=tol,
-            converged=converged,
+            converged=not relaxation.diverged and relaxation.residual <= accepted_residual(self.tol, tol, floor),
+            diverged=relaxation.diverged,
             trace=relaxation.trace,
         )
+        return vector, report
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class ImplicitDifferentiation(LinearMode):
     Args:
         solver: Name of a torchdeq solver or a callable; `None` for the package's own.
         max_iter: Largest number of VJPs, by default 100.
-        tol: Residual relative to the cotangent at which to stop; by default 10 times the rounding error of the dtype.
+        tol: Residual relative to the cotangent at which to stop; by default 10 times the rounding error of the dtype,
+            or a tenth of the residual of the free phase if that is more.
+        on_divergence: `"raise"` raises if the residual is above 0.1; otherwise the best estimate is returned, with a
+            warning.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -67,8 +72,9 @@ class ImplicitDifferentiation(LinearMode):
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         product = vjp(equilibrium.f, equilibrium.z)
-        force = equilibrium.cotangent
-        return self._solve_linear(equilibrium, product, force, "the adjoint iteration")
+        vector, report = self._solve_linear(equilibrium, product, equilibrium.cotangent)
+        self.finish(equilibrium, "the adjoint iteration", vector, report)
+        return vector, report
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,10 @@ class InfinitesimalEP(LinearMode):
         correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
         solver: Name of a torchdeq solver or a callable; `None` for the package's own.
         max_iter: Largest number of JVPs, by default 100.
-        tol: Residual relative to the force at which to stop; by default 10 times the rounding error of the dtype.
+        tol: Residual relative to the force at which to stop; by default 10 times the rounding error of the dtype, or a
+            tenth of the residual of the free phase if that is more.
+        on_divergence: As for [`EquilibriumPropagation`][torchdeq_ep.EquilibriumPropagation]; `"shrink"` has nothing to
+            shrink, and means `"accept"`.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -109,6 +118,31 @@ class InfinitesimalEP(LinearMode):
         force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
         f, z = equilibrium.f, equilibrium.z
         product = scaled_adjoint(vjp(f, z), metric) if self.correction else jvp(f, z)
-        displacement, report = self._solve_linear(equilibrium, product, force, "the infinitesimal nudge")
+        displacement, report = self._solve_linear(equilibrium, product, force)
         report = replace(report, calls=report.calls + metric_calls)
-        return displacement if metric is None else displacement / metric, report
+        if self.on_divergence == "ift" and not report.is_usable:
+            return fall_back(self, equilibrium, "the infinitesimal nudge", report)
+        vector = displacement if metric is None else displacement / metric
+        self.finish(equilibrium, "the infinitesimal nudge", vector, report)
+        return vector, report
+
+
+def fall_back(
+    mode: RelaxedMode, equilibrium: Equilibrium, what: str, report: NudgeReport
+) -> tuple[Tensor, NudgeReport]:
+    """The answer of implicit differentiation, whatever it is, in place of an estimate that is none.
+
+    Args:
+        mode: Whose estimate it would have been.
+        equilibrium: The free equilibrium.
+        what: What was relaxed.
+        report: Of the solve.
+
+    Returns:
+        An error vector, and its report.
+    """
+    finding = f"implicit differentiation took over, because {what} stopped at a residual of {report.residual:.1e}"
+    advice = "The gradient is that of 'ift', and as good as its own residual."
+    equilibrium.memory.warn(FallbackWarning, "nudge", finding, lambda: advice, report.residual)
+    adjoint = ImplicitDifferentiation(max_iter=mode.max_iter, tol=mode.tol, on_divergence="accept")
+    return adjoint._solve(equilibrium)

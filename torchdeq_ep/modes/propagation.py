@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal, cast
 
-import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_metric
-from torchdeq_ep.errors import (
-    ConvergenceWarning,
-    FallbackWarning,
-    InvalidOptionError,
-    NonFiniteError,
-    NudgeDivergedError,
-    PrecisionWarning,
-    TruncationWarning,
-    unknown_name,
-)
+from torchdeq_ep.errors import InvalidOptionError, PrecisionWarning, TruncationWarning, unknown_name
 from torchdeq_ep.holomorphic.context import Piecewise
 from torchdeq_ep.jacobian import Metric
 from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
-from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction, judge
+from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
 from torchdeq_ep.modes.force import NudgedProblem
-from torchdeq_ep.modes.linear import ImplicitDifferentiation
+from torchdeq_ep.modes.judgement import accepted_residual, default_tolerance
+from torchdeq_ep.modes.linear import fall_back
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.schedules import NudgedPhases, Online
 from torchdeq_ep.modes.stencils import Stencil
-from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.state import Equilibrium
 
 Batching = Literal["auto", "loop", "vmap"]
-OnDivergence = Literal["shrink", "raise", "accept", "ift"]
 _STENCILS: dict[str, Callable[[], Stencil]] = {
     "one-sided": Stencil.one_sided,
     "symmetric": Stencil.symmetric,
@@ -43,6 +30,7 @@ _STENCILS: dict[str, Callable[[], Stencil]] = {
     "contour": Stencil.contour,
 }
 _RETRIES = 4
+_GAIN = 0.5
 _COARSE = 0.02
 _LARGEST_TRUNCATION = 0.05
 _ONLINE_FLOOR = 1e-2
@@ -78,9 +66,10 @@ class EquilibriumPropagation(RelaxedMode):
             complex ones in another: more calls, but fewer launches, which small models on a GPU may prefer.
         piecewise: `"real-part"` lets complex nodes pass piecewise analytic operations such as ReLU, choosing the piece
             by the real part; the report counts the units that may have crossed a kink. `None` refuses them.
-        on_divergence: `"shrink"` halves the amplitude up to four times and then raises; `"raise"` raises at once;
-            `"accept"` takes the best estimate that was found, with a warning, as the papers' fixed number of steps does
-            without one; `"ift"` falls back to implicit differentiation with a warning.
+        on_divergence: What happens to an estimate that is none: one that diverged, or whose residual is above 0.1.
+            `"shrink"` halves the amplitude, up to four times and as long as that helps, and then takes the best
+            estimate with a warning; `"accept"` takes it at once; `"ift"` falls back to implicit differentiation, with a
+            warning; `"raise"` raises. Unasked, an error is raised only if there is no finite estimate.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -101,7 +90,6 @@ class EquilibriumPropagation(RelaxedMode):
     schedule: Literal["parallel", "online"] | Online = field(default="parallel", kw_only=True)
     batching: Batching = field(default="auto", kw_only=True)
     piecewise: Piecewise | None = field(default=None, kw_only=True)
-    on_divergence: OnDivergence = field(default="shrink", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,91 +105,84 @@ class EquilibriumPropagation(RelaxedMode):
         check_choice("batching", self.batching, ("auto", "vmap", "loop"))
         if self.piecewise is not None:
             check_choice("piecewise", self.piecewise, ("real-part",))
-        check_choice("on_divergence", self.on_divergence, ("shrink", "raise", "accept", "ift"))
         if not isinstance(self.schedule, Online):
             check_choice("schedule", self.schedule, ("parallel", "online"))
-
-    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        try:
-            return super().solve(equilibrium)
-        except NonFiniteError as error:
-            if self.on_divergence != "ift":
-                raise
-            warnings.warn(f"passed on as it is: {error}", FallbackWarning, stacklevel=2)
-            return torch.full_like(equilibrium.z, torch.nan), NudgeReport(repr(self), converged=False)
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         stencil = self._resolved_stencil(equilibrium)
         advance = equilibrium.residual > max(stencil.expected_error(equilibrium.eps), self.tol or 0.0)
         returned = equilibrium.value
+        measuring = equilibrium.memory.calls
         if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
             equilibrium = equilibrium.advanced()
         problem = NudgedProblem.pose(equilibrium, returned, self.metric, self.correction, self.piecewise)
         amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.eps)
         amplitude.require_visible()
-        retries = _RETRIES if self.on_divergence == "shrink" else 0
-        for retry in range(retries + 1):
-            try:
-                displacement, report = self._solve_at(problem, amplitude)
-                break
-            except NudgeDivergedError as error:
-                if self.on_divergence == "ift":
-                    warnings.warn(f"implicit differentiation took over, because {error}", FallbackWarning, stacklevel=2)
-                    return ImplicitDifferentiation(max_iter=self.max_iter, tol=self.tol)._solve(equilibrium)
-                if retry == retries:
-                    beta = float(amplitude.stencil.beta)
-                    tried = f" Amplitudes down to beta = {beta:.1e} were tried." if retries else ""
-                    raise NudgeDivergedError(f"{error.args[0]}{tried}") from error
-                amplitude = amplitude.halved()
+        displacement, report = self._solve_from(problem, amplitude)
+        what = f"the {stencil.name} nudge (beta = {report.beta:.2g})"
+        if self.on_divergence == "ift" and not report.is_usable:
+            return fall_back(self, equilibrium, what, report)
         v = displacement if problem.metric is None else displacement / problem.metric
-        calls = report.calls + advance + problem.metric_calls
-        return v.to(equilibrium.z.dtype), replace(report, calls=calls, retries=retry)
+        report = replace(
+            report, calls=report.calls + advance + problem.metric_calls + equilibrium.memory.calls - measuring
+        )
+        self.finish(equilibrium, what, v, report)
+        _warn_of_truncation(equilibrium, amplitude, report)
+        return v.to(equilibrium.z.dtype), report
+
+    def _solve_from(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
+        """At an amplitude, or at the best of smaller ones where that yields no estimate."""
+        best, report = self._solve_at(problem, amplitude)
+        attempt = report
+        for _ in range(_RETRIES if self.on_divergence == "shrink" else 0):
+            if attempt.is_usable:
+                break
+            before, amplitude = attempt, amplitude.halved()
+            displacement, attempt = self._solve_at(problem, amplitude)
+            calls, iterations = report.calls + attempt.calls, report.iterations + attempt.iterations
+            tried = report.retries + 1
+            if (attempt.diverged, attempt.residual) < (report.diverged, report.residual):
+                best, report = displacement, attempt
+            report = replace(report, calls=calls, iterations=iterations, retries=tried)
+            # Half the nudge helps where the state was driven too far, and not where the steps did not suffice.
+            if not before.diverged and attempt.residual > _GAIN * before.residual:
+                break
+        return best, report
 
     def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
         chosen = cast(Stencil, self.stencil)
         stencil = chosen.resolve(equilibrium.eps)
-        if chosen.beta == "auto" and stencil.expected_error(equilibrium.eps) > _COARSE:
-            warnings.warn(
+        expected = stencil.expected_error(equilibrium.eps)
+        if chosen.beta == "auto" and expected > _COARSE:
+            finding = (
                 f"with rounding errors of {equilibrium.eps:.0e} in f, the {stencil.name} stencil is good to about "
-                f"{stencil.expected_error(equilibrium.eps):.0%}. Keep the state in float32 (torch.autocast does), or "
-                "use 'ep-infinitesimal' or 'ift'.",
-                PrecisionWarning,
-                stacklevel=2,
+                f"{expected:.0%}"
             )
+            advice = "Keep the state in float32 (torch.autocast does), or use 'ep-infinitesimal' or 'ift'."
+            equilibrium.memory.warn(PrecisionWarning, "dtype", finding, lambda: advice, expected)
         return stencil
 
     def _solve_at(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
-        stencil = amplitude.stencil
-        tol = self.tol or amplitude.tol
+        tol = self.tol or default_tolerance(amplitude.tol, problem.equilibrium.residual)
         floor = amplitude.floor if self.schedule == "parallel" else _ONLINE_FLOOR
-        what = f"the {stencil.name} nudge (beta = {float(stencil.beta):.2g})"
-        judged = partial(self._judge, equilibrium=problem.equilibrium, tol=tol, floor=floor, what=what)
-        phases = NudgedPhases(problem, amplitude, self.run(tol, floor), judged, self.piecewise)
+        accepted = accepted_residual(self.tol, tol, floor)
+        run = self.run(problem.equilibrium, tol, floor)
+        phases = NudgedPhases(problem, amplitude, run, accepted, self.piecewise)
         if self.schedule == "parallel":
             displacement, report = phases.parallel(stacked=self.batching == "vmap")
-            _warn_of_truncation(amplitude, report)
         else:
             displacement, report = phases.online(self.schedule if isinstance(self.schedule, Online) else Online())
         return displacement, replace(
             report, backward=repr(self), beta=amplitude.relative, nudge=amplitude.absolute, tol=tol
         )
 
-    def _judge(self, relaxation: Relaxation, equilibrium: Equilibrium, tol: float, floor: float, what: str) -> bool:
-        try:
-            return judge(relaxation, equilibrium, tol, floor, what)
-        except NudgeDivergedError as error:
-            if self.on_divergence != "accept":
-                raise
-            warnings.warn(f"accepted, although {error.args[0]}", ConvergenceWarning, stacklevel=2)
-            return False
 
-
-def _warn_of_truncation(amplitude: Amplitude, report: NudgeReport) -> None:
+def _warn_of_truncation(equilibrium: Equilibrium, amplitude: Amplitude, report: NudgeReport) -> None:
     if report.truncation > _LARGEST_TRUNCATION:
-        warnings.warn(
-            f"the {amplitude.stencil.name} stencil of relative amplitude {amplitude.relative:.2g} is too large: its "
+        finding = (
+            f"the {amplitude.stencil.name} stencil of relative amplitude {report.beta:.2g} is too large: its "
             f"estimated error is {report.truncation:.0%}, because the displacement is analytic only up to about "
-            f"{report.radius:.2g}. Use beta={0.3 * report.radius:.1g} or less, or more points.",
-            TruncationWarning,
-            stacklevel=2,
+            f"{report.radius:.2g}"
         )
+        advice = f"Use beta={0.3 * report.radius:.1g} or less, or more points."
+        equilibrium.memory.warn(TruncationWarning, "contour", finding, lambda: advice, report.truncation)

@@ -20,7 +20,8 @@ class NudgeReport:
         iterations: Steps of all relaxations together; one step may evaluate several stacked nodes.
         residual: Largest relative residual `|D(d) - d| / |M g|` of a node, over the whole state.
         tol: The tolerance it was to reach.
-        converged: Whether it did, up to the rounding error of a finite nudge.
+        converged: Whether it did, up to the rounding error of a finite nudge, but to 0.003 at least.
+        diverged: Whether the residual grew beyond all bounds, or the way was so long that it means nothing.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
         crossings: What piecewise analytic operations did at complex nodes (`piecewise="real-part"`).
@@ -44,12 +45,18 @@ class NudgeReport:
     residual: float = 0.0
     tol: float = 0.0
     converged: bool = True
+    diverged: bool = False
     batching: str = "loop"
     retries: int = 0
     crossings: tuple[Crossing, ...] = ()
     truncation: float = math.nan
     radius: float = math.nan
     trace: tuple[float, ...] = ()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the estimate is one: not diverged, with a residual of 0.1 at most."""
+        return not self.diverged and self.residual <= 0.1
 
     def __add__(self, later: NudgeReport) -> NudgeReport:
         """Two phases of one solve together: counts add up, the worse residual counts."""
@@ -59,6 +66,7 @@ class NudgeReport:
             iterations=self.iterations + later.iterations,
             residual=max(self.residual, later.residual),
             converged=self.converged and later.converged,
+            diverged=self.diverged or later.diverged,
             batching=later.batching if self.batching == "loop" else self.batching,
             retries=self.retries + later.retries,
             crossings=self.crossings + later.crossings,

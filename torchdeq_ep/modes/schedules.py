@@ -6,7 +6,6 @@ Each returns `Re sum_k c_k d_k`, with `d_k` the displacement per unit of nudge a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -20,7 +19,7 @@ from torchdeq_ep.modes.force import NudgedProblem
 from torchdeq_ep.modes.nudged_map import NudgedMap
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.stencils import Node
-from torchdeq_ep.relaxation import Relaxation, Run, relax_linear
+from torchdeq_ep.relaxation import Run, relax_linear
 from torchdeq_ep.state import norm
 
 
@@ -56,14 +55,14 @@ class NudgedPhases:
         problem: What is nudged.
         amplitude: How far.
         run: The relaxation that solves a stack of nodes.
-        judge: Whether a relaxation converged; it speaks up if not.
+        accepted: The largest residual with which a node counts as converged.
         piecewise: See [`NudgedMap`][torchdeq_ep.modes.nudged_map.NudgedMap].
     """
 
     problem: NudgedProblem
     amplitude: Amplitude
     run: Run
-    judge: Callable[[Relaxation], bool]
+    accepted: float
     piecewise: Piecewise | None = None
 
     def parallel(self, stacked: bool) -> tuple[Tensor, NudgeReport]:
@@ -99,10 +98,15 @@ class NudgedPhases:
                 residual = norm(states - last) / (nudged.smallest * force_size)
                 report = report + self._count(1, schedule.steps, (residual,))
                 total += coefficient / schedule.periods * d[0].real
-        last_residual = report.trace[-1]
-        outcome = Relaxation(d, last_residual, report.trace, report.iterations, not math.isfinite(last_residual))
+        final = report.trace[-1]
         crossings = tuple(crossing for nudged in maps for crossing in nudged.crossings)
-        return total, replace(report, residual=last_residual, converged=self.judge(outcome), crossings=crossings)
+        return total, replace(
+            report,
+            residual=final,
+            converged=final <= self.accepted,
+            diverged=not math.isfinite(final),
+            crossings=crossings,
+        )
 
     def _first_guess(self) -> tuple[Tensor, NudgeReport]:
         """With the asymmetric correction, the limit of vanishing nudges: it takes VJPs alone."""
@@ -131,8 +135,13 @@ class NudgedPhases:
         displacements = nudged.displacements(relaxation.value)
         relaxation = relaxation.after(norm(displacements), force_size)
         counted = self._count(len(nodes), relaxation.steps, relaxation.trace)
-        converged = self.judge(relaxation)
-        report = replace(counted, residual=relaxation.residual, converged=converged, crossings=nudged.crossings)
+        report = replace(
+            counted,
+            residual=relaxation.residual,
+            converged=not relaxation.diverged and relaxation.residual <= self.accepted,
+            diverged=relaxation.diverged,
+            crossings=nudged.crossings,
+        )
         return displacements, report
 
     def _count(self, nodes: int, steps: int, trace: tuple[float, ...]) -> NudgeReport:

@@ -1,7 +1,7 @@
 """From a map of a stack of nodes to its fixed point, by the loop of this package or any solver of torchdeq."""
 
 from torchdeq_ep.relaxation.driven import Solver as Solver
-from torchdeq_ep.relaxation.loop import MEMORY as MEMORY
+from torchdeq_ep.relaxation.loop import FindRows as FindRows
 from torchdeq_ep.relaxation.loop import Relaxation as Relaxation
 from torchdeq_ep.relaxation.loop import Step as Step
 from torchdeq_ep.relaxation.loop import iterate as iterate

@@ -64,8 +64,7 @@ def drive(solver: Solver, step: Step, start: Tensor, *, scale: float, tol: float
         diverged = observer.diverged
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diverged = True
-    residual = observer.trace[-1] if diverged else observer.smallest
-    return Relaxation(observer.best, residual, tuple(observer.trace), len(observer.trace), diverged)
+    return Relaxation(observer.best, observer.smallest, tuple(observer.trace), len(observer.trace), diverged)
 
 
 @dataclass(frozen=True)

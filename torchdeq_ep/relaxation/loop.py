@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from torchdeq_ep.relaxation.phases import Extrapolation, Mixing, Phase, Plain
 from torchdeq_ep.relaxation.progress import Progress, RowScale, largest_row
+from torchdeq_ep.state import Rows
 
 Step = Callable[[Tensor], Tensor]
+FindRows = Callable[[], Rows | None]
 
 MEMORY = 6
-"""How many values the mixing combines."""
+"""How many differences of values the mixing combines at first."""
+LONGEST = 20
+"""How many it may combine where that proves too few."""
 
 _STUCK = 30
 
@@ -69,13 +74,15 @@ def iterate(
     tol: float = 1e-6,
     max_iter: int = 100,
     floor: float = 0.0,
-    memory: int = MEMORY,
+    memory: int | None = None,
+    rows: FindRows | None = None,
 ) -> Relaxation:
     """Extrapolated iteration, Anderson mixing if that proves slow, or plain iteration.
 
     In every second step the loop goes on along the residual, to where that of a linear map would be smallest. Once more
-    than 15 steps are left at the rate of the last four, it combines as many values as it may. Where that stalls, as it
-    does near a state that is almost a fixed point, the map itself goes on for 24 steps, 48 the next time, and so on.
+    than 15 steps are left at the rate of the last four, it combines many values, with weights for each independent row.
+    Where that stalls, as it does near a state that is almost a fixed point, the map itself goes on for 24 steps, 48 the
+    next time, and so on.
 
     Args:
         step: The map, `(K, *shape) -> (K, *shape)`, real. Each value must be a new tensor.
@@ -84,7 +91,10 @@ def iterate(
         tol: Relative residual at which to stop.
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
-        memory: Number of values that the mixing combines; 1 for plain iteration.
+        memory: Number of differences of values that the mixing combines, 1 for plain iteration. By default 6 and, where
+            that is slow, 20.
+        rows: Asked once mixing begins: where rows lie that the map treats apart, which then have weights of their own,
+            or `None`. Its calls of the map are not counted.
 
     Returns:
         The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
@@ -95,8 +105,9 @@ def iterate(
         >>> iterate(torch.cos, torch.zeros(1, 1)).value.round(decimals=3)
         tensor([[0.7390]])
     """
-    progress = Progress(start, tol, floor, memory)
-    phase: Phase = Extrapolation() if memory > 1 else Plain(start, until=max_iter)
+    progress = Progress(start, tol, floor)
+    mixing = partial(_mixing, memory, rows)
+    phase: Phase = Plain(start, until=max_iter) if memory == 1 else Extrapolation()
     point = start
     for k in range(max_iter):
         value = step(point)
@@ -106,13 +117,12 @@ def iterate(
         progress.measure(k, value, largest_row(*phase.add(value, point), scale, value))
         if progress.has_diverged or progress.is_over:
             break
-        phase = _next_phase(phase, progress, value, point)
+        phase = _next_phase(phase, progress, value, point, mixing)
         point = phase.next(progress)
-    residual = progress.trace[-1] if progress.has_diverged else progress.smallest
-    return Relaxation(progress.best, residual, tuple(progress.trace), k + 1, progress.has_diverged)
+    return Relaxation(progress.best, progress.smallest, tuple(progress.trace), k + 1, progress.has_diverged)
 
 
-def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor) -> Phase:
+def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor, mixing: Callable[[], Mixing]) -> Phase:
     """The phase that finds the next point: the one place where it changes."""
     k = progress.k
     if isinstance(phase, Plain):
@@ -126,6 +136,11 @@ def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor) 
         progress.plain_steps *= 2
         progress.begin(k, progress.lowest_value)
     elif isinstance(phase, Extrapolation) and phase.is_between and not progress.has_grown and progress.is_slow:
-        phase = Mixing(progress.memory, value)
+        phase = mixing()
         phase.add(value, point)
     return phase
+
+
+def _mixing(memory: int | None, rows: FindRows | None) -> Mixing:
+    found = None if rows is None else rows()
+    return Mixing(MEMORY, LONGEST, found) if memory is None else Mixing(memory, memory, found)

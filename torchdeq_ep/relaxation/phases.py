@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchdeq_ep.relaxation.progress import Progress
+from torchdeq_ep.state import Rows
 
 _UNSEEN = 4
+_SMALLEST = 1e-300
 
 
 class Phase(ABC):
@@ -103,43 +108,84 @@ class Extrapolation(Phase):
 
 
 class Mixing(Phase):
-    """Type-II Anderson mixing: the affine combination of the last values of the map that has the smallest residual.
+    """Type-II Anderson mixing: the combination of the last values of the map that has the smallest residual.
 
-    One set of weights for the whole stack (Walker & Ni 2011, SINUM 49:1715, algorithm AA). The weights come from the
-    inner products of the residuals alone, so a step costs one product with them, and one transfer of a few numbers.
+    One set of weights for the whole stack, or one for each row: samples have spectra of their own, and one set has to
+    serve them all at once (Walker & Ni 2011, SINUM 49:1715, algorithm AA, by differences of successive values). The
+    weights come from inner products of residuals alone, so a step costs two passes over those, and one transfer of a
+    few numbers. On a linear map, and with memory enough, these are the iterates of GMRES.
+
+    Args:
+        memory: Number of differences that are combined.
+        longest: Number that may be combined once `memory` of them have proved too few.
+        rows: Where the rows lie, or `None` for one set of weights.
     """
 
-    def __init__(self, memory: int, origin: Tensor) -> None:
-        # Values are combined as seen from the first one: with large weights of both signs, rounding grows with the
-        # size of what is combined.
-        self._origin = origin.flatten()
-        self._shape = origin.shape
-        self._values = origin.new_empty(memory, origin.numel())
-        self._residuals = torch.empty_like(self._values)
-        self._gram = [[0.0] * memory for _ in range(memory)]
-        self._ridge = 10 * torch.finfo(origin.dtype).eps
+    def __init__(self, memory: int, longest: int, rows: Rows | None) -> None:
+        self._rows, self._longest, self._capacity = rows, max(memory, longest), memory
+        self._last: tuple[Tensor, Tensor] | None = None
         self._slot, self._known = -1, 0
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
-        memory = len(self._gram)
-        slot = self._slot = (self._slot + 1) % memory
-        self._known = min(self._known + 1, memory)
-        residual = self._residuals[slot]
-        torch.sub(value.flatten(), self._origin, out=self._values[slot])
-        torch.sub(value.flatten(), point.flatten(), out=residual)
-        products = torch.mv(self._residuals[: self._known], residual).tolist()
-        for other, product in enumerate(products):
-            self._gram[slot][other] = self._gram[other][slot] = product
-        return residual.view(self._shape), math.sqrt(products[slot])
+        stack = value - point
+        values, residuals = self._split(value), self._split(stack)
+        if self._last is None:
+            self._last = values, residuals
+            self._shape_like(values)
+            return stack, float(torch.linalg.vector_norm(residuals))
+        slot = self._slot = (self._slot + 1) % self._capacity
+        self._known = min(self._known + 1, self._capacity)
+        torch.sub(values, self._last[0], out=self._values[:, slot])
+        torch.sub(residuals, self._last[1], out=self._residuals[:, slot])
+        self._last = values, residuals
+        pair = torch.stack([self._residuals[:, slot], residuals], dim=2)
+        found = (self._residuals[:, : self._known] @ pair).double().cpu().numpy()
+        self._gram[:, slot, : self._known] = self._gram[:, : self._known, slot] = found[:, :, 0]
+        self._pull = found[:, :, 1]
+        return stack, float(torch.linalg.vector_norm(residuals))
 
     def next(self, progress: Progress) -> Tensor:
+        values, _ = cast(tuple[Tensor, Tensor], self._last)
+        like = progress.lowest_value
         if progress.has_grown:  # the values so far belong to another region
-            self._slot, self._known = -1, 0
-            return progress.lowest_value
+            self._forget()
+            return like
         known = self._known
-        weights = affine_weights([row[:known] for row in self._gram[:known]], self._ridge)
-        values = self._values[:known]
-        return torch.addmv(self._origin, values.T, values.new_tensor(weights)).view(self._shape)
+        if known == 0:
+            return self._join(values, like)
+        weights = least_residual(self._gram[:, :known, :known], self._pull, 10 * torch.finfo(values.dtype).eps)
+        shift = torch.as_tensor(weights, dtype=values.dtype, device=values.device).unsqueeze(1)
+        point = torch.baddbmm(values.unsqueeze(1), shift, self._values[:, :known], alpha=-1).squeeze(1)
+        if known == self._capacity < self._longest and progress.is_slow:
+            self._lengthen()
+        return self._join(point, like)
+
+    def _split(self, stack: Tensor) -> Tensor:
+        return stack.reshape(1, -1) if self._rows is None else self._rows.split(stack)
+
+    def _join(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.reshape(like.shape) if self._rows is None else self._rows.join(matrix, like)
+
+    def _shape_like(self, values: Tensor) -> None:
+        height, width = values.shape
+        self._values = values.new_empty(height, self._capacity, width)
+        self._residuals = torch.empty_like(self._values)
+        self._gram = np.zeros((height, self._capacity, self._capacity))
+
+    def _lengthen(self) -> None:
+        kept = self._values, self._residuals, self._gram
+        known, self._capacity = self._capacity, self._longest
+        self._shape_like(kept[0][:, 0])
+        self._values[:, :known], self._residuals[:, :known], self._gram[:, :known, :known] = kept
+        # What was a ring goes on as a line: the oldest is the next but one to be written over.
+        order = [(self._slot + 1 + k) % known for k in range(known)]
+        self._values[:, :known] = self._values[:, order]
+        self._residuals[:, :known] = self._residuals[:, order]
+        self._gram[:, :known, :known] = self._gram[:, order][:, :, order]
+        self._slot = known - 1
+
+    def _forget(self) -> None:
+        self._last, self._slot, self._known = None, -1, 0
 
 
 def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
@@ -150,36 +196,22 @@ def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:
     return min(int(left), _UNSEEN)
 
 
-def affine_weights(gram: list[list[float]], ridge: float) -> list[float]:
-    """The weights `w` with `sum w = 1` for which `|sum_i w_i r_i|` is smallest, from the products `r_i . r_j`.
+def least_residual(gram: NDArray[np.float64], pull: NDArray[np.float64], ridge: float) -> NDArray[np.float64]:
+    """The weights `w` for which `|r - sum_i w_i d_i|` is smallest, row by row, from inner products.
 
     Args:
-        gram: Products of the residuals, positive on the diagonal.
-        ridge: Added to the diagonal of the correlation matrix, so that nearly parallel residuals do no harm.
+        gram: Products `d_i . d_j`, of shape `(R, m, m)`.
+        pull: Products `d_i . r`, of shape `(R, m)`.
+        ridge: Added to the diagonal of the correlation matrix, so that nearly parallel directions do no harm.
 
     Returns:
-        The weights. Equal residuals get equal weights.
+        The weights, of shape `(R, m)`; zero for directions that are zero.
 
     Example:
-        >>> [round(w, 6) for w in affine_weights([[4.0, 2.0], [2.0, 1.0]], 1e-12)]
-        [-1.0, 2.0]
+        >>> least_residual(np.array([[[4.0]]]), np.array([[2.0]]), 0.0)
+        array([[0.5]])
     """
-    norms = [math.sqrt(gram[i][i]) for i in range(len(gram))]
-    # Elimination without pivoting, for a positive definite matrix; the last column is the right-hand side.
-    rows = [
-        [product / (norm * other) for product, other in zip(line, norms, strict=True)] + [norms[-1] / norm]
-        for line, norm in zip(gram, norms, strict=True)
-    ]
-    for i, pivot in enumerate(rows):
-        pivot[i] += ridge
-    for i, pivot in enumerate(rows):
-        for k in range(i + 1, len(rows)):
-            factor = rows[k][i] / pivot[i]
-            rows[k] = [entry - factor * above for entry, above in zip(rows[k], pivot, strict=True)]
-    weights: list[float] = []
-    for i in reversed(range(len(rows))):
-        solved = sum(entry * weight for entry, weight in zip(rows[i][i + 1 : -1], weights, strict=True))
-        weights.insert(0, (rows[i][-1] - solved) / rows[i][i])
-    weights = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
-    total = sum(weights)
-    return [weight / total for weight in weights]
+    sizes = np.sqrt(np.maximum(np.einsum("rii->ri", gram), _SMALLEST))
+    correlation = gram / sizes[:, :, None] / sizes[:, None, :] + ridge * np.eye(gram.shape[1])
+    weights: NDArray[np.float64] = np.linalg.solve(correlation, (pull / sizes)[:, :, None])[:, :, 0] / sizes
+    return weights

@@ -24,8 +24,8 @@ _GROWN = 10.0
 class Progress:
     """The residuals so far, the best value, and those of the present stretch: since the loop last began anew."""
 
-    def __init__(self, start: Tensor, tol: float, floor: float, memory: int) -> None:
-        self.tol, self.floor, self.memory = tol, floor, memory
+    def __init__(self, start: Tensor, tol: float, floor: float) -> None:
+        self.tol, self.floor = tol, floor
         self.trace: list[float] = []
         self.best, self.smallest = start, math.inf
         self.plain_steps = _PLAIN

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation.driven import Solver, drive
-from torchdeq_ep.relaxation.loop import MEMORY, Relaxation, Step, iterate
+from torchdeq_ep.relaxation.loop import FindRows, Relaxation, Step, iterate
 
 Run = Callable[..., Relaxation]
 """`relax` with its options: what is left to give is the map, the first guess and the scale."""
 
-OWN_SOLVERS = {"auto": MEMORY, "plain": 1}
+OWN_SOLVERS: dict[str, int | None] = {"auto": None, "plain": 1}
 """Names of the package's own loop, and how many values each may combine."""
 
 
@@ -28,6 +28,7 @@ def relax(
     max_iter: int,
     floor: float = 0.0,
     solver: str | Solver | None = None,
+    rows: FindRows | None = None,
 ) -> Relaxation:
     """Solve `z = step(z)` for a stack of nodes.
 
@@ -40,6 +41,7 @@ def relax(
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         solver: `None` or `"auto"` for [`iterate`][torchdeq_ep.relaxation.iterate]; `"plain"` for the same without
             acceleration; the name of a solver registered with torchdeq, or a callable of the same signature.
+        rows: As for [`iterate`][torchdeq_ep.relaxation.iterate].
 
     Returns:
         The result, converged or not.
@@ -64,7 +66,9 @@ def relax(
     solver = check_solver(solver)
     if isinstance(solver, str):
         memory = OWN_SOLVERS[solver]
-        result = iterate(real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory)
+        result = iterate(
+            real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory, rows=rows
+        )
     else:
         result = drive(solver, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
     return replace(result, value=torch.view_as_complex(result.value)) if start.is_complex() else result

@@ -8,8 +8,11 @@ from torchdeq_ep.state.calls import change_tolerance as change_tolerance
 from torchdeq_ep.state.calls import undisturbed as undisturbed
 from torchdeq_ep.state.derivatives import first_derivative_only as first_derivative_only
 from torchdeq_ep.state.equilibrium import Equilibrium as Equilibrium
+from torchdeq_ep.state.memory import Memory as Memory
 from torchdeq_ep.state.norms import cosine as cosine
 from torchdeq_ep.state.norms import norm as norm
 from torchdeq_ep.state.norms import relative_difference as relative_difference
 from torchdeq_ep.state.packing import Packing as Packing
 from torchdeq_ep.state.packing import State as State
+from torchdeq_ep.state.rows import Rows as Rows
+from torchdeq_ep.state.rows import are_independent as are_independent

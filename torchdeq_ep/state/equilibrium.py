@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from torchdeq_ep.errors import NonFiniteError
 from torchdeq_ep.state.calls import Map
+from torchdeq_ep.state.memory import Memory
 from torchdeq_ep.state.norms import MIN_NORM, norm
+from torchdeq_ep.state.rows import Rows, are_independent
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Equilibrium:
         eps: Relative rounding error of one call of `f`.
         records: Whether `f` has layers that would record running statistics.
         loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
+        rows: Where the samples of a batch lie in the state, if it may hold any.
+        memory: What the layer remembers of earlier passes, and what speaks up.
 
     Example:
         >>> z = torch.tensor([3.0, 4.0])
@@ -41,6 +45,8 @@ class Equilibrium:
     eps: float
     records: bool = True
     loss_of_state: Map | None = None
+    rows: Rows | None = None
+    memory: Memory = field(default_factory=Memory)
 
     @cached_property
     def size(self) -> float:
@@ -56,6 +62,21 @@ class Equilibrium:
     def residual(self) -> float:
         """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
         return norm(self.value - self.z) / (self.size if self.size > MIN_NORM else 1.0)
+
+    def independent_rows(self) -> Rows | None:
+        """Where rows lie that `f` treats apart: measured once, in one or two calls of `f`, and remembered.
+
+        Returns:
+            Their layout, or `None` if the rows are coupled or there are none.
+        """
+        if self.rows is None:
+            return None
+        key = (self.rows, self.records)
+        found = self.memory.independent.get(key)
+        if found is None:
+            found = self.memory.independent[key] = are_independent(self.f, self.z, self.value, self.rows)
+            self.memory.calls += 2 if found else 1
+        return self.rows if found else None
 
     def advanced(self) -> Equilibrium:
         """The equilibrium one step of `f` further on, if that is closer to the fixed point.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchdeq_ep.errors import MapContractError
 from torchdeq_ep.state.calls import Map
+from torchdeq_ep.state.rows import Rows
 
 State = Tensor | Sequence[Tensor]
 Container = type[list[Any]] | type[tuple[Any, ...]] | None
@@ -157,6 +158,16 @@ class Packing:
         if isinstance(state, Tensor) or isinstance(like, Tensor):
             return cast(Tensor, state).to(cast(Tensor, like).dtype)
         return self._wrap([tensor.to(other.dtype) for tensor, other in zip(state, like, strict=True)])
+
+    @property
+    def rows(self) -> Rows | None:
+        """Where the samples lie, if the first dimension of every tensor is one of samples; `None` if it cannot be."""
+        counts = {shape[0] if shape else 0 for shape in self.shapes}
+        if len(counts) != 1 or min(counts) < 2 or not all(shape.numel() for shape in self.shapes):
+            return None
+        (count,) = counts
+        pairs = [2 if dtype.is_complex else 1 for dtype in self.dtypes]
+        return Rows(count, tuple(shape.numel() // count * pair for shape, pair in zip(self.shapes, pairs, strict=True)))
 
     @property
     def _is_plain(self) -> bool:

@@ -58,7 +58,7 @@ class EpochBatches:
 class ResumableLoader(DataLoader[Any]):
     """A loader that can go on after any batch: Lightning saves its place in a checkpoint, and gives it back."""
 
-    def __init__(self, rows: Rows, batches: EpochBatches, workers: int) -> None:
+    def __init__(self, rows: Samples, batches: EpochBatches, workers: int) -> None:
         super().__init__(
             rows,
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ class ResumableLoader(DataLoader[Any]):
         self._start = self._taken = state["batches"]
 
 
-class Rows(Dataset[Any]):
+class Samples(Dataset[Any]):
     """Whole batches of images by their rows, scaled, augmented and normalised."""
 
     def __init__(

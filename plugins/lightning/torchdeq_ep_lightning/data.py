@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from torchdeq_ep.errors import DataError, InvalidOptionError
 from torchdeq_ep.extend import check_count
-from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Rows
+from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Samples
 from torchdeq_ep_lightning.images import DIGITS, Images, load_images
 
 
@@ -116,7 +116,7 @@ class ImageData(LightningDataModule):
             raise InvalidOptionError(
                 f"data.batch of {self.batch} is more than the {len(train.labels)} training images."
             )
-        rows = Rows(train, self.mean, self.std, self.flip, self.crop, self.seed)
+        rows = Samples(train, self.mean, self.std, self.flip, self.crop, self.seed)
         rank, world = self._place()
         if self.batch % world:
             raise InvalidOptionError(
@@ -128,7 +128,7 @@ class ImageData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """All test images in order."""
         test = self.images[1]
-        rows = Rows(test, self.mean, self.std, False, 0, self.seed)
+        rows = Samples(test, self.mean, self.std, False, 0, self.seed)
         batches = EpochBatches(len(rows), self.test_batch, None, *self._place())
         return ResumableLoader(rows, batches, self.workers)
 

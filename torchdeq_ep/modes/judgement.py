@@ -1,0 +1,163 @@
+"""What is said of a relaxation that stopped early, and the likeliest cause of it.
+
+Unconverged is not diverged: a relaxation that ran out of steps has an estimate and a measured residual, and is
+returned. The causes below are looked for only if a warning is issued, which is rare: they may cost some calls of `f`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchdeq_ep.errors import ConvergenceWarning, StochasticMapError
+from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
+from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.state import (
+    STATEFUL,
+    Equilibrium,
+    change_tolerance,
+    norm,
+    relative_difference,
+)
+
+MEANINGLESS = 0.1
+"""An estimate with a larger relative residual than this may be no estimate at all."""
+UNCONVERGED_STATE = 1e-2
+"""A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
+
+_CERTAIN = 3e-3
+_SHARE = 0.1
+_NEAR_ONE = 0.95
+_AMPLIFIED = 10.0
+_LONGEST_CYCLE = 6
+_RETURNED = 0.1
+_FEW, _MOST = 3, 0.9
+
+
+def default_tolerance(rounding: float, free_residual: float) -> float:
+    """The residual to which an error vector is solved unless the user says otherwise.
+
+    Args:
+        rounding: What rounding leaves of it.
+        free_residual: Relative residual of the free phase, which limits the gradient anyway: a tenth of it will do.
+
+    Returns:
+        At most 0.003, which counts as converged.
+    """
+    return min(max(rounding, _SHARE * free_residual), _CERTAIN)
+
+
+def accepted_residual(asked: float | None, tol: float, floor: float) -> float:
+    """The largest residual with which a relaxation counts as converged.
+
+    What rounding leaves is an estimate, and never claims more than a residual of 0.003.
+
+    Args:
+        asked: The tolerance that the user gave, or `None`.
+        tol: The tolerance in force.
+        floor: What rounding may leave.
+
+    Returns:
+        At most 0.1.
+    """
+    certain = min(max(tol, floor), _CERTAIN)
+    return min(max(asked or 0.0, certain), MEANINGLESS)
+
+
+def require_repeatable(equilibrium: Equilibrium) -> None:
+    """Refuse a map that gives different answers for the same state.
+
+    Args:
+        equilibrium: Whose map is asked once more.
+
+    Raises:
+        StochasticMapError: If so.
+    """
+    again = equilibrium.f(equilibrium.z)
+    if relative_difference(again, equilibrium.value) > change_tolerance(equilibrium.eps):
+        raise StochasticMapError(
+            f"f gives different answers for the same state, so it has no fixed point to nudge. {STATEFUL}"
+        )
+
+
+def speak_up(equilibrium: Equilibrium, what: str, report: NudgeReport, vector: Tensor) -> None:
+    """Warn of a nudged or adjoint phase that stopped early.
+
+    Args:
+        equilibrium: The free equilibrium.
+        what: What was relaxed.
+        report: Of the solve.
+        vector: The estimate.
+    """
+    finding = (
+        f"{what} stopped at a relative residual of {report.residual:.1e} after {report.iterations} steps (tolerance "
+        f"{report.tol:.1e})"
+    )
+    amplified = norm(vector) / equilibrium.cotangent_size
+
+    def advice() -> str:
+        causes = [
+            *_of_free_phase(equilibrium),
+            *_of_spectrum(equilibrium, amplified),
+            *_of_few_rows(equilibrium, vector),
+        ]
+        return " ".join([*causes, "Raise max_iter, loosen tol, or try another solver ('anderson', 'broyden')."])
+
+    equilibrium.memory.warn(ConvergenceWarning, "nudge", finding, advice, report.residual)
+
+
+def speak_up_of_free_phase(equilibrium: Equilibrium) -> None:
+    """Warn of a state that is no equilibrium.
+
+    Args:
+        equilibrium: The free equilibrium.
+    """
+    finding = (
+        f"the free phase stopped at a relative residual |f(z*) - z*| / |z*| of {equilibrium.residual:.1e}, so the "
+        "gradient is taken at a state that is not an equilibrium"
+    )
+    residual = equilibrium.residual
+    equilibrium.memory.warn(ConvergenceWarning, "free phase", finding, lambda: _of_cycle(equilibrium), residual)
+
+
+def _of_free_phase(equilibrium: Equilibrium) -> list[str]:
+    if equilibrium.residual <= UNCONVERGED_STATE:
+        return []
+    return [f"The likeliest cause is the free phase, at a relative residual of {equilibrium.residual:.1e}."]
+
+
+def _of_cycle(equilibrium: Equilibrium) -> str:
+    """Whether the map goes round in a cycle, which no number of steps ends, or is slow."""
+    start = equilibrium.value
+    state = equilibrium.f(start)
+    step = norm(state - start)
+    for length in range(2, _LONGEST_CYCLE + 1):
+        state = equilibrium.f(state)
+        if step > 0 and norm(state - start) < _RETURNED * step:
+            return (
+                f"The map goes round in a cycle of {length} states, which no number of steps ends: damp it (f_tau "
+                "below 1), or use f_solver='anderson', 'broyden' or 'relaxation'."
+            )
+    return "Raise f_max_iter, or use a solver that converges (f_solver='anderson', 'broyden' or 'relaxation')."
+
+
+def _of_spectrum(equilibrium: Equilibrium, amplified: float) -> list[str]:
+    radius = rough_spectral_radius(equilibrium.f, equilibrium.z)
+    if not (radius > _NEAR_ONE or amplified > _AMPLIFIED):
+        return []
+    measured = f"the spectral radius of the Jacobian is about {radius:.2f}, and " if radius == radius else ""
+    return [
+        f"I - J is nearly singular: {measured}|v| is {amplified:.0f} times |g|, so small errors are amplified. Weight "
+        "norms, homeostasis or a norm at the end of f keep the radius below 1; kinks of f (ReLU) limit what a finite "
+        "nudge can reach there, and 'ift' has no such limit."
+    ]
+
+
+def _of_few_rows(equilibrium: Equilibrium, vector: Tensor) -> list[str]:
+    rows = equilibrium.independent_rows()
+    if rows is None or rows.count <= 2 * _FEW:
+        return []
+    squares = rows.split(vector.float().unsqueeze(0)).square().sum(1)
+    most = squares.topk(_FEW)
+    if not float(most.values.sum()) > _MOST * float(squares.sum()):
+        return []
+    return [f"Samples {', '.join(str(k) for k in sorted(most.indices.tolist()))} of the batch hold most of the vector."]
