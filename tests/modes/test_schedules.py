@@ -7,7 +7,7 @@ from torch.nn import functional
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import TruncationWarning
-from torchdeq_ep.modes import schedules
+from torchdeq_ep.modes import propagation
 from torchdeq_ep.state.equilibrium import Equilibrium
 
 
@@ -52,8 +52,8 @@ def test_contours_that_are_too_large_are_warned_about():
 def test_a_stack_of_nodes_solves_the_exact_limit_once(monkeypatch):
     problem = tanh_problem(8, (2,), seed=3)
     solves = []
-    solve_limit = schedules.relax_linear
-    monkeypatch.setattr(schedules, "relax_linear", lambda *args: solves.append(args) or solve_limit(*args))
+    solve_limit = propagation.relax_linear
+    monkeypatch.setattr(propagation, "relax_linear", lambda *args: solves.append(args) or solve_limit(*args))
     mode = tep.EquilibriumPropagation(tep.Stencil.richardson(), correction="asymmetric", batching="vmap")
     assert relative_error(mode(problem.f, problem.z, problem.g), problem.dense(transpose=True)) < 1e-8
     assert len(solves) == 1

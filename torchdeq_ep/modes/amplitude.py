@@ -71,6 +71,17 @@ class Amplitude:
         """Residual of the displacement at the smallest node that rounding may leave."""
         return 30 * (self.eps / (self.relative * min(abs(node) for node in self.stencil.unit_nodes)))
 
+    def for_displacement(self, growth: float) -> Amplitude:
+        """The amplitude that moves the state as far as this one would if the displacement were as large as the force.
+
+        Args:
+            growth: `|d| / |M g|`.
+
+        Returns:
+            A new amplitude, or this one where the displacement is the smaller of the two.
+        """
+        return self if growth <= 1 else replace(self, stencil=self.stencil.at(float(self.stencil.beta) / growth))
+
     def halved(self) -> Amplitude:
         """The same at half of it.
 

@@ -6,11 +6,15 @@ returned. The causes below are looked for only if a warning is issued, which is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import ConvergenceWarning, StochasticMapError
 from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
 from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.state import (
     STATEFUL,
     Equilibrium,
@@ -26,6 +30,7 @@ UNCONVERGED_STATE = 1e-2
 
 _CERTAIN = 3e-3
 _SHARE = 0.1
+_DISCREPANCY = 0.3
 _NEAR_ONE = 0.95
 _AMPLIFIED = 10.0
 _LONGEST_CYCLE = 6
@@ -46,6 +51,19 @@ def default_tolerance(rounding: float, free_residual: float) -> float:
     return min(max(rounding, _SHARE * free_residual), _CERTAIN)
 
 
+def is_converged(relaxation: Relaxation, accepted: float) -> bool:
+    """Whether a relaxation has converged: by its residual, over the whole state.
+
+    Args:
+        relaxation: The result.
+        accepted: The largest residual with which it has, but for rows that were left: then it is 0.003 at least.
+
+    Returns:
+        Whether it has.
+    """
+    return not relaxation.diverged and relaxation.residual <= max(accepted, _CERTAIN if relaxation.left else 0.0)
+
+
 def accepted_residual(asked: float | None, tol: float, floor: float) -> float:
     """The largest residual with which a relaxation counts as converged.
 
@@ -61,6 +79,45 @@ def accepted_residual(asked: float | None, tol: float, floor: float) -> float:
     """
     certain = min(max(tol, floor), _CERTAIN)
     return min(max(asked or 0.0, certain), MEANINGLESS)
+
+
+@dataclass(frozen=True)
+class FreeLimit:
+    """Which rows need not be solved further, because their free phase does not warrant it.
+
+    A row whose free phase stopped at a relative residual `rho` is about `rho |v| / |g|` of its size away from its
+    equilibrium, if `|v| / |g|` is how much the inverse of `I - J` amplifies. Its Jacobian is off by about as much, and
+    so the residual of `v` means nothing below `rho |v|^2 / |g|`. Solving further fits `v` to another equation, and
+    where `I - J` is nearly singular makes it as large as one likes: Morozov's discrepancy principle says to stop.
+
+    Args:
+        equilibrium: The free equilibrium.
+        force: `M g`.
+        origin: What points are displacements from, in the form of the stack that is relaxed; 0 for a linear mode.
+        unit: What displacements and residuals are multiples of.
+    """
+
+    equilibrium: Equilibrium
+    force: Tensor
+    origin: Tensor | None = None
+    unit: float = 1.0
+
+    def __call__(self, points: Tensor, residuals: Tensor) -> Tensor:
+        free = self._sizes(self.equilibrium.value - self.equilibrium.z, len(points))
+        state, force = self._sizes(self.equilibrium.z, len(points)), self._sizes(self.force, len(points))
+        if self.origin is not None:
+            points = points - self._split(self.origin, len(points))
+        moved = torch.linalg.vector_norm(points, dim=1) / self.unit
+        enough: Tensor = residuals / self.unit * force * state < _DISCREPANCY * free * moved.square()
+        return enough
+
+    def _sizes(self, tensor: Tensor, height: int) -> Tensor:
+        sizes: Tensor = torch.linalg.vector_norm(self._split(tensor.unsqueeze(0), height), dim=1)
+        return sizes
+
+    def _split(self, stack: Tensor, height: int) -> Tensor:
+        rows = self.equilibrium.rows
+        return stack.reshape(1, -1) if height == 1 or rows is None else rows.split(stack)
 
 
 def require_repeatable(equilibrium: Equilibrium) -> None:
@@ -92,6 +149,11 @@ def speak_up(equilibrium: Equilibrium, what: str, report: NudgeReport, vector: T
         f"{what} stopped at a relative residual of {report.residual:.1e} after {report.iterations} steps (tolerance "
         f"{report.tol:.1e})"
     )
+    if report.rows_left:
+        finding += (
+            f", held by {report.rows_left} sample{'s' if report.rows_left > 1 else ''} whose free phase stopped too "
+            f"early to solve for more ({report.solved:.1e} without)"
+        )
     amplified = norm(vector) / equilibrium.cotangent_size
 
     def advice() -> str:

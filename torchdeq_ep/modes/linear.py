@@ -16,7 +16,7 @@ from torchdeq_ep.errors import FallbackWarning
 from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
 from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
 from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
-from torchdeq_ep.modes.judgement import accepted_residual, default_tolerance
+from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import relax_linear
 from torchdeq_ep.state import Equilibrium
@@ -31,7 +31,8 @@ class LinearMode(RelaxedMode):
         tol = self.tol or default_tolerance(10 * equilibrium.eps, equilibrium.residual)
         floor = 100 * equilibrium.eps
         measuring = equilibrium.memory.calls
-        relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force)
+        enough = FreeLimit(equilibrium, force) if self.tol is None else None
+        relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force, enough)
         vector = relaxation.value[0].to(force.dtype)
         report = NudgeReport(
             repr(self),
@@ -39,8 +40,10 @@ class LinearMode(RelaxedMode):
             iterations=relaxation.steps,
             residual=relaxation.residual,
             tol=tol,
-            converged=not relaxation.diverged and relaxation.residual <= accepted_residual(self.tol, tol, floor),
+            converged=is_converged(relaxation, accepted_residual(self.tol, tol, floor)),
             diverged=relaxation.diverged,
+            rows_left=relaxation.left,
+            solved=relaxation.solved,
             trace=relaxation.trace,
         )
         return vector, report

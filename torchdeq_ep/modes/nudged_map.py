@@ -80,8 +80,8 @@ class NudgedMap:
         if len(nudges) > 1:
             stack = torch.tensor(nudges, dtype=self.dtype, device=force.device)
             self._amplitudes = stack.reshape(-1, *(1 for _ in force.shape))
-        self._free = equilibrium.z.to(self.dtype).unsqueeze(0)
-        pull = self._free - equilibrium.value
+        self.free = equilibrium.z.to(self.dtype).unsqueeze(0)
+        pull = self.free - equilibrium.value
         self._pull = pull if state_force is not None else _multiply_add(pull, self._amplitudes, force.to(self.dtype))
 
     @property
@@ -98,7 +98,7 @@ class NudgedMap:
         Returns:
             States of the same shape.
         """
-        return _multiply_add(self._free, self._amplitudes, d.to(self.dtype))
+        return _multiply_add(self.free, self._amplitudes, d.to(self.dtype))
 
     def displacements(self, states: Tensor) -> Tensor:
         """The displacements of states, `(z_k - z*) / b_k`.
@@ -110,14 +110,14 @@ class NudgedMap:
             Displacements of the same shape.
         """
         # By the inverse, because a complex division costs ten products.
-        return (states - self._free) * (1 / self._amplitudes)
+        return (states - self.free) * (1 / self._amplitudes)
 
     def __call__(self, states: Tensor) -> Tensor:
         """`N_b(z)` for a stack of states of shape `(K, *shape)`."""
         value = self._holomorphic_value(states) if self.is_complex else self._evaluate(states)
         moved = value + self._pull
         if self._correction is not None:
-            moved += torch.stack([self._correction(state) for state in states - self._free])
+            moved += torch.stack([self._correction(state) for state in states - self.free])
         if self._state_force is not None:
             moved += self._amplitudes * torch.stack([self._state_force(state) for state in states])
         return moved

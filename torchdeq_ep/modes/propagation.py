@@ -15,12 +15,13 @@ from torchdeq_ep.jacobian import Metric
 from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
 from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
 from torchdeq_ep.modes.force import NudgedProblem
-from torchdeq_ep.modes.judgement import accepted_residual, default_tolerance
+from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance
 from torchdeq_ep.modes.linear import fall_back
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.schedules import NudgedPhases, Online
 from torchdeq_ep.modes.stencils import Stencil
-from torchdeq_ep.state import Equilibrium
+from torchdeq_ep.relaxation import relax_linear
+from torchdeq_ep.state import Equilibrium, norm
 
 Batching = Literal["auto", "loop", "vmap"]
 _STENCILS: dict[str, Callable[[], Stencil]] = {
@@ -117,8 +118,12 @@ class EquilibriumPropagation(RelaxedMode):
             equilibrium = equilibrium.advanced()
         problem = NudgedProblem.pose(equilibrium, returned, self.metric, self.correction, self.piecewise)
         amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.eps)
+        start, limit = self._first_guess(problem, amplitude)
+        if self._starts_at_limit:
+            amplitude = amplitude.for_displacement(norm(start) / problem.force_size)
         amplitude.require_visible()
-        displacement, report = self._solve_from(problem, amplitude)
+        displacement, report = self._solve_from(problem, amplitude, start)
+        report = limit + report
         what = f"the {stencil.name} nudge (beta = {report.beta:.2g})"
         if self.on_divergence == "ift" and not report.is_usable:
             return fall_back(self, equilibrium, what, report)
@@ -130,22 +135,38 @@ class EquilibriumPropagation(RelaxedMode):
         _warn_of_truncation(equilibrium, amplitude, report)
         return v.to(equilibrium.z.dtype), report
 
-    def _solve_from(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
+    @property
+    def _starts_at_limit(self) -> bool:
+        return self.correction is not None and cast(Stencil, self.stencil).beta == "auto"
+
+    def _first_guess(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
+        """With the asymmetric correction, the limit of vanishing nudges: it takes VJPs alone."""
+        if problem.correction is None:
+            return problem.force, NudgeReport("")
+        equilibrium = problem.equilibrium
+        tol = self.tol or default_tolerance(amplitude.tol, equilibrium.residual)
+        enough = FreeLimit(equilibrium, problem.force) if self.tol is None else None
+        run = self.run(equilibrium, tol, amplitude.floor)
+        limit = relax_linear(run, problem.correction.limit, problem.force, enough)
+        report = NudgeReport("", calls=limit.steps, iterations=limit.steps, trace=limit.trace)
+        return (problem.force if limit.diverged else limit.value[0]), report
+
+    def _solve_from(self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor) -> tuple[Tensor, NudgeReport]:
         """At an amplitude, or at the best of smaller ones where that yields no estimate."""
-        best, report = self._solve_at(problem, amplitude)
+        best, report = self._solve_at(problem, amplitude, start)
         attempt = report
         for _ in range(_RETRIES if self.on_divergence == "shrink" else 0):
             if attempt.is_usable:
                 break
             before, amplitude = attempt, amplitude.halved()
-            displacement, attempt = self._solve_at(problem, amplitude)
+            displacement, attempt = self._solve_at(problem, amplitude, start)
             calls, iterations = report.calls + attempt.calls, report.iterations + attempt.iterations
             tried = report.retries + 1
-            if (attempt.diverged, attempt.residual) < (report.diverged, report.residual):
+            if (attempt.diverged, attempt.solved) < (report.diverged, report.solved):
                 best, report = displacement, attempt
             report = replace(report, calls=calls, iterations=iterations, retries=tried)
             # Half the nudge helps where the state was driven too far, and not where the steps did not suffice.
-            if not before.diverged and attempt.residual > _GAIN * before.residual:
+            if not before.diverged and attempt.solved > _GAIN * before.solved:
                 break
         return best, report
 
@@ -162,12 +183,15 @@ class EquilibriumPropagation(RelaxedMode):
             equilibrium.memory.warn(PrecisionWarning, "dtype", finding, lambda: advice, expected)
         return stencil
 
-    def _solve_at(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
+    def _solve_at(self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor) -> tuple[Tensor, NudgeReport]:
         tol = self.tol or default_tolerance(amplitude.tol, problem.equilibrium.residual)
         floor = amplitude.floor if self.schedule == "parallel" else _ONLINE_FLOOR
         accepted = accepted_residual(self.tol, tol, floor)
         run = self.run(problem.equilibrium, tol, floor)
-        phases = NudgedPhases(problem, amplitude, run, accepted, self.piecewise)
+        limited = self.tol is None
+        phases = NudgedPhases(
+            problem, amplitude, start, run, tol, accepted, limited, limited and self._starts_at_limit, self.piecewise
+        )
         if self.schedule == "parallel":
             displacement, report = phases.parallel(stacked=self.batching == "vmap")
         else:

@@ -21,6 +21,9 @@ class NudgeReport:
         residual: Largest relative residual `|D(d) - d| / |M g|` of a node, over the whole state.
         tol: The tolerance it was to reach.
         converged: Whether it did, up to the rounding error of a finite nudge, but to 0.003 at least.
+        rows_left: Largest number of samples in a phase that were left before their tolerance, because their free phase
+            stopped too early to solve for more.
+        solved: As `residual`, without these samples.
         diverged: Whether the residual grew beyond all bounds, or the way was so long that it means nothing.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
@@ -46,6 +49,8 @@ class NudgeReport:
     tol: float = 0.0
     converged: bool = True
     diverged: bool = False
+    rows_left: int = 0
+    solved: float = 0.0
     batching: str = "loop"
     retries: int = 0
     crossings: tuple[Crossing, ...] = ()
@@ -55,18 +60,20 @@ class NudgeReport:
 
     @property
     def is_usable(self) -> bool:
-        """Whether the estimate is one: not diverged, with a residual of 0.1 at most."""
-        return not self.diverged and self.residual <= 0.1
+        """Whether the estimate is one: not diverged, with a residual of 0.1 at most but for samples that were left."""
+        return not self.diverged and self.solved <= 0.1
 
     def __add__(self, later: NudgeReport) -> NudgeReport:
-        """Two phases of one solve together: counts add up, the worse residual counts."""
+        """Two phases of one solve together: counts add up, the worse residual counts, the rest is the later's."""
         return replace(
-            self,
+            later,
             calls=self.calls + later.calls,
             iterations=self.iterations + later.iterations,
             residual=max(self.residual, later.residual),
             converged=self.converged and later.converged,
             diverged=self.diverged or later.diverged,
+            rows_left=max(self.rows_left, later.rows_left),
+            solved=max(self.solved, later.solved),
             batching=later.batching if self.batching == "loop" else self.batching,
             retries=self.retries + later.retries,
             crossings=self.crossings + later.crossings,

@@ -16,11 +16,14 @@ from torchdeq_ep._options import check_count
 from torchdeq_ep.holomorphic import Piecewise
 from torchdeq_ep.modes.amplitude import Amplitude
 from torchdeq_ep.modes.force import NudgedProblem
+from torchdeq_ep.modes.judgement import FreeLimit, is_converged
 from torchdeq_ep.modes.nudged_map import NudgedMap
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.stencils import Node
-from torchdeq_ep.relaxation import Run, relax_linear
+from torchdeq_ep.relaxation import Run
 from torchdeq_ep.state import norm
+
+_SHARE, _MUCH = 0.1, 0.01
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,29 @@ class NudgedPhases:
     Args:
         problem: What is nudged.
         amplitude: How far.
+        start: First guess of the displacement.
         run: The relaxation that solves a stack of nodes.
+        tol: The residual to which it does.
         accepted: The largest residual with which a node counts as converged.
+        limited: Whether rows are solved no further than their free phase warrants.
+        starts_at_limit: Whether the first guess is the limit of vanishing nudges, and the amplitude one of our choice.
         piecewise: See [`NudgedMap`][torchdeq_ep.modes.nudged_map.NudgedMap].
     """
 
     problem: NudgedProblem
     amplitude: Amplitude
+    start: Tensor
     run: Run
+    tol: float
     accepted: float
+    limited: bool
+    starts_at_limit: bool
     piecewise: Piecewise | None = None
 
     def parallel(self, stacked: bool) -> tuple[Tensor, NudgeReport]:
         """Each group of nodes started from the polynomial in `b` through those solved before."""
         nodes, coefficients = self.amplitude.stencil.upper_half()
-        start, report = self._first_guess()
+        start, report = self.start, NudgeReport("")
         solved: dict[Node, Tensor] = {}
         for group in _groups(nodes, stacked):
             guesses = torch.stack([_extrapolate(solved, node) for node in group]) if solved else start
@@ -103,19 +114,16 @@ class NudgedPhases:
         return total, replace(
             report,
             residual=final,
+            solved=final,
             converged=final <= self.accepted,
             diverged=not math.isfinite(final),
             crossings=crossings,
         )
 
-    def _first_guess(self) -> tuple[Tensor, NudgeReport]:
-        """With the asymmetric correction, the limit of vanishing nudges: it takes VJPs alone."""
-        problem = self.problem
-        if problem.correction is None:
-            return problem.force, NudgeReport("")
-        limit = relax_linear(self.run, problem.correction.limit, problem.force)
-        report = NudgeReport("", calls=limit.steps, iterations=limit.steps, trace=limit.trace)
-        return (problem.force if limit.diverged else limit.value[0]), report
+    def _enough(self, nudged: NudgedMap) -> FreeLimit:
+        origin = nudged.free
+        origin = torch.view_as_real(origin) if origin.is_complex() else origin
+        return FreeLimit(self.problem.equilibrium, self.problem.force, origin, nudged.smallest)
 
     def _map(self, nodes: tuple[Node, ...]) -> NudgedMap:
         problem = self.problem
@@ -131,15 +139,25 @@ class NudgedPhases:
     def _relax(self, nodes: tuple[Node, ...], guesses: Tensor) -> tuple[Tensor, NudgeReport]:
         nudged, force_size = self._map(nodes), self.problem.force_size
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
-        relaxation = self.run(nudged, nudged.states(guesses), scale=nudged.smallest * force_size)
+        scale, states, tol, steps = nudged.smallest * force_size, nudged.states(guesses), self.tol, 0
+        alone = self.limited and len(nodes) == 1
+        if alone and self.starts_at_limit:
+            # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
+            # because of kinks or of a Jacobian that amplifies, a tenth of it will do.
+            guessed, states, steps = states, nudged(states), 1
+            added = norm(states - guessed) / scale
+            tol = max(tol, _SHARE * added) if added > _MUCH else tol
+        relaxation = self.run(nudged, states, scale=scale, tol=tol, enough=self._enough(nudged) if alone else None)
         displacements = nudged.displacements(relaxation.value)
         relaxation = relaxation.after(norm(displacements), force_size)
-        counted = self._count(len(nodes), relaxation.steps, relaxation.trace)
+        counted = self._count(len(nodes), steps + relaxation.steps, relaxation.trace)
         report = replace(
             counted,
             residual=relaxation.residual,
-            converged=not relaxation.diverged and relaxation.residual <= self.accepted,
+            converged=is_converged(relaxation, self.accepted),
             diverged=relaxation.diverged,
+            rows_left=relaxation.left,
+            solved=relaxation.solved,
             crossings=nudged.crossings,
         )
         return displacements, report

@@ -64,7 +64,9 @@ def drive(solver: Solver, step: Step, start: Tensor, *, scale: float, tol: float
         diverged = observer.diverged
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         diverged = True
-    return Relaxation(observer.best, observer.smallest, tuple(observer.trace), len(observer.trace), diverged)
+    return Relaxation(
+        observer.best, observer.smallest, tuple(observer.trace), len(observer.trace), diverged, solved=observer.smallest
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ look at rows report what is not so when the rows are coupled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchdeq_ep.relaxation.phases import Extrapolation, Mixing, Phase, Plain
+from torchdeq_ep.relaxation.phases import Enough, Extrapolation, Mixing, Phase, Plain
 from torchdeq_ep.relaxation.progress import Progress, RowScale, largest_row
 from torchdeq_ep.state import Rows
 
@@ -38,6 +39,8 @@ class Relaxation:
         trace: The residual at every step at which it was measured: all but some of plain iteration.
         steps: Number of steps.
         diverged: The residual grew beyond all bounds or is not finite, or the way to the value is too long.
+        left: Number of rows that were left as they are and hold most of what that leaves of the residual.
+        solved: The residual without theirs.
 
     Example:
         >>> import torch
@@ -51,6 +54,8 @@ class Relaxation:
     trace: tuple[float, ...]
     steps: int
     diverged: bool
+    left: int = 0
+    solved: float = math.nan
 
     def after(self, way: float, scale: float) -> Relaxation:
         """The same, called diverged if the way was so long that a small residual means nothing.
@@ -76,6 +81,7 @@ def iterate(
     floor: float = 0.0,
     memory: int | None = None,
     rows: FindRows | None = None,
+    enough: Enough | None = None,
 ) -> Relaxation:
     """Extrapolated iteration, Anderson mixing if that proves slow, or plain iteration.
 
@@ -95,6 +101,8 @@ def iterate(
             that is slow, 20.
         rows: Asked once mixing begins: where rows lie that the map treats apart, which then have weights of their own,
             or `None`. Its calls of the map are not counted.
+        enough: Which rows the mixing leaves as they are: from a matrix of their points and the norms of their residuals
+            to a mask. The loop ends when the others have converged.
 
     Returns:
         The value of the map at the point with the smallest residual. Not converged if the loop ran out of steps or
@@ -106,7 +114,7 @@ def iterate(
         tensor([[0.7390]])
     """
     progress = Progress(start, tol, floor)
-    mixing = partial(_mixing, memory, rows)
+    mixing = partial(_mixing, memory, rows, enough)
     phase: Phase = Plain(start, until=max_iter) if memory == 1 else Extrapolation()
     point = start
     for k in range(max_iter):
@@ -119,7 +127,10 @@ def iterate(
             break
         phase = _next_phase(phase, progress, value, point, mixing)
         point = phase.next(progress)
-    return Relaxation(progress.best, progress.smallest, tuple(progress.trace), k + 1, progress.has_diverged)
+    solved = progress.smallest
+    residual = solved if callable(scale) else math.hypot(solved, phase.left_residual / scale)
+    steps, trace = k + 1, tuple(progress.trace)
+    return Relaxation(progress.best, residual, trace, steps, progress.has_diverged, phase.rows_left, solved)
 
 
 def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor, mixing: Callable[[], Mixing]) -> Phase:
@@ -141,6 +152,6 @@ def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor, 
     return phase
 
 
-def _mixing(memory: int | None, rows: FindRows | None) -> Mixing:
+def _mixing(memory: int | None, rows: FindRows | None, enough: Enough | None) -> Mixing:
     found = None if rows is None else rows()
-    return Mixing(MEMORY, LONGEST, found) if memory is None else Mixing(memory, memory, found)
+    return Mixing(memory or MEMORY, memory or LONGEST, found, enough)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -18,12 +19,20 @@ from torch import Tensor
 from torchdeq_ep.relaxation.progress import Progress
 from torchdeq_ep.state import Rows
 
+Enough = Callable[[Tensor, Tensor], Tensor]
+
 _UNSEEN = 4
+_NOTABLE = 0.1
 _SMALLEST = 1e-300
 
 
 class Phase(ABC):
     """A way to the next point."""
+
+    left_residual = 0.0
+    """Norm of the residual of rows that are left as they are, which is no part of what is measured."""
+    rows_left = 0
+    """Number of those that hold it, which are within a tenth of the largest."""
 
     def passes_over(self, k: int) -> bool:
         """Whether the residual of step `k` need not be measured, and the value is the next point."""
@@ -119,16 +128,21 @@ class Mixing(Phase):
         memory: Number of differences that are combined.
         longest: Number that may be combined once `memory` of them have proved too few.
         rows: Where the rows lie, or `None` for one set of weights.
+        enough: Which rows are to be left as they are, from their points and the norms of their residuals.
     """
 
-    def __init__(self, memory: int, longest: int, rows: Rows | None) -> None:
-        self._rows, self._longest, self._capacity = rows, max(memory, longest), memory
+    def __init__(self, memory: int, longest: int, rows: Rows | None, enough: Enough | None = None) -> None:
+        self._rows, self._longest, self._capacity, self._enough = rows, max(memory, longest), memory, enough
+        self._left: tuple[Tensor, Tensor] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
         self._slot, self._known = -1, 0
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         stack = value - point
         values, residuals = self._split(value), self._split(stack)
+        if self._enough is not None:
+            residuals = self._leave_rows(self._split(point), residuals)
+            stack = self._join(residuals, stack)
         if self._last is None:
             self._last = values, residuals
             self._shape_like(values)
@@ -152,13 +166,31 @@ class Mixing(Phase):
             return like
         known = self._known
         if known == 0:
-            return self._join(values, like)
+            return self._join(self._with_rows_left(values), like)
         weights = least_residual(self._gram[:, :known, :known], self._pull, 10 * torch.finfo(values.dtype).eps)
         shift = torch.as_tensor(weights, dtype=values.dtype, device=values.device).unsqueeze(1)
         point = torch.baddbmm(values.unsqueeze(1), shift, self._values[:, :known], alpha=-1).squeeze(1)
         if known == self._capacity < self._longest and progress.is_slow:
             self._lengthen()
-        return self._join(point, like)
+        return self._join(self._with_rows_left(point), like)
+
+    def _leave_rows(self, points: Tensor, residuals: Tensor) -> Tensor:
+        """The residuals without those of rows that are left as they are, at the points where that was decided."""
+        norms = torch.linalg.vector_norm(residuals, dim=1)
+        enough = cast(Enough, self._enough)(points, norms)
+        if self._left is not None:
+            enough = enough | self._left[0]
+        if not bool(enough.any()):
+            return residuals
+        kept = points if self._left is None else torch.where(self._left[0].unsqueeze(1), self._left[1], points)
+        self._left = enough, kept
+        left = norms[enough]
+        self.left_residual = float(torch.linalg.vector_norm(left))
+        self.rows_left = int((left >= _NOTABLE * left.max()).sum())
+        return residuals.masked_fill(enough.unsqueeze(1), 0.0)
+
+    def _with_rows_left(self, point: Tensor) -> Tensor:
+        return point if self._left is None else torch.where(self._left[0].unsqueeze(1), self._left[1], point)
 
     def _split(self, stack: Tensor) -> Tensor:
         return stack.reshape(1, -1) if self._rows is None else self._rows.split(stack)

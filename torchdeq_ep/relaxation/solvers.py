@@ -11,6 +11,7 @@ from torch import Tensor
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation.driven import Solver, drive
 from torchdeq_ep.relaxation.loop import FindRows, Relaxation, Step, iterate
+from torchdeq_ep.relaxation.phases import Enough
 
 Run = Callable[..., Relaxation]
 """`relax` with its options: what is left to give is the map, the first guess and the scale."""
@@ -29,6 +30,7 @@ def relax(
     floor: float = 0.0,
     solver: str | Solver | None = None,
     rows: FindRows | None = None,
+    enough: Enough | None = None,
 ) -> Relaxation:
     """Solve `z = step(z)` for a stack of nodes.
 
@@ -42,6 +44,7 @@ def relax(
         solver: `None` or `"auto"` for [`iterate`][torchdeq_ep.relaxation.iterate]; `"plain"` for the same without
             acceleration; the name of a solver registered with torchdeq, or a callable of the same signature.
         rows: As for [`iterate`][torchdeq_ep.relaxation.iterate].
+        enough: Likewise.
 
     Returns:
         The result, converged or not.
@@ -67,20 +70,31 @@ def relax(
     if isinstance(solver, str):
         memory = OWN_SOLVERS[solver]
         result = iterate(
-            real_step, real_start, scale=scale, tol=tol, max_iter=max_iter, floor=floor, memory=memory, rows=rows
+            real_step,
+            real_start,
+            scale=scale,
+            tol=tol,
+            max_iter=max_iter,
+            floor=floor,
+            memory=memory,
+            rows=rows,
+            enough=enough,
         )
     else:
         result = drive(solver, real_step, real_start, scale=scale, tol=tol, max_iter=max_iter)
     return replace(result, value=torch.view_as_complex(result.value)) if start.is_complex() else result
 
 
-def relax_linear(run: Run, product: Callable[[Tensor], Tensor], force: Tensor) -> Relaxation:
+def relax_linear(
+    run: Run, product: Callable[[Tensor], Tensor], force: Tensor, enough: Enough | None = None
+) -> Relaxation:
     """Solve `v = product(v) + force`, as a stack of one, in single precision at least.
 
     Args:
         run: [`relax`][torchdeq_ep.relaxation.relax] with its options.
         product: A linear map of one vector, in the dtype of the force.
         force: The term that does not depend on `v`.
+        enough: As for [`relax`][torchdeq_ep.relaxation.relax].
 
     Returns:
         The result; its value is a stack of one.
@@ -97,7 +111,7 @@ def relax_linear(run: Run, product: Callable[[Tensor], Tensor], force: Tensor) -
         return (product(v[0].to(force.dtype)) + wide).unsqueeze(0)
 
     size = float(torch.linalg.vector_norm(wide))
-    relaxation = run(step, wide.unsqueeze(0), scale=size)
+    relaxation = run(step, wide.unsqueeze(0), scale=size, enough=enough)
     return relaxation.after(float(torch.linalg.vector_norm(relaxation.value)), size)
 
 
