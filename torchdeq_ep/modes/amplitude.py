@@ -69,7 +69,7 @@ class Amplitude:
     @property
     def floor(self) -> float:
         """Residual of the displacement at the smallest node that rounding may leave."""
-        return 30 * (self.eps / (self.relative * min(abs(node) for node in self.stencil.unit_nodes)))
+        return 100 * (self.eps / (self.relative * min(abs(node) for node in self.stencil.unit_nodes)))
 
     def for_displacement(self, growth: float) -> Amplitude:
         """The amplitude that moves the state as far as this one would if the displacement were as large as the force.

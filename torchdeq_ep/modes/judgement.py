@@ -31,7 +31,7 @@ UNCONVERGED_STATE = 1e-2
 _CERTAIN = 3e-3
 _SHARE = 0.1
 _DISCREPANCY = 0.3
-_NEAR_ONE = 0.95
+_NEAR_ONE, _BEYOND_ONE = 0.95, 1.1
 _AMPLIFIED = 10.0
 _LONGEST_CYCLE = 6
 _RETURNED = 0.1
@@ -204,6 +204,11 @@ def _of_cycle(equilibrium: Equilibrium) -> str:
 
 def _of_spectrum(equilibrium: Equilibrium, amplified: float) -> list[str]:
     radius = rough_spectral_radius(equilibrium.f, equilibrium.z)
+    if radius > _BEYOND_ONE and amplified <= _AMPLIFIED:
+        return [
+            f"The spectral radius of the Jacobian is about {radius:.2f}: f does not contract at the fixed point, which "
+            "a solver may find all the same. Weight norms or homeostasis bring it below 1."
+        ]
     if not (radius > _NEAR_ONE or amplified > _AMPLIFIED):
         return []
     measured = f"the spectral radius of the Jacobian is about {radius:.2f}, and " if radius == radius else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -32,6 +33,7 @@ _STENCILS: dict[str, Callable[[], Stencil]] = {
 }
 _RETRIES = 4
 _GAIN = 0.5
+_MUCH_LARGER = 3.0
 _COARSE = 0.02
 _LARGEST_TRUNCATION = 0.05
 _ONLINE_FLOOR = 1e-2
@@ -119,11 +121,14 @@ class EquilibriumPropagation(RelaxedMode):
         problem = NudgedProblem.pose(equilibrium, returned, self.metric, self.correction, self.piecewise)
         amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.eps)
         start, limit = self._first_guess(problem, amplitude)
-        if self._starts_at_limit:
-            amplitude = amplitude.for_displacement(norm(start) / problem.force_size)
+        if self._chooses_amplitude:
+            growth = norm(start) / problem.force_size if self.correction else equilibrium.memory.growth
+            amplitude = amplitude.for_displacement(growth)
         amplitude.require_visible()
         displacement, report = self._solve_from(problem, amplitude, start)
         report = limit + report
+        if self._chooses_amplitude and self.correction is None:
+            displacement, report = self._at_the_amplitude_of_the_way(problem, amplitude, displacement, report)
         what = f"the {stencil.name} nudge (beta = {report.beta:.2g})"
         if self.on_divergence == "ift" and not report.is_usable:
             return fall_back(self, equilibrium, what, report)
@@ -133,11 +138,31 @@ class EquilibriumPropagation(RelaxedMode):
         )
         self.finish(equilibrium, what, v, report)
         _warn_of_truncation(equilibrium, amplitude, report)
+        if self._chooses_amplitude:
+            _warn_of_the_way(equilibrium, stencil, report, norm(displacement) / problem.force_size)
         return v.to(equilibrium.z.dtype), report
 
     @property
+    def _chooses_amplitude(self) -> bool:
+        return cast(Stencil, self.stencil).beta == "auto" and self.scale == "relative"
+
+    def _at_the_amplitude_of_the_way(
+        self, problem: NudgedProblem, amplitude: Amplitude, displacement: Tensor, report: NudgeReport
+    ) -> tuple[Tensor, NudgeReport]:
+        """Solved again at a smaller amplitude, if the displacement is much larger than what that was chosen for."""
+        memory, growth = problem.equilibrium.memory, norm(displacement) / problem.force_size
+        expected = memory.growth
+        # In powers of three, so that an amplitude stays as it is from one pass to the next.
+        memory.growth = _MUCH_LARGER ** max(0, int(math.log(growth, _MUCH_LARGER))) if growth > 0 else 1.0
+        if not report.is_usable or memory.growth <= expected:
+            return displacement, report
+        smaller = amplitude.for_displacement(memory.growth / expected)
+        displacement, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
+        return displacement, replace(report + again, residual=again.residual, solved=again.solved)
+
+    @property
     def _starts_at_limit(self) -> bool:
-        return self.correction is not None and cast(Stencil, self.stencil).beta == "auto"
+        return self.correction is not None and self._chooses_amplitude
 
     def _first_guess(self, problem: NudgedProblem, amplitude: Amplitude) -> tuple[Tensor, NudgeReport]:
         """With the asymmetric correction, the limit of vanishing nudges: it takes VJPs alone."""
@@ -199,6 +224,17 @@ class EquilibriumPropagation(RelaxedMode):
         return displacement, replace(
             report, backward=repr(self), beta=amplitude.relative, nudge=amplitude.absolute, tol=tol
         )
+
+
+def _warn_of_the_way(equilibrium: Equilibrium, stencil: Stencil, report: NudgeReport, growth: float) -> None:
+    moved = report.beta * growth
+    if stencil.is_real and report.converged and moved**stencil.order > _COARSE:
+        finding = f"the {stencil.name} nudge moved the state by {moved:.0%} of its norm, which is no small nudge"
+        advice = (
+            f"Its error is of the order of {moved**stencil.order:.0%}. The dtype of f is too coarse for a smaller one: "
+            "keep the state in float32, or use 'ift', 'ep-infinitesimal' or a stencil of higher order."
+        )
+        equilibrium.memory.warn(PrecisionWarning, "displacement", finding, lambda: advice, moved)
 
 
 def _warn_of_truncation(equilibrium: Equilibrium, amplitude: Amplitude, report: NudgeReport) -> None:

@@ -38,6 +38,7 @@ class Memory:
         passes: Backward passes so far.
         independent: Whether rows were found independent, by their layout and by whether `f` records statistics.
         calls: Calls of `f` that finding out took.
+        growth: How many times larger than the force the displacement was in the last pass, as a power of three.
         tallies: What was found, by kind of warning and by what it was about.
 
     Example:
@@ -55,6 +56,7 @@ class Memory:
     passes: int = 0
     independent: dict[Any, bool] = field(default_factory=dict)
     calls: int = 0
+    growth: float = 1.0
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
 
     def warn(
