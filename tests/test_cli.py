@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -29,6 +30,9 @@ class Model(torch.nn.Module):
 
 def make():
     return Model(), (torch.randn(3, 4), torch.randn(3, 4)), torch.nn.functional.mse_loss
+
+def overflowing():
+    return Model(), torch.randn(3, 4), lambda outputs: (outputs * torch.inf).sum()
 
 def pair():
     return Model(), torch.randn(3, 4)
@@ -77,6 +81,9 @@ def test_compare_prints_the_table_and_writes_every_file(problems: Path, capsys: 
     assert plain["sentence"] in markdown
     assert plain["sentence"].split(" (")[0] in printed
     assert "anderson" in printed
+    assert 0 < plain["spectral_radius"] < 1
+    assert f"Free phase: relative residual {plain['free_residual']:.1e}" in printed
+    assert "Reference: dense" in markdown
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in problems.iterdir() if path.suffix != ".py" and path.is_file()} == {
         "out.json",
@@ -108,6 +115,32 @@ def test_diagnose_prints_the_tables_and_writes_every_file(problems: Path, capsys
     assert layer["symmetry"]["asymmetry_se"] > 0
     assert layer["advice"] in markdown
     assert (problems / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["compare", "diagnose"])
+@pytest.mark.usefixtures("problems")
+def test_a_problem_without_a_gradient_still_ends_in_a_table(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "problems_of_mine:overflowing", "--backward", "ep", "--json", "out.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "NonFiniteError: the cotangent" in printed
+    assert "spectral" in printed.lower()
+    assert json.loads(Path("out.json").read_text())
+
+
+@pytest.mark.parametrize("command", ["compare", "diagnose"])
+@pytest.mark.usefixtures("problems")
+def test_progress_is_drawn_without_a_thread(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, threads, drawn = pytest.importorskip("rich.progress").Progress, [], []
+
+    def update(self: object, task: object, **fields: object) -> None:
+        drawn.append(fields)
+        threads.append(threading.active_count())
+
+    monkeypatch.setattr(progress, "update", update)
+    before = threading.active_count()
+    assert cli.main([command, "problems_of_mine:make", "--backward", "ep"]) == 0
+    assert drawn[-1]["completed"] == drawn[-1]["total"]
+    assert set(threads) == {before}
 
 
 @pytest.mark.parametrize(

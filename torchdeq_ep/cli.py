@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -180,9 +181,8 @@ def _compare(options: argparse.Namespace) -> int:
     if options.repeats < 1:
         raise InvalidOptionError(f"--repeats must be at least 1, not {options.repeats}.")
     console, (model, batch, loss_fn) = _prepare(options)
-    # No spinner: its thread would compete with what is being timed.
-    console.print("measuring ...")
-    table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats)
+    with _progress(console) as show:
+        table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats, on_progress=show)
     _show(console, table)
     _write_results(options, table, f"{table.to_markdown()}\n\n{table.sentence()}")
     return 0
@@ -191,8 +191,8 @@ def _compare(options: argparse.Namespace) -> int:
 def _diagnose(options: argparse.Namespace) -> int:
     get_backward(options.backward)
     console, (model, batch, loss_fn) = _prepare(options)
-    console.print("diagnosing ...")
-    diagnosis = diagnose(model, batch, loss_fn, options.backward)
+    with _progress(console) as show:
+        diagnosis = diagnose(model, batch, loss_fn, options.backward, on_progress=show)
     console.print(*to_rich_tables(diagnosis), sep="\n")
     for layer in diagnosis.layers:
         for note in layer.notes:
@@ -201,6 +201,18 @@ def _diagnose(options: argparse.Namespace) -> int:
         console.print(line, markup=False, highlight=False)
     _write_results(options, diagnosis, diagnosis.to_markdown())
     return 0
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that is drawn when it is told of a step and at no other time: a thread would compete with what is timed."""
+    bars = require("rich.progress", "rich", "The progress bar")
+    escape = require("rich.markup", "rich", "The progress bar").escape  # a spec may look like formatting
+    with bars.Progress(console=console, transient=True, auto_refresh=False) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda what, done, total: progress.update(
+            bar, description=escape(what), completed=done, total=total, refresh=True
+        )
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, Problem]:
@@ -242,6 +254,7 @@ def _show(console: Any, table: Comparison) -> None:
             console.print(f"{row.label}: {note}", markup=False, highlight=False, style="dim")
     for note in table.warnings:
         console.print(f"reference: {note}", markup=False, highlight=False, style="dim")
+    console.print(table.conditions(), markup=False, highlight=False)
     console.print(table.sentence(), markup=False, highlight=False)
 
 

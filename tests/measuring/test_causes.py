@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-import sys
+import time
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ from torch import nn
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.jacobian.linearization import dense_jacobian
-from torchdeq_ep.measuring.causes import _advice
-from torchdeq_ep.measuring.diagnosis import Part, Parts
+from torchdeq_ep.measuring import splitting
 
 
 class Model(nn.Module):
@@ -105,18 +104,10 @@ def test_advice_names_the_largest_cause(backward, options, word):
 
 
 def test_the_asymmetric_correction_leaves_nothing_to_mend(monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[Part.__module__], "AMPLITUDES", (1e-3,)
-    )  # nothing here depends on the sweep, which is slow
+    monkeypatch.setattr(splitting, "AMPLITUDES", (1e-3,))  # nothing here depends on the sweep, which is slow
     layer = _parts.__wrapped__("aep", skew=0.2)
     assert "nothing to mend" in layer.advice
     assert layer.symmetry.symmetry < 0.9
-
-
-def test_advice_about_an_early_stop_names_the_residual():
-    small, large = Part(1e-4, 1.0), Part(0.2, 0.98)
-    advice = _advice(Parts(small, small, large, large), beta=1e-3, best=1e-3, residual=0.05)
-    assert "stopped early (20%; the free phase at a relative residual of 5e-02)" in advice
 
 
 def test_the_sweep_approaches_the_floor_from_below_and_the_best_amplitude_is_on_it():
@@ -178,7 +169,7 @@ class ForwardOnly(torch.autograd.Function):
 
 
 def test_a_symmetry_that_cannot_be_measured_hides_nothing_else(monkeypatch):
-    monkeypatch.setattr(sys.modules[Part.__module__], "AMPLITUDES", (1e-3,))
+    monkeypatch.setattr(splitting, "AMPLITUDES", (1e-3,))
 
     class Once(Model):
         def forward(self, inputs):
@@ -190,7 +181,8 @@ def test_a_symmetry_that_cannot_be_measured_hides_nothing_else(monkeypatch):
     (layer,) = diagnosis.layers
     assert layer.symmetry is None
     assert 0 < layer.spectral_radius < 1
-    assert "| deq | - | - |" in diagnosis.to_markdown()
+    assert "| deq | no products | no products |" in diagnosis.to_markdown()
+    assert any(note.startswith("no symmetry: JacobianProductError") for note in layer.notes)
 
 
 def test_each_of_several_deqs_is_diagnosed_once():
@@ -216,6 +208,128 @@ def test_each_of_several_deqs_is_diagnosed_once():
     assert diagnosis.advice[1].startswith("deq: Most of the error is the asymmetry")
 
 
+def test_each_deq_has_its_own_name_whatever_the_order_of_registration(monkeypatch):
+    monkeypatch.setattr(splitting, "STENCILS", {})
+
+    class Crossed(Model):
+        """`late` is registered first and called last; `early` is called twice."""
+
+        def __init__(self):
+            super().__init__()
+            del self.deq
+            self.late, self.early = torchdeq.get_deq(f_tol=1e-12), torchdeq.get_deq(f_tol=1e-12)
+
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+            for _ in range(2):
+                x = self.early(lambda z, x=x: 0.2 * torch.tanh(z @ self.weight.T) + x, torch.zeros_like(x))[0][-1]
+            return self.late(lambda z: 0.3 * z + x, torch.zeros_like(x))[0][-1]
+
+    diagnosis = tep.diagnose(Crossed(), (BATCH[0], torch.zeros(5, 6, dtype=torch.float64)), nn.functional.mse_loss)
+    assert [layer.name for layer in diagnosis.layers] == ["late", "early (call 2 of 2)", "early (call 1 of 2)"]
+    assert diagnosis.layers[0].spectral_radius == pytest.approx(0.3, rel=1e-6)
+    assert diagnosis.layers[1].spectral_radius < 0.2
+
+
+def _small(monkeypatch, loss_fn=nn.functional.mse_loss, model=None, backward="ep", **options):
+    monkeypatch.setattr(splitting, "AMPLITUDES", (1e-3, 1e-1))
+    torch.manual_seed(0)
+    diagnosis = tep.diagnose(model or Model(**options), BATCH, loss_fn, backward)
+    assert len(diagnosis.to_markdown().splitlines()) >= 7 + len(diagnosis.layers)
+    json.dumps(diagnosis.to_dict(), allow_nan=False)
+    return diagnosis.layers[0]
+
+
+def test_a_cotangent_that_is_not_finite_ends_in_a_table(monkeypatch):
+    layer = _small(monkeypatch, lambda outputs, targets: (outputs * torch.inf).sum())
+    assert layer.error_vector.total.reason == "no estimate"
+    assert layer.error_vector.asymmetry.reason == "no limit"
+    assert math.isnan(layer.exact_residual)
+    assert layer.spectral_radius < 1  # which does not depend on the cotangent
+    assert layer.advice.startswith("There is no exact adjoint (NonFiniteError")
+    assert any(note.startswith("no estimate: NonFiniteError") for note in layer.notes)
+
+
+def test_a_cotangent_of_zero_ends_in_a_table(monkeypatch):
+    layer = _small(monkeypatch, lambda outputs, targets: (0.0 * outputs).sum())
+    assert layer.error_vector.total.reason == "exact one is zero"
+    assert layer.advice.startswith("The cotangent is zero")
+
+
+def test_a_free_phase_that_did_not_converge_is_named_first(monkeypatch):
+    model = Model(skew=0.2)
+    model.deq = torchdeq.get_deq(f_max_iter=1, f_tol=1e-9)
+    layer = _small(monkeypatch, model=model)
+    assert layer.residual > 1e-2 > 1e-6 > layer.settled_residual
+    assert layer.advice.startswith("The free phase stopped at a relative residual of")
+
+
+def test_no_error_is_advised_on_that_is_itself_not_known(monkeypatch):
+    monkeypatch.setattr(splitting.capturing, "LARGEST_DENSE", 4)
+    monkeypatch.setattr(splitting, "LARGE", splitting.Effort(3, 1e-4, 3, 1e-3))
+    layer = _small(monkeypatch, skew=0.2)
+    assert layer.exact_residual > 1e-3
+    assert "The exact adjoint is itself not known" in layer.advice
+    assert "Most of the error" not in layer.advice
+    assert any(note.startswith("the exact adjoint stopped at a relative residual") for note in layer.notes)
+
+
+def test_a_singular_jacobian_ends_in_a_table(monkeypatch):
+    class Identity(Model):
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+            return self.readout(self.deq(lambda z: z + 0.0 * self.weight.sum(), x)[0][-1])
+
+    layer = _small(monkeypatch, model=Identity())
+    assert layer.spectral_radius == pytest.approx(1.0)
+    assert "I - J is singular" in layer.advice
+
+
+def test_a_map_that_raises_when_it_is_nudged_ends_in_a_table(monkeypatch):
+    class Moody(Model):
+        calls = 0
+
+        def forward(self, inputs):
+            x = self.encoder(inputs)
+
+            def f(z):
+                self.calls += 1
+                if self.calls > 40:
+                    raise ValueError("enough")
+                return 0.5 * torch.tanh(z @ self.weight.T) + x
+
+            return self.readout(self.deq(f, torch.zeros_like(x))[0][-1])
+
+    model = Moody()
+    model.deq = torchdeq.get_deq(f_solver="fixed_point_iter", f_max_iter=30, f_tol=1e-13)
+    layer = _small(monkeypatch, model=model)
+    assert any("ValueError: enough" in note for note in layer.notes)
+
+
+def test_progress_goes_from_nothing_to_all_of_it():
+    seen = []
+    torch.manual_seed(0)
+    tep.diagnose(Model(), BATCH, nn.functional.mse_loss, on_progress=lambda *step: seen.append(step))
+    assert [done for _, done, _ in seen] == list(range(seen[-1][2] + 1))
+    assert {total for *_, total in seen} == {1 + splitting.STEPS}
+    assert seen[0][0] == "the equilibria"
+    assert ("deq: the exact adjoint", 3, 1 + splitting.STEPS) in seen
+
+
+@pytest.mark.slow
+def test_an_ordinary_trained_model_is_diagnosed_within_a_minute(trained_cnn):
+    model, batch = trained_cnn
+    start = time.perf_counter()
+    (layer,) = tep.diagnose(model, batch, nn.functional.cross_entropy).layers
+    assert time.perf_counter() - start < 60
+    assert layer.exact_residual < 1e-3
+    assert math.isfinite(layer.error_vector.total.relative)
+    assert layer.spectral_radius > 0.9
+    assert layer.symmetry is not None
+    assert all(math.isfinite(value) for name in ("one-sided", "symmetric") for value in layer.sweep[name])
+    assert any(note.startswith("contour-4: NotHolomorphicError") for note in layer.notes)
+
+
 def test_what_the_mode_warned_about_is_kept():
     assert any("ConvergenceWarning" in note for note in _parts("ep:max_iter=3").notes)
     assert not _parts().notes
@@ -237,7 +351,9 @@ def test_forms(tmp_path):
     table = diagnosis.to_markdown()
     assert "| deq: error vector |" in table
     assert "| encoder.weight |" in table
-    assert "| DEQ | symmetry | asymmetry | spectral radius | beta | best beta |" in table
+    assert (
+        "| DEQ | symmetry | asymmetry | spectral radius | free residual | exact residual | beta | best beta |" in table
+    )
     assert table.splitlines()[-1] == diagnosis.layers[0].advice
     diagnosis.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").stat().st_size > 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 import torchdeq
 from torch import Tensor, nn
 
-from torchdeq_ep.errors import InvalidOptionError, NoDEQError, NonFiniteError, UnknownBackwardError
+from torchdeq_ep.errors import InvalidOptionError, NoDEQError, UnknownBackwardError
 from torchdeq_ep.measuring import capture as capture_module
+from torchdeq_ep.measuring import comparison as comparison_module
 from torchdeq_ep.measuring.comparison import compare, plan
 from torchdeq_ep.measuring.tables import Comparison, Row
 from torchdeq_ep.modes.registry import available_backwards
@@ -229,12 +232,131 @@ def test_losses_that_define_no_gradient_are_refused() -> None:
         compare(model, data, lambda outputs, _: model.read_out.weight.sum(), ["ep"])
 
 
-def test_a_singular_problem_has_no_reference() -> None:
+def _checked(table: Comparison) -> Comparison:
+    """A table in every form."""
+    markdown = table.to_markdown()
+    assert len(markdown.splitlines()) >= 2 + len(table.rows)
+    json.dumps(table.to_dict(), allow_nan=False)
+    assert table.sentence().endswith(".")
+    return table
+
+
+def test_a_singular_problem_is_compared_with_what_comes_closest() -> None:
     model = Linear()
     with torch.no_grad():
-        model.weight.copy_(torch.eye(N))
-    with pytest.raises(NonFiniteError, match="singular"):
-        compare(model, batch(), mean_square, ["ep"])
+        model.weight.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.5, 0.5, 0.5, 0.5])))
+    table = _checked(compare(model, batch(), mean_square, ["ift", "ep"], repeats=1))
+    assert table.reference == "least squares"
+    assert any("I - J is singular" in note for note in table.warnings)
+    assert table.reference_residual > 1e-3
+    assert table.spectral_radius == pytest.approx(1.0, abs=0.01)
+    assert "The reference itself is not exact" in table.sentence()
+
+
+def test_a_cotangent_that_is_not_finite_has_rows_that_say_so() -> None:
+    table = _checked(compare(Linear(), batch(), lambda y, t: (y * torch.inf).sum(), ["ift", "ep"], repeats=1))
+    assert table.reference == "none"
+    assert [row.error.partition(":")[0] for row in table.rows] == ["NonFiniteError"] * 2
+    assert table.sentence() == "No mode could be measured: there is no reference; ift, ep failed."
+    assert table.free_residual < 1e-10
+    assert table.spectral_radius < 1
+
+
+def test_a_mode_is_measured_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("no memory for that")
+
+    monkeypatch.setattr(capture_module, "dense_jacobian", fail)
+    table = _checked(compare(Linear(), batch(), mean_square, ["ep"], repeats=1))
+    (row,) = table.rows
+    assert row.milliseconds > 0
+    assert math.isnan(row.adjoint_error)
+    assert table.to_markdown().splitlines()[2].count("no reference") == 4
+    assert "RuntimeError: no memory for that" in table.warnings
+
+
+def test_a_cotangent_of_zero_and_a_state_of_zero_and_a_single_sample_each_end_in_a_table() -> None:
+    table = _checked(compare(Linear(), batch(), lambda y, t: (0.0 * y).sum(), ["ift", "ep"], repeats=1))
+    assert table.reference == "zero"
+    assert "| zero |" in table.to_markdown()
+    assert "the cotangent is zero" in table.sentence()
+
+    class Homogeneous(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            drive = torch.zeros_like(x)
+            return self.read_out(self.deq(lambda z: torch.tanh(z @ self.weight.T) + drive, drive)[0][-1])
+
+    table = _checked(compare(Homogeneous(), batch(), mean_square, ["ift", "ep"], repeats=1))
+    assert table.rows[0].adjoint_error < 1e-6
+    assert table.rows[1].error == ""
+    table = _checked(compare(Homogeneous(), batch(1), mean_square, ["ift", "ep"], repeats=1))
+    assert table.state_entries == N
+    assert all(math.isfinite(row.adjoint_error) for row in table.rows)
+
+
+def test_a_reference_that_stops_early_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "LARGEST_DENSE", 4)
+    monkeypatch.setattr(comparison_module, "capture_all", functools.partial(capture_module.capture_all, max_iter=2))
+    table = _checked(compare(Linear(0.9), batch(), mean_square, ["ep"], repeats=1))
+    assert table.reference_residual > 1e-3
+    assert f"stopped at a relative residual of {table.reference_residual:.0e}" in table.sentence()
+    assert "closest to the reference gradient" in table.sentence()
+    assert table.to_dict()["reference_residual"] == table.reference_residual
+
+
+def test_a_mode_that_raises_later_keeps_what_it_has() -> None:
+    calls = []
+
+    def tired(f: Any, z: Tensor, g: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) > 3:
+            raise RuntimeError("tired")
+        return g
+
+    (row,) = _checked(compare(Linear(), batch(), mean_square, [tired], repeats=1)).rows
+    assert math.isfinite(row.gradient_error)
+    assert math.isnan(row.milliseconds)
+    assert row.notes == ("no time: RuntimeError: tired",)
+    (row,) = _checked(compare(Linear(), batch(), mean_square, [lambda f, z, g: g[:1]], repeats=1)).rows
+    assert row.error.startswith("InvalidOptionError: the mode returned")
+
+
+def test_a_report_that_is_not_usable_is_in_the_notes_of_each_mode_it_holds_for() -> None:
+    modes = ["ift:max_iter=1", "ep:max_iter=1,on_divergence=accept", "ift"]
+    table = _checked(compare(Linear(0.95), batch(), mean_square, modes, repeats=1))
+    for row in table.rows[:2]:
+        assert row.usable is False
+        assert row.notes[0].startswith("no usable estimate: a relative residual of")
+        assert row.notes[1].startswith("ConvergenceWarning")  # what one mode warns of does not silence the next
+    assert table.rows[2].usable is True
+
+
+def test_the_conditions_are_those_of_the_model() -> None:
+    model = Linear()
+    table = compare(model, batch(), mean_square, ["ift"], repeats=1)
+    assert table.spectral_radius == pytest.approx(
+        float(torch.linalg.eigvals(model.weight.detach()).abs().max()), rel=0.05
+    )
+    assert table.free_residual < 1e-10
+    assert table.to_markdown().splitlines()[-1] == table.conditions()
+    assert table.conditions().startswith("Free phase: relative residual")
+    assert table.reference_residual < 1e-12
+
+
+def test_progress_goes_from_nothing_to_all_of_it() -> None:
+    seen: list[tuple[str, int, int]] = []
+    compare(Linear(), batch(), mean_square, ["ift", "ep"], repeats=3, on_progress=lambda *step: seen.append(step))
+    names = ["the exact gradient", "the spectral radius", "ift", "ep", "times", "done"]
+    assert seen == [(name, k, 5) for k, name in enumerate(names)]
+
+
+@pytest.mark.slow
+def test_an_ordinary_trained_model_is_compared(trained_cnn: Any) -> None:
+    table = _checked(compare(*trained_cnn, nn.functional.cross_entropy, ["ift", "ep-one-sided", "ep"], repeats=1))
+    assert all(math.isfinite(row.gradient_error) for row in table.rows)
+    assert table.reference == "ift"
+    assert table.reference_residual < 1e-3
+    assert table.spectral_radius > 0.9
 
 
 @pytest.mark.parametrize("name", ["auto", "plain"])

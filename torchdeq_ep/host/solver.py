@@ -42,7 +42,7 @@ def relaxation_solver(
         stop_mode: `"abs"`: the norm of a row of `func(x) - x`. `"rel"`: relative to that of `func(x)`.
         indexing: Numbers of iterations, from 1, whose values are to be returned as well.
         memory: Number of differences of values that the mixing combines, 1 for plain iteration. By default 6 and, where
-            that is slow, 20.
+            that is slow, 20, or 10 for each row.
 
     Returns:
         The value of `func` with the smallest residual; the values at `indexing`; and torchdeq's statistics, with one

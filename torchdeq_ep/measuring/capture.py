@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError, NonFiniteError
-from torchdeq_ep.host import use_backward
+from torchdeq_ep.host import deqs_of, use_backward
 from torchdeq_ep.jacobian import dense_jacobian
 from torchdeq_ep.modes import ImplicitDifferentiation, Mode, ModeLike, NudgeReport
-from torchdeq_ep.state import Autocast, Equilibrium, norm, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, Memory, relative_difference, undisturbed
 
 LARGEST_DENSE = 4096
 """States with more entries than this have no dense reference: the Jacobian would not fit."""
 REFERENCE_STEPS = 1000
+"""Largest number of products with `J^T` for the reference of a larger state."""
+CERTAIN = 1e-3
+"""A reference whose relative residual is above this is not exact enough to be called so."""
 _NOTE_LENGTH = 160
 
 
@@ -78,10 +82,23 @@ class Trial:
     parameters: list[nn.Parameter]
     found: Found
 
-    def gradient(self, mode: ModeLike) -> tuple[list[Tensor], tuple[str, ...]]:
-        """The gradient of each parameter under a mode, and what the backward pass warned about."""
+    def gradient(self, mode: ModeLike | Sequence[ModeLike]) -> tuple[list[Tensor], tuple[str, ...]]:
+        """The gradient of each parameter, and what the backward pass warned about.
+
+        Args:
+            mode: One for all DEQs, or one for each, in the order of `model.modules()`.
+
+        Returns:
+            Gradients in the order of the parameters, zero where there is none; warnings in short.
+
+        Raises:
+            InvalidOptionError: If the loss is no scalar that can be differentiated.
+        """
         self.found.restore()
-        with use_backward(self.model, mode):
+        deqs = deqs_of(self.model)
+        with ExitStack() as switched:
+            for deq, own in zip(deqs, mode if isinstance(mode, Sequence) else [mode] * len(deqs), strict=True):
+                switched.enter_context(use_backward(deq, own))
             loss = loss_of(self.model, self.batch, self.loss_fn)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -137,67 +154,204 @@ def _first_parameter(function: Callable[..., Any]) -> str | None:
 
 
 @dataclass(frozen=True)
+class Adjoint:
+    """What is known of the exact adjoint of an equilibrium.
+
+    Args:
+        vector: The error vector, in float64; NaN where there is none.
+        method: `"dense"`: a linear system solved in float64. `"ift"`: implicit differentiation. `"least squares"`:
+            `I - J` is singular, and this is what comes closest. `"zero"`: the cotangent is. `"none"`: there is none.
+        residual: Of `v = J^T v + g`, relative to `g`; NaN where there is no vector.
+        note: Why it is not exact, in short, or an empty text.
+
+    Example:
+        >>> Adjoint(torch.ones(2, dtype=torch.float64), "ift", residual=0.02).is_known
+        False
+    """
+
+    vector: Tensor
+    method: str
+    residual: float
+    note: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is exact, for the purposes of a comparison."""
+        return self.residual <= CERTAIN
+
+
+@dataclass(frozen=True)
 class Capture:
     """An equilibrium as the backward pass met it, with its exact adjoint in float64 and how that was found."""
 
     equilibrium: Equilibrium
     autocast: Autocast
-    exact: Tensor
-    method: str
+    adjoint: Adjoint
+    deq: str = ""
+
+    @property
+    def exact(self) -> Tensor:
+        """The exact adjoint, in float64."""
+        return self.adjoint.vector
+
+    @property
+    def method(self) -> str:
+        """How it was found; see `Adjoint`."""
+        return self.adjoint.method
+
+    def anew(self) -> Capture:
+        """The same for another mode, which is to be warned about by itself."""
+        return replace(self, equilibrium=_unspoken(self.equilibrium))
 
 
 @dataclass(frozen=True, eq=False)
 class Reference(Mode):
-    """A backward mode that is exact, and keeps every equilibrium it is given."""
+    """A backward mode that is exact, and keeps every equilibrium it is given. It never raises: see `Adjoint.note`.
+
+    Args:
+        captures: The equilibria.
+        deq: Name of the DEQ that it is the mode of.
+        silent: Equilibria whose cotangent is zero, which have no part in the gradient.
+        tol: Relative residual at which implicit differentiation stops, for states too large for a dense system; by
+            default 10 times the rounding error.
+        max_iter: Largest number of its products with `J^T`.
+    """
 
     captures: list[Capture] = field(default_factory=list)
+    deq: str = ""
+    silent: list[Capture] = field(default_factory=list)
+    tol: float | None = None
+    max_iter: int = REFERENCE_STEPS
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        equilibrium.require_finite()
         with undisturbed():
             return self._solve(equilibrium)
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        if norm(equilibrium.cotangent) == 0.0:
-            return torch.zeros_like(equilibrium.z), NudgeReport("reference")
-        if equilibrium.z.numel() <= LARGEST_DENSE:
-            exact, method = dense_adjoint(equilibrium), "dense"
-        else:
-            tight = ImplicitDifferentiation(max_iter=REFERENCE_STEPS, tol=equilibrium.eps)
-            exact, method = tight.solve(equilibrium)[0].double(), "ift"
-        autocast = Autocast.current(equilibrium.z.device.type)
-        self.captures.append(Capture(equilibrium, autocast, exact, method))
-        return exact.to(equilibrium.z.dtype), NudgeReport("reference")
+        found = exact_adjoint(equilibrium, self.tol, self.max_iter)
+        capture = Capture(equilibrium, Autocast.current(equilibrium.z.device.type), found, self.deq)
+        (self.silent if found.method == "zero" else self.captures).append(capture)
+        report = NudgeReport("reference", residual=found.residual, converged=found.is_known)
+        return found.vector.to(equilibrium.z.dtype), report
 
 
-def dense_adjoint(equilibrium: Equilibrium) -> Tensor:
-    """`(I - J^T)^-1 g` with the dense Jacobian in the dtype of the state, and the linear system in float64.
+def capture_all(
+    trial: Trial, tol: float | None = None, max_iter: int = REFERENCE_STEPS
+) -> tuple[list[Tensor], tuple[Capture, ...], tuple[str, ...]]:
+    """One exact backward pass, in which each DEQ has a reference of its own.
 
     Args:
-        equilibrium: A free equilibrium of moderate size.
+        trial: The model.
+        tol: As for `Reference`.
+        max_iter: Likewise.
 
     Returns:
-        A float64 tensor of the shape of the state.
+        The gradient of each parameter; the equilibria in the order of the backward pass, by name, those with a zero
+        cotangent only if there is no other; and what there is to say of the reference.
 
     Raises:
-        NonFiniteError: If `I - J` is singular.
+        InvalidOptionError: If the loss reaches no equilibrium.
+    """
+    names = {module: name for name, module in trial.model.named_modules()}
+    captures: list[Capture] = []
+    silent: list[Capture] = []
+    references = [Reference(captures, names[deq], silent, tol, max_iter) for deq in deqs_of(trial.model)]
+    gradient, notes = trial.gradient(references)
+    found = _numbered(captures or silent)
+    if not found:
+        raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
+    said = dict.fromkeys([*notes, *(capture.adjoint.note for capture in found if capture.adjoint.note)])
+    return gradient, found, tuple(said)
+
+
+def _numbered(captures: Sequence[Capture]) -> tuple[Capture, ...]:
+    """With the number of the call in the name of a DEQ that is called more than once; the last comes first."""
+    total = Counter(capture.deq for capture in captures)
+    left, numbered = Counter(total), []
+    for capture in captures:
+        name = capture.deq
+        if total[name] > 1:
+            capture = replace(capture, deq=f"{name} (call {left[name]} of {total[name]})".strip())
+            left[name] -= 1
+        numbered.append(capture)
+    return tuple(numbered)
+
+
+def _unspoken(equilibrium: Equilibrium) -> Equilibrium:
+    """The same, as if nothing had been said of it: what one solve warns of must not silence the next."""
+    return replace(equilibrium, memory=Memory(independent=equilibrium.memory.independent))
+
+
+def exact_adjoint(equilibrium: Equilibrium, tol: float | None = None, max_iter: int = REFERENCE_STEPS) -> Adjoint:
+    """The exact adjoint as well as it can be had: it is said how, and never raised.
+
+    Args:
+        equilibrium: A free equilibrium.
+        tol: Relative residual at which implicit differentiation stops; by default 10 times the rounding error.
+        max_iter: Largest number of its products with `J^T`.
+
+    Returns:
+        The vector, its residual, and why it is not exact.
 
     Example:
-        >>> import torch
         >>> matrix, ones = torch.tensor([[0.0, 0.5], [0.0, 0.0]]), torch.ones(2)
-        >>> dense_adjoint(Equilibrium(lambda z: matrix @ z, torch.zeros(2), torch.zeros(2), ones, 1e-7))
+        >>> exact_adjoint(Equilibrium(lambda z: matrix @ z, torch.zeros(2), torch.zeros(2), ones, 1e-7)).vector
         tensor([1.0000, 1.5000], dtype=torch.float64)
+        >>> free = Equilibrium(lambda z: z + 0 * z**2, torch.zeros(2), torch.zeros(2), torch.ones(2), 1e-7)
+        >>> found = exact_adjoint(free)  # I - J is zero
+        >>> found.method, found.residual, found.note[:34]
+        ('least squares', 1.0, 'NonFiniteError: I - J is singular ')
     """
+    if equilibrium.cotangent_size == 0.0:
+        return Adjoint(torch.zeros_like(equilibrium.z, dtype=torch.float64), "zero", 0.0, "the cotangent is zero")
+    try:
+        equilibrium.require_finite()
+        if equilibrium.z.numel() <= LARGEST_DENSE:
+            return _dense(equilibrium)
+        mode = ImplicitDifferentiation(max_iter=max_iter, tol=tol or 10 * equilibrium.eps, on_divergence="accept")
+        vector, report = mode.solve(_unspoken(equilibrium))
+    except Exception as error:  # the others' figures do not depend on it
+        nothing = torch.full_like(equilibrium.z, torch.nan, dtype=torch.float64)
+        return Adjoint(nothing, "none", torch.nan, short(error))
+    return Adjoint(vector.double(), "ift", report.residual)
+
+
+def _dense(equilibrium: Equilibrium) -> Adjoint:
+    matrix, force = _system(equilibrium)
+    try:
+        vector, method, note = _solved(matrix, force), "dense", ""
+    except NonFiniteError as error:
+        if not bool(torch.isfinite(matrix).all()):
+            raise NonFiniteError("the Jacobian at the fixed point is not finite.") from error
+        vector, method, note = _least_squares(matrix, force), "least squares", short(error)
+    residual = relative_difference(matrix @ vector, force)
+    return Adjoint(vector.reshape(equilibrium.z.shape), method, residual, note)
+
+
+def _least_squares(matrix: Tensor, force: Tensor) -> Tensor:
+    """By normal equations, damped by a millionth: LAPACK's drivers take a minute, or are wrong at random ("gelsy")."""
+    normal = matrix.T @ matrix
+    normal.diagonal().add_(1e-12 * normal.diagonal().mean() + torch.finfo(normal.dtype).tiny)
+    estimate: Tensor = torch.linalg.solve_ex(normal, matrix.T @ force)[0]
+    return estimate
+
+
+def _system(equilibrium: Equilibrium) -> tuple[Tensor, Tensor]:
+    """`I - J^T` and `g`: the Jacobian in the dtype of the state, the linear system in float64."""
     matrix = dense_jacobian(equilibrium.f, equilibrium.z).double().neg_().T
     matrix.diagonal().add_(1.0)
-    solution, status = torch.linalg.solve_ex(matrix, equilibrium.cotangent.double().flatten())
+    return matrix, equilibrium.cotangent.double().flatten()
+
+
+def _solved(matrix: Tensor, force: Tensor) -> Tensor:
+    solution, status = torch.linalg.solve_ex(matrix, force)
     if int(status) != 0 or not bool(torch.isfinite(solution).all()):
         raise NonFiniteError(
-            "I - J is singular at the fixed point, so no gradient exists that modes could be compared with. Look for a "
-            "direction that f passes on unchanged, such as a residual connection without a final norm."
+            "I - J is singular at the fixed point, so no exact gradient exists. Look for a direction that f passes on "
+            "unchanged, such as a residual connection without a final norm."
         )
-    adjoint: Tensor = solution.reshape(equilibrium.z.shape)
-    return adjoint
+    vector: Tensor = solution
+    return vector
 
 
 @contextmanager

@@ -8,10 +8,10 @@ come from a forward and backward pass of the whole model with that mode.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.host import deqs_of
-from torchdeq_ep.measuring.capture import Capture, Reference, Trial, caught_warnings, left_as_found, short
+from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
+from torchdeq_ep.measuring.capture import Capture, Trial, capture_all, caught_warnings, left_as_found, short
+from torchdeq_ep.measuring.costs import milliseconds
+from torchdeq_ep.measuring.costs import peak_memory as peak_memory
 from torchdeq_ep.measuring.tables import Comparison, Row
-from torchdeq_ep.modes import Mode, ModeLike, available_backwards, get_backward
+from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, check_solver
-from torchdeq_ep.state import Map, cosine, norm, undisturbed
+from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed
 
 OWN_SOLVER = "own"
+OnProgress = Callable[[str, int, int], None]
+"""Told what is measured next, how many steps of the whole are done, and how many there are."""
 
 
 def compare(
@@ -37,6 +42,7 @@ def compare(
     solvers: Sequence[str | Solver | None] | str | Solver | None = None,
     *,
     repeats: int = 5,
+    on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Measure backward modes on a model and a batch: how exact, how fast, how large.
 
@@ -60,15 +66,17 @@ def compare(
         solvers: What drives each of them: names of solvers registered with torchdeq, callables of the same signature,
             and `None` for the package's own relaxation, which is the default.
         repeats: Number of timings of each mode; the median counts. Modes take turns, so drift of the machine hits all.
+        on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end, and not
+            between timings.
 
     Returns:
-        The table; see [`Comparison`][torchdeq_ep.measuring.Comparison].
+        The table; see [`Comparison`][torchdeq_ep.measuring.Comparison]. What cannot be measured is a cell without a
+        number, and a note says why.
 
     Raises:
         UnknownBackwardError: If no backward mode has such a name.
         InvalidOptionError: If an option or a solver does not exist, or the loss has nothing to do with a DEQ.
         NoDEQError: If there is no DEQ in the model.
-        NonFiniteError: If there is no exact adjoint to compare with.
 
     Example:
         >>> import torch, torchdeq
@@ -93,22 +101,65 @@ def compare(
         if not all(deq.training for deq in deqs):
             model.train()
         trial = Trial(model, batch, loss_fn, trained, found)
-        reference = Reference()
-        exact_gradient, reference_notes = trial.gradient(reference)
-        if not reference.captures:
-            raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
+        tell = Steps(on_progress, len(entries) + 3)
+        tell("the exact gradient")
+        exact_gradient, captures, notes = capture_all(trial)
         # Which parameters does an error vector reach? Not a read-out, whose gradient is the same whatever the mode.
-        without, _ = trial.gradient(_no_error_vector)
+        without, _ = trial.gradient(_NoErrorVector())
         reached = [k for k, pair in enumerate(zip(exact_gradient, without, strict=True)) if _differ(*pair)]
-        rows = _measure(entries, trial, reference.captures, [exact_gradient[k] for k in reached], reached, repeats)
+        tell("the spectral radius")
+        radii = [_radius(capture) for capture in captures]
+        for capture in captures:
+            _find_rows(capture)
+        rows = _measure(entries, trial, captures, [exact_gradient[k] for k in reached], reached, repeats, tell)
     return Comparison(
         rows=tuple(rows),
-        reference=" and ".join(dict.fromkeys(capture.method for capture in reference.captures)),
-        state_entries=sum(capture.equilibrium.z.numel() for capture in reference.captures),
-        device=str(reference.captures[0].equilibrium.z.device),
+        reference=" and ".join(dict.fromkeys(capture.method for capture in captures)),
+        state_entries=sum(capture.equilibrium.z.numel() for capture in captures),
+        device=str(captures[0].equilibrium.z.device),
         repeats=repeats,
-        warnings=reference_notes,
+        warnings=notes,
+        reference_residual=_largest([capture.adjoint.residual for capture in captures]),
+        free_residual=_largest([capture.equilibrium.residual for capture in captures]),
+        spectral_radius=_largest(radii),
     )
+
+
+class Steps:
+    """Tells a caller how far the work is.
+
+    Args:
+        on_progress: Whom to tell, if anyone.
+        total: Number of steps.
+
+    Example:
+        >>> steps = Steps(print, 2)
+        >>> steps("the first")
+        the first 0 2
+        >>> steps("the second")
+        the second 1 2
+        >>> steps.end()
+        done 2 2
+    """
+
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        self._on_progress, self.total = on_progress, total
+        self._done = 0
+
+    def __call__(self, what: str) -> None:
+        """Before a step.
+
+        Args:
+            what: What it is about.
+        """
+        if self._on_progress is not None:
+            self._on_progress(what, self._done, self.total)
+        self._done += 1
+
+    def end(self) -> None:
+        """After the last step."""
+        if self._on_progress is not None:
+            self._on_progress("done", self.total, self.total)
 
 
 @dataclass(frozen=True)
@@ -171,8 +222,14 @@ def _label(choice: Any) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", None) or repr(choice)
 
 
-def _no_error_vector(f: Map, z_star: Tensor, cotangent: Tensor) -> Tensor:
-    return torch.zeros_like(z_star)
+class _NoErrorVector(Mode):
+    """Zero, also where the cotangent is not finite."""
+
+    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        return self._solve(equilibrium)
+
+    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        return torch.zeros_like(equilibrium.z), NudgeReport("zero")
 
 
 def _differ(gradient: Tensor, other: Tensor) -> bool:
@@ -180,15 +237,23 @@ def _differ(gradient: Tensor, other: Tensor) -> bool:
     return norm(gradient - other) > 100 * torch.finfo(gradient.dtype).eps * norm(gradient)
 
 
-@dataclass(frozen=True)
-class _Solve:
-    """What one mode made of the equilibria: an error vector for each, and what it reports."""
+def _largest(values: Sequence[float]) -> float:
+    """NaN if one of them is: it might be the largest."""
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
 
-    error_vectors: list[Tensor]
-    calls: int
-    residual: float
-    beta: float
-    converged: bool | None
+
+def _radius(capture: Capture) -> float:
+    try:
+        with caught_warnings(), capture.autocast.restored(True):
+            return rough_spectral_radius(capture.equilibrium.f, capture.equilibrium.z)
+    except Exception:  # an operation without products, in whatever way it says so
+        return math.nan
+
+
+def _find_rows(capture: Capture) -> None:
+    """Remembered, as it is in training, so that no mode is charged for finding out."""
+    with suppress(Exception), capture.autocast.restored(True), undisturbed(capture.equilibrium.records):
+        capture.equilibrium.independent_rows()
 
 
 def _measure(
@@ -198,42 +263,75 @@ def _measure(
     exact_gradient: Sequence[Tensor],
     reached: Sequence[int],
     repeats: int,
+    tell: Steps,
 ) -> list[Row]:
     """The rows. A mode that fails at any stage has one that says so."""
-    exact_adjoint = _joined([capture.exact for capture in captures])
-    exact = _joined(exact_gradient)
     figures: dict[int, dict[str, Any]] = {}
     errors = {k: entry.error for k, entry in enumerate(entries)}
+    calls: dict[int, Callable[[], object]] = {}
+    exact = _joined([capture.exact for capture in captures]), _joined(exact_gradient)
     for k, entry in enumerate(entries):
+        tell(entry.backward if entry.solver == OWN_SOLVER else f"{entry.backward} / {entry.solver}")
         if entry.mode is None:
             continue
+        # Each has its own memory of what was said, or the warnings of the first would silence the others.
+        own = [capture.anew() for capture in captures]
         try:
-            with caught_warnings() as notes:
-                solved = _solve_all(entry.mode, captures)
-            gradient, _ = trial.gradient(entry.mode)
-            error_vector = _joined(solved.error_vectors)
-            reached_gradient = _joined([gradient[j] for j in reached])
-            figures[k] = {
-                "adjoint_error": _relative_error(error_vector, exact_adjoint),
-                "adjoint_cosine": cosine(error_vector, exact_adjoint),
-                "gradient_error": _relative_error(reached_gradient, exact),
-                "gradient_cosine": cosine(reached_gradient, exact),
-                "residual": solved.residual,
-                "calls": solved.calls,
-                "beta": solved.beta,
-                "converged": solved.converged,
-                "warnings": tuple(dict.fromkeys(notes)),
-                "peak_mib": _peak_mib(entry.mode, captures),
-            }
+            figures[k] = _figures(entry.mode, trial, own, exact, reached)
         except Exception as error:  # one mode, perhaps of a plugin, must not cost the others their rows
             errors[k] = short(error)
-    modes = {k: entry.mode for k, entry in enumerate(entries) if k in figures and entry.mode is not None}
-    for k, milliseconds in _milliseconds(modes, captures, repeats).items():
-        figures[k]["milliseconds"] = milliseconds
+        else:
+            calls[k] = partial(_solve_all, entry.mode, own)
+    tell("times")
+    times, failed = milliseconds(calls, captures[0].equilibrium.z.device, repeats)
+    for k in calls:
+        figures[k]["milliseconds"] = times.get(k, math.nan)
+        if k in failed:
+            figures[k]["warnings"] += (f"no time: {failed[k]}",)
+    tell.end()
     return [Row(e.backward, e.solver, error=errors[k], **figures.get(k, {})) for k, e in enumerate(entries)]
 
 
-def _solve_all(mode: ModeLike, captures: Sequence[Capture]) -> _Solve:
+def _figures(
+    mode: ModeLike, trial: Trial, captures: Sequence[Capture], exact: tuple[Tensor, Tensor], reached: Sequence[int]
+) -> dict[str, Any]:
+    """All of a row but the time. A mode that solves the equilibria and then fails in the model has those figures."""
+    exact_adjoint, exact_gradient = exact
+    with caught_warnings() as notes:
+        vectors, calls, reports = _solve_all(mode, captures)
+    error_vector = _joined(vectors)
+    figures: dict[str, Any] = {
+        "adjoint_error": _relative_error(error_vector, exact_adjoint),
+        "adjoint_cosine": cosine(error_vector, exact_adjoint),
+        "residual": max((report.residual for report in reports), default=math.nan),
+        "calls": calls,
+        "beta": max((report.beta for report in reports), default=math.nan),
+        "converged": all(report.converged for report in reports) if reports else None,
+        "usable": all(report.is_usable for report in reports) if reports else None,
+    }
+    unusable = [f"no usable estimate: {_fault(report)}" for report in reports if not report.is_usable]
+    try:
+        gradient, _ = trial.gradient(mode)
+        reached_gradient = _joined([gradient[j] for j in reached])
+        figures["gradient_error"] = _relative_error(reached_gradient, exact_gradient)
+        figures["gradient_cosine"] = cosine(reached_gradient, exact_gradient)
+    except Exception as error:
+        notes.append(f"no gradient: {short(error)}")
+    try:
+        with caught_warnings():
+            device = captures[0].equilibrium.z.device
+            figures["peak_mib"] = peak_memory(lambda: _solve_all(mode, captures), device) / 2**20
+    except Exception as error:
+        notes.append(f"no memory: {short(error)}")
+    return {**figures, "warnings": tuple(dict.fromkeys([*unusable, *notes]))}
+
+
+def _fault(report: NudgeReport) -> str:
+    return "it diverged" if report.diverged else f"a relative residual of {report.residual:.1e}"
+
+
+def _solve_all(mode: ModeLike, captures: Sequence[Capture]) -> tuple[list[Tensor], int, list[NudgeReport]]:
+    """What a mode makes of the equilibria: an error vector for each, the calls of the map, and what it reports."""
     vectors, reports = [], []
     calls = 0
     for capture in captures:
@@ -249,13 +347,7 @@ def _solve_all(mode: ModeLike, captures: Sequence[Capture]) -> _Solve:
                     vector = mode(counted, equilibrium.z, equilibrium.cotangent)
                 calls += counted.calls
         vectors.append(vector)
-    return _Solve(
-        vectors,
-        calls,
-        residual=max((report.residual for report in reports), default=math.nan),
-        beta=max((report.beta for report in reports), default=math.nan),
-        converged=all(report.converged for report in reports) if reports else None,
-    )
+    return vectors, calls, reports
 
 
 class _Counted:
@@ -268,70 +360,6 @@ class _Counted:
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1
         return self._f(z)
-
-
-def _milliseconds(modes: dict[int, ModeLike], captures: Sequence[Capture], repeats: int) -> dict[int, float]:
-    """Median time of each mode; all have solved these equilibria before, so nothing is left to warm up."""
-    device = captures[0].equilibrium.z.device
-    times: dict[int, list[float]] = {k: [] for k in modes}
-    with caught_warnings():
-        for _ in range(repeats):
-            for k, mode in modes.items():
-                _synchronize(device)
-                start = time.perf_counter()
-                _solve_all(mode, captures)
-                _synchronize(device)
-                times[k].append(1e3 * (time.perf_counter() - start))
-    return {k: statistics.median(values) for k, values in times.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_mib(mode: ModeLike, captures: Sequence[Capture]) -> float:
-    with caught_warnings():
-        return peak_memory(lambda: _solve_all(mode, captures), captures[0].equilibrium.z.device) / 2**20
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """Largest memory in use during a call beyond what was in use before, in bytes; NaN where nothing tells.
-
-    Args:
-        call: What to run.
-        device: Where its tensors are.
-
-    Returns:
-        Bytes, by the allocator's own count on a GPU, by PyTorch's profiler on a CPU.
-
-    Example:
-        >>> import torch
-        >>> peak_memory(lambda: torch.ones(1000), torch.device("cpu")) >= 4000
-        True
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return math.nan
-    try:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            call()
-        events = profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    except (RuntimeError, AttributeError):  # a profiler runs already, or this torch has another one
-        return math.nan
-    in_use = peak = 0
-    for _, change in changes:
-        in_use += change
-        peak = max(peak, in_use)
-    return float(peak) if changes else math.nan
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ GOOD = 0.01
 AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
 """The amplitudes of the sweep: from 1e-4 to 1, relative to the state."""
 _HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
-_MEASURES = ("DEQ", "symmetry", "asymmetry", "spectral radius", "beta", "best beta")
+_MEASURES = (
+    "DEQ",
+    "symmetry",
+    "asymmetry",
+    "spectral radius",
+    "free residual",
+    "exact residual",
+    "beta",
+    "best beta",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Part:
     Args:
         relative: Its norm, relative to that of the exact error vector or gradient.
         cosine: Cosine of the angle between the exact one and the exact one with this part added.
+        reason: Why both are NaN, in a few words, or an empty text.
 
     Example:
         >>> import torch
@@ -41,6 +51,7 @@ class Part:
 
     relative: float
     cosine: float
+    reason: str = ""
 
     @classmethod
     def of(cls, part: Tensor, exact: Tensor) -> Part:
@@ -54,7 +65,16 @@ class Part:
             The two numbers; NaN where the exact vector is zero.
         """
         scale = norm(exact)
-        return cls(norm(part) / scale if scale > 0 else math.nan, cosine(exact, exact + part))
+        if not scale > 0:
+            return cls(math.nan, math.nan, "exact one is zero")
+        return cls(norm(part) / scale, cosine(exact, exact + part))
+
+    @property
+    def cell(self) -> str:
+        """Both in a table, or the reason why they are not there."""
+        if not math.isfinite(self.relative):
+            return self.reason or "not finite"
+        return f"{self.relative:.1e} ({self.cosine:.3f})"
 
 
 @dataclass(frozen=True)
@@ -89,15 +109,19 @@ class LayerDiagnosis:
         parameters: The same for the gradient of each parameter that the DEQ reaches, by name.
         beta: Relative amplitude that the mode used.
         best_beta: Amplitude of the sweep with the smallest finite-nudge error, for the stencil of the mode.
-        residual: Relative residual of the free phase.
+        residual: Relative residual of the free phase as the model has it.
         sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
-            `AMPLITUDES`, by stencil; NaN where a nudge failed.
+            `AMPLITUDES`, by stencil; NaN where a nudge failed or has no usable estimate.
         floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
-        symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if `f` has an operation that can
-            be differentiated only once.
-        spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`.
-        advice: What to do, in one sentence.
-        notes: What the mode and the spectral radius warned about.
+        symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if it cannot be measured, e.g.
+            because `f` has an operation that can be differentiated only once.
+        spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`; NaN likewise.
+        advice: What to do about the likeliest cause, in a sentence or two.
+        notes: What the mode warned about, and what could not be measured or did not converge.
+        settled_residual: Relative residual of the free phase where it is solved further, for all parts but convergence.
+        exact_residual: Relative residual of the exact adjoint; above 0.001 it is not exact, and the advice says so. NaN
+            where there is none.
+        reasons: Why a measure of the Jacobian or an amplitude has no number, in a few words, by the field.
 
     Example:
         >>> import torch, torchdeq
@@ -125,6 +149,9 @@ class LayerDiagnosis:
     spectral_radius: float
     advice: str
     notes: tuple[str, ...]
+    settled_residual: float = math.nan
+    exact_residual: float = math.nan
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +223,7 @@ def _rows(diagnosis: Diagnosis) -> list[list[str]]:
         named = {f"{layer.name or 'the DEQ'}: error vector": layer.error_vector, **layer.parameters}
         for where, parts in named.items():
             cells = (parts.total, parts.finite_nudge, parts.asymmetry, parts.convergence)
-            rows.append([where, *(f"{part.relative:.1e} ({part.cosine:.3f})" for part in cells)])
+            rows.append([where, *(part.cell for part in cells)])
     return rows
 
 
@@ -204,16 +231,25 @@ def _measures(diagnosis: Diagnosis) -> list[list[str]]:
     rows = []
     for layer in diagnosis.layers:
         found = layer.symmetry
-        symmetry = (
-            ("-", "-")
-            if found is None
-            else (
+        if found is None:
+            symmetry = (layer.reasons.get("symmetry", "-"),) * 2
+        else:
+            symmetry = (
                 f"{found.symmetry:.3f} ± {found.symmetry_se:.3f}",
                 f"{found.asymmetry:.3f} ± {found.asymmetry_se:.3f}",
             )
+        figures = (
+            ("spectral_radius", layer.spectral_radius, ".3f"),
+            ("residual", layer.residual, ".1e"),
+            ("exact_residual", layer.exact_residual, ".1e"),
+            ("beta", layer.beta, ".1e"),
+            ("best_beta", layer.best_beta, ".1e"),
         )
-        amplitudes = (f"{layer.beta:.1e}", f"{layer.best_beta:.1e}")
-        rows.append([layer.name or "the DEQ", *symmetry, f"{layer.spectral_radius:.3f}", *amplitudes])
+        cells = (
+            format(value, form) if math.isfinite(value) else layer.reasons.get(name, "-")
+            for name, value, form in figures
+        )
+        rows.append([layer.name or "the DEQ", *symmetry, *cells])
     return rows
 
 
@@ -238,10 +274,10 @@ def to_rich_tables(diagnosis: Diagnosis) -> list[Any]:
     box = require("rich.box", "rich", "A table in the terminal").SIMPLE_HEAD
     tables = []
     for headings, rows in ((_HEADINGS, _rows(diagnosis)), (_MEASURES, _measures(diagnosis))):
-        table = rich_table.Table(box=box, pad_edge=False)
+        table = rich_table.Table(box=box, pad_edge=False, padding=(0, 1, 0, 0))
         for k, heading in enumerate(headings):
             table.add_column(heading, justify="right" if k else "left", overflow="fold")
         for cells in rows:
-            table.add_row(*cells)
+            table.add_row(*(cell.replace(" ± ", "±") for cell in cells))  # or 80 characters do not hold it
         tables.append(table)
     return tables

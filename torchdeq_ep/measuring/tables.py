@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.measuring.capture import CERTAIN
 from torchdeq_ep.measuring.files import plain, require
 from torchdeq_ep.measuring.plots import Point, Words, check_plot, scatter
 from torchdeq_ep.measuring.style import save
@@ -17,6 +18,8 @@ BASELINE = "ift"
 """The mode that times are quoted relative to."""
 WIDE = 132
 """Characters in a line from which on all columns of the printed table have room."""
+_MISSING = {"none": "there is no reference", "zero": "the cotangent is zero", "least squares": "I - J is singular"}
+"""Why an error has no number although the mode has an estimate, by the reference."""
 _SMALLEST_ERROR = 1e-16
 """Where an error of zero is drawn."""
 
@@ -40,6 +43,7 @@ class Row:
         converged: Whether every solve did; `None` where the mode does not tell.
         warnings: What the mode warned about, in short.
         error: Why the mode has no figures, or an empty text.
+        usable: Whether every estimate was one: not diverged, with a residual of 0.1 at most; `None` as above.
 
     Example:
         >>> row = Row("ep", "anderson", gradient_error=1e-3, error="")
@@ -61,6 +65,7 @@ class Row:
     converged: bool | None = None
     warnings: tuple[str, ...] = ()
     error: str = ""
+    usable: bool | None = None
 
     @property
     def label(self) -> str:
@@ -80,11 +85,17 @@ class Comparison:
     Args:
         rows: One for each mode and solver, in the order asked for.
         reference: How the exact adjoint was found: `"dense"` (a linear system solved in float64), `"ift"` (implicit
-            differentiation to the rounding error, for large states), or both for a model with several DEQs.
+            differentiation with up to 1000 products, for states of more than 4096 entries), `"least squares"` (the
+            system is singular, and this comes closest), `"zero"` (the cotangent is) or `"none"`; for a model with
+            several DEQs all that apply.
         state_entries: Number of entries of all states together.
         device: Where the states live.
         repeats: Number of timings behind each median.
         warnings: What was warned about while finding the exact adjoint, in short.
+        reference_residual: Relative residual at which the exact adjoint stopped, of `v = J^T v + g`: the largest over
+            the DEQs, as are the next two. Above 0.001 it is not exact, and the sentence says so.
+        free_residual: Relative residual of the free phase, `|f(z*) - z*| / |z*|`.
+        spectral_radius: Of the Jacobian at `z*`, to a few per cent, from up to 30 products; NaN where `f` offers none.
 
     Example:
         >>> rows = (Row("ift", "own", gradient_error=1e-7, milliseconds=2.0), Row("ep", "own", gradient_error=1e-3))
@@ -98,6 +109,9 @@ class Comparison:
     device: str
     repeats: int
     warnings: tuple[str, ...] = ()
+    reference_residual: float = math.nan
+    free_residual: float = math.nan
+    spectral_radius: float = math.nan
 
     @property
     def baseline(self) -> Row | None:
@@ -120,11 +134,34 @@ class Comparison:
         """The table in Markdown.
 
         Returns:
-            One line a row, below a header of two lines.
+            One line a row, below a header of two lines; then, behind an empty line,
+            [`conditions`][torchdeq_ep.measuring.Comparison.conditions].
         """
         lines = [[column.title for column in COLUMNS], ["---" if column.is_text else "---:" for column in COLUMNS]]
         lines += [[column.text(self, row).replace("|", "\\|") for column in COLUMNS] for row in self.rows]
-        return "\n".join(f"| {' | '.join(cells)} |".replace("  |", " |") for cells in lines)
+        table = [f"| {' | '.join(cells)} |".replace("  |", " |") for cells in lines]
+        conditions = self.conditions()
+        return "\n".join([*table, *(["", conditions] if conditions else [])])
+
+    def conditions(self) -> str:
+        """What the modes were given to work with: the free phase, the Jacobian, the reference.
+
+        Returns:
+            One line; empty for a comparison without such figures.
+
+        Example:
+            >>> rows = (Row("ift", "own", gradient_error=1e-7),)
+            >>> Comparison(rows, "ift", 8, "cpu", 5, free_residual=1e-3, spectral_radius=0.9).conditions()
+            'Free phase: relative residual 1.0e-03. Spectral radius of the Jacobian: about 0.90.'
+        """
+        found = []
+        if math.isfinite(self.free_residual):
+            found.append(f"Free phase: relative residual {self.free_residual:.1e}.")
+        if math.isfinite(self.spectral_radius):
+            found.append(f"Spectral radius of the Jacobian: about {self.spectral_radius:.2f}.")
+        if math.isfinite(self.reference_residual):
+            found.append(f"Reference: {self.reference}, relative residual {self.reference_residual:.1e}.")
+        return " ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain data, ready for JSON: a figure that does not exist is `None`.
@@ -166,8 +203,8 @@ class Comparison:
         """The table in one sentence: the most exact mode, the fastest, and those that could not be used.
 
         Returns:
-            A sentence. Implicit differentiation is what the others are held against, so it is not a candidate, and
-            neither is a mode that did not converge while others did.
+            A sentence. Implicit differentiation is what the others are held against, so it is not a candidate. The most
+            exact is so as measured, whatever it says of itself; the fastest is of those that converged, if any did.
 
         Example:
             >>> ift = Row("ift", "own", gradient_error=1e-7, milliseconds=2.0)
@@ -178,23 +215,39 @@ class Comparison:
         failed = ", ".join(row.label for row in self.rows if row.error)
         candidates = self._candidates()
         if not candidates:
-            return f"No mode could be measured{f': {failed} failed' if failed else ''}."
+            reason = _MISSING.get(self.reference, "")
+            closing = "; ".join([*([reason] if reason else []), *([f"{failed} failed"] if failed else [])])
+            return f"No mode could be measured{f': {closing}' if closing else ''}."
         closest = min(candidates, key=lambda row: row.gradient_error)
-        fastest = min(candidates, key=lambda row: row.milliseconds)
+        fastest = min(
+            [row for row in candidates if row.converged is not False] or candidates, key=lambda row: row.milliseconds
+        )
         opening = "Next to ift, " if self.baseline and closest.backward != BASELINE else ""
         ratio = self.relative_time(fastest)
         speed = f"{ratio:.2g} times ift" if self.baseline else f"{fastest.milliseconds:.2g} ms"
         subject = "" if fastest is closest else f"{fastest.label} is "
         closing = f"; {failed} could not be used" if failed else ""
+        what = "reference" if self._is_inexact else "exact"
         return (
-            f"{opening}{closest.label} is closest to the exact gradient (error {closest.gradient_error:.0e}) "
-            f"and {subject}the fastest ({speed}){closing}."
+            f"{opening}{closest.label} is closest to the {what} gradient (error "
+            f"{closest.gradient_error:.0e}) and {subject}the fastest ({speed}){closing}.{self._caveat()}"
+        )
+
+    @property
+    def _is_inexact(self) -> bool:
+        return self.reference_residual > CERTAIN
+
+    def _caveat(self) -> str:
+        if not self._is_inexact:
+            return ""
+        return (
+            f" The reference itself is not exact: it stopped at a relative residual of {self.reference_residual:.0e}, "
+            "so an error says how far a mode is from that, and no more."
         )
 
     def _candidates(self) -> list[Row]:
         measured = [row for row in self.rows if math.isfinite(row.gradient_error) and math.isfinite(row.milliseconds)]
-        others = [row for row in measured if row.backward != BASELINE] or measured
-        return [row for row in others if row.converged is not False] or others
+        return [row for row in measured if row.backward != BASELINE] or measured
 
 
 @dataclass(frozen=True)
@@ -218,6 +271,13 @@ def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "-"
 
 
+def _error(comparison: Comparison, row: Row, value: float, form: str) -> str:
+    """A distance to the reference, or in words why there is none: a mode that failed says so in its notes."""
+    if row.error or math.isfinite(value):
+        return _number(value, form)
+    return {"none": "no reference", "zero": "zero"}.get(comparison.reference, "-")
+
+
 def _yes_or_no(value: bool | None) -> str:
     return "-" if value is None else ("yes" if value else "no")
 
@@ -225,10 +285,10 @@ def _yes_or_no(value: bool | None) -> str:
 COLUMNS = (
     Column("backward", lambda _, row: row.backward, is_text=True),
     Column("solver", lambda _, row: row.solver, is_text=True),
-    Column("gradient error", lambda _, row: _number(row.gradient_error, ".1e")),
-    Column("gradient cosine", lambda _, row: _number(row.gradient_cosine, ".6f"), is_detail=True),
-    Column("adjoint error", lambda _, row: _number(row.adjoint_error, ".1e")),
-    Column("adjoint cosine", lambda _, row: _number(row.adjoint_cosine, ".6f"), is_detail=True),
+    Column("gradient error", lambda table, row: _error(table, row, row.gradient_error, ".1e")),
+    Column("gradient cosine", lambda table, row: _error(table, row, row.gradient_cosine, ".6f"), is_detail=True),
+    Column("adjoint error", lambda table, row: _error(table, row, row.adjoint_error, ".1e")),
+    Column("adjoint cosine", lambda table, row: _error(table, row, row.adjoint_cosine, ".6f"), is_detail=True),
     Column("residual", lambda _, row: _number(row.residual, ".1e"), is_detail=True),
     Column("calls", lambda _, row: _number(row.calls, ".0f")),
     Column("ms", lambda _, row: _number(row.milliseconds, ".2f")),

@@ -6,7 +6,7 @@ returned. The causes below are looked for only if a warning is issued, which is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ UNCONVERGED_STATE = 1e-2
 
 _CERTAIN = 3e-3
 _SHARE = 0.1
-_DISCREPANCY = 0.3
+_DISCREPANCY = 1.0
 _NEAR_ONE, _BEYOND_ONE = 0.95, 1.1
 _AMPLIFIED = 10.0
 _LONGEST_CYCLE = 6
@@ -101,14 +101,17 @@ class FreeLimit:
     force: Tensor
     origin: Tensor | None = None
     unit: float = 1.0
+    _warranted: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, points: Tensor, residuals: Tensor) -> Tensor:
-        free = self._sizes(self.equilibrium.value - self.equilibrium.z, len(points))
-        state, force = self._sizes(self.equilibrium.z, len(points)), self._sizes(self.force, len(points))
+        if len(points) not in self._warranted:
+            free = self._sizes(self.equilibrium.value - self.equilibrium.z, len(points))
+            state, force = self._sizes(self.equilibrium.z, len(points)), self._sizes(self.force, len(points))
+            self._warranted[len(points)] = _DISCREPANCY * free / (state * force * self.unit)
         if self.origin is not None:
             points = points - self._split(self.origin, len(points))
-        moved = torch.linalg.vector_norm(points, dim=1) / self.unit
-        enough: Tensor = residuals / self.unit * force * state < _DISCREPANCY * free * moved.square()
+        moved = torch.linalg.vector_norm(points, dim=1)
+        enough: Tensor = residuals < self._warranted[len(points)] * moved.square()
         return enough
 
     def _sizes(self, tensor: Tensor, height: int) -> Tensor:

@@ -139,15 +139,19 @@ class NudgedPhases:
     def _relax(self, nodes: tuple[Node, ...], guesses: Tensor) -> tuple[Tensor, NudgeReport]:
         nudged, force_size = self._map(nodes), self.problem.force_size
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
-        scale, states, tol, steps = nudged.smallest * force_size, nudged.states(guesses), self.tol, 0
+        scale, tol, steps = nudged.smallest * force_size, self.tol, 0
         alone = self.limited and len(nodes) == 1
         if alone and self.starts_at_limit:
             # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
             # because of kinks or of a Jacobian that amplifies, a tenth of it will do.
-            guessed, states, steps = states, nudged(states), 1
-            added = norm(states - guessed) / scale
+            before = nudged.states(guesses)
+            guesses, steps = nudged(before), 1
+            added = norm(guesses - before) / scale
             tol = max(tol, _SHARE * added) if added > _MUCH else tol
-        relaxation = self.run(nudged, states, scale=scale, tol=tol, enough=self._enough(nudged) if alone else None)
+            del before
+        enough = self._enough(nudged) if alone else None
+        # No name is given to the first states, which would keep them in memory.
+        relaxation = self.run(nudged, guesses if steps else nudged.states(guesses), scale=scale, tol=tol, enough=enough)
         displacements = nudged.displacements(relaxation.value)
         relaxation = relaxation.after(norm(displacements), force_size)
         counted = self._count(len(nodes), steps + relaxation.steps, relaxation.trace)

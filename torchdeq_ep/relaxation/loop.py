@@ -23,8 +23,8 @@ FindRows = Callable[[], Rows | None]
 
 MEMORY = 6
 """How many differences of values the mixing combines at first."""
-LONGEST = 20
-"""How many it may combine where that proves too few."""
+LONGEST, LONGEST_OF_ROWS = 20, 10
+"""How many it may combine where that proves too few; rows of their own need fewer than a space for all."""
 
 _STUCK = 30
 
@@ -98,7 +98,7 @@ def iterate(
         max_iter: Largest number of steps.
         floor: Relative residual that rounding may leave: one below it that no longer falls ends the loop.
         memory: Number of differences of values that the mixing combines, 1 for plain iteration. By default 6 and, where
-            that is slow, 20.
+            that is slow, 20, or 10 for each row.
         rows: Asked once mixing begins: where rows lie that the map treats apart, which then have weights of their own,
             or `None`. Its calls of the map are not counted.
         enough: Which rows the mixing leaves as they are: from a matrix of their points and the norms of their residuals
@@ -154,4 +154,5 @@ def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor, 
 
 def _mixing(memory: int | None, rows: FindRows | None, enough: Enough | None) -> Mixing:
     found = None if rows is None else rows()
-    return Mixing(memory or MEMORY, memory or LONGEST, found, enough)
+    longest = LONGEST if found is None else LONGEST_OF_ROWS
+    return Mixing(memory or MEMORY, memory or longest, found, enough)

@@ -23,6 +23,7 @@ Enough = Callable[[Tensor, Tensor], Tensor]
 
 _UNSEEN = 4
 _NOTABLE = 0.1
+_FEW = 4
 _SMALLEST = 1e-300
 
 
@@ -135,12 +136,13 @@ class Mixing(Phase):
         self._rows, self._longest, self._capacity, self._enough = rows, max(memory, longest), memory, enough
         self._left: tuple[Tensor, Tensor] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
-        self._slot, self._known = -1, 0
+        self._slot, self._known, self._steps = -1, 0, 0
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         stack = value - point
         values, residuals = self._split(value), self._split(stack)
-        if self._enough is not None:
+        self._steps += 1
+        if self._enough is not None and (self._left is not None or self._steps % 2 == 0):
             residuals = self._leave_rows(self._split(point), residuals)
             stack = self._join(residuals, stack)
         if self._last is None:
@@ -170,7 +172,7 @@ class Mixing(Phase):
         weights = least_residual(self._gram[:, :known, :known], self._pull, 10 * torch.finfo(values.dtype).eps)
         shift = torch.as_tensor(weights, dtype=values.dtype, device=values.device).unsqueeze(1)
         point = torch.baddbmm(values.unsqueeze(1), shift, self._values[:, :known], alpha=-1).squeeze(1)
-        if known == self._capacity < self._longest and progress.is_slow:
+        if known == self._capacity < self._longest and not progress.is_at_floor and progress.has_more_left_than(_FEW):
             self._lengthen()
         return self._join(self._with_rows_left(point), like)
 
@@ -205,16 +207,20 @@ class Mixing(Phase):
         self._gram = np.zeros((height, self._capacity, self._capacity))
 
     def _lengthen(self) -> None:
-        kept = self._values, self._residuals, self._gram
+        # What was a ring goes on as a line, the oldest first.
         known, self._capacity = self._capacity, self._longest
-        self._shape_like(kept[0][:, 0])
-        self._values[:, :known], self._residuals[:, :known], self._gram[:, :known, :known] = kept
-        # What was a ring goes on as a line: the oldest is the next but one to be written over.
         order = [(self._slot + 1 + k) % known for k in range(known)]
-        self._values[:, :known] = self._values[:, order]
-        self._residuals[:, :known] = self._residuals[:, order]
-        self._gram[:, :known, :known] = self._gram[:, order][:, :, order]
-        self._slot = known - 1
+        self._values = self._lengthened(self._values, order)
+        self._residuals = self._lengthened(self._residuals, order)
+        gram = np.zeros((len(self._gram), self._capacity, self._capacity))
+        gram[:, :known, :known] = self._gram[:, order][:, :, order]
+        self._gram, self._slot = gram, known - 1
+
+    def _lengthened(self, ring: Tensor, order: list[int]) -> Tensor:
+        longer = ring.new_empty(ring.shape[0], self._capacity, ring.shape[2])
+        for place, slot in enumerate(order):
+            longer[:, place] = ring[:, slot]
+        return longer
 
     def _forget(self) -> None:
         self._last, self._slot, self._known = None, -1, 0

@@ -19,6 +19,7 @@ _PLAIN = 24
 _PATIENCE = 15
 _WINDOW = 4
 _GROWN = 10.0
+_NEAR_FLOOR = 0.3
 
 
 class Progress:
@@ -71,12 +72,23 @@ class Progress:
         return self.trace[-1] > _GROWN * self.lowest
 
     @property
+    def is_at_floor(self) -> bool:
+        """Whether the residual is of the size of what rounding leaves, where no more is to be gained by memory."""
+        return self.smallest <= _NEAR_FLOOR * self.floor
+
+    @property
     def is_slow(self) -> bool:
         """Whether more than `_PATIENCE` steps are left at the rate of the last `_WINDOW`."""
+        return self.has_more_left_than(_PATIENCE)
+
+    def has_more_left_than(self, steps: int) -> bool:
+        """Whether more steps than that are left at the rate of the last `_WINDOW`; not before there is a rate."""
         if self.k < self.began_at + _WINDOW:
             return False
+        if self.tol <= 0 or self.trace[-1] <= 0:
+            return True
         gained = math.log(self.trace[-1 - _WINDOW] / self.trace[-1])
-        return self.tol <= 0 or math.log(self.trace[-1] / self.tol) * _WINDOW > _PATIENCE * gained
+        return math.log(self.trace[-1] / self.tol) * _WINDOW > steps * gained
 
 
 def largest_row(residual: Tensor, size: float | None, scale: float | RowScale, value: Tensor) -> float:

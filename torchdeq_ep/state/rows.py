@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MOVED = 1e-2
-_ROUNDINGS = 30
+_MOVED, _ROUNDINGS = 1e-2, 10
 _TRIALS = 2
 
 
@@ -74,8 +73,9 @@ class Rows:
 def are_independent(f: Callable[[Tensor], Tensor], z: Tensor, value: Tensor, rows: Rows) -> bool:
     """Whether a random half of the rows can be moved without any effect on the other half, tried twice.
 
-    The half is moved by a hundredth of the state's size, each entry by a random part and all by a common one, which
-    means and variances over the batch see too. What counts as an effect is more than rounding.
+    The half is moved by a hundredth of the state's size, or by what is visible in its dtype, each entry by a random
+    part and all by a common one, which means and variances over the batch see too. The same input is rounded to the
+    same value, so what counts as an effect is the change of one last digit.
 
     Args:
         f: The map, on packed states.
@@ -97,15 +97,16 @@ def are_independent(f: Callable[[Tensor], Tensor], z: Tensor, value: Tensor, row
     generator = torch.Generator().manual_seed(0)
     before = rows.split(value.unsqueeze(0)).to(torch.promote_types(value.dtype, torch.float32))
     size = float(torch.linalg.vector_norm(z.detach().float())) / z.numel() ** 0.5 or 1.0
-    rounding = _ROUNDINGS * torch.finfo(value.dtype).eps
+    eps = torch.finfo(value.dtype).eps
+    distance = size * max(_MOVED, _ROUNDINGS * eps)
     for _ in range(_TRIALS):
         order = torch.randperm(rows.count, generator=generator).to(z.device)
         moved, still = order[: rows.count // 2], order[rows.count // 2 :]
         matrix = rows.split(z.unsqueeze(0)).clone()
         noise = torch.randn(len(moved), matrix.shape[1], generator=generator).to(matrix)
-        matrix[moved] += _MOVED * size * (1 + noise)
+        matrix[moved] += distance * (1 + noise)
         after = rows.split(f(rows.join(matrix, z.unsqueeze(0))[0]).unsqueeze(0)).to(before.dtype)
         change = torch.linalg.vector_norm(after[still] - before[still])
-        if not bool(change <= rounding * torch.linalg.vector_norm(before[still])):
+        if not bool(change <= eps * torch.linalg.vector_norm(before[still])):
             return False
     return True
