@@ -17,7 +17,7 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow bench lint types docs figures clean
+.PHONY: help install demo test slow bench lint types docs figures ordinary clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ docs: $(STAMP) ## build the documentation: site/index.html
 figures: $(STAMP) ## measure and draw the figures of the documentation again
 	@$(BIN)/python docs/figures/alignment.py
 	@$(BIN)/python docs/figures/estimators.py
+
+# Two cores take an hour for the lot; runs that docs/results/ordinary.json has are not repeated.
+ordinary: $(STAMP) ## train ordinary models in every mode, beside torchdeq's own: docs/ordinary.md
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/ordinary.py
 
 clean: ## remove everything the other targets made, the environment included
 	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs sweeps
