@@ -67,6 +67,7 @@ docs: $(STAMP) ## build the documentation: site/index.html
 figures: $(STAMP) ## measure and draw the figures of the documentation again
 	@$(BIN)/python docs/figures/alignment.py
 	@$(BIN)/python docs/figures/estimators.py
+	@$(BIN)/python docs/figures/benchmarks.py
 
 # Two cores take an hour for the lot; runs that docs/results/ordinary.json has are not repeated.
 ordinary: $(STAMP) ## train ordinary models in every mode, beside torchdeq's own: docs/ordinary.md

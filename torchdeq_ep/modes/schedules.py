@@ -23,7 +23,7 @@ from torchdeq_ep.modes.stencils import Node
 from torchdeq_ep.relaxation import Run
 from torchdeq_ep.state import norm
 
-_SHARE, _MUCH = 0.1, 0.01
+_SHARE, _MUCH = 0.1, 3e-3
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,23 @@ class NudgedPhases:
     def _relax(self, nodes: tuple[Node, ...], guesses: Tensor) -> tuple[Tensor, NudgeReport]:
         nudged, force_size = self._map(nodes), self.problem.force_size
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
-        scale, tol, steps = nudged.smallest * force_size, self.tol, 0
+        scale, steps = nudged.smallest * force_size, 0
+        options: dict[str, float] = {}
         alone = self.limited and len(nodes) == 1
         if alone and self.starts_at_limit:
             # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
-            # because of kinks or of a Jacobian that amplifies, a tenth of it will do.
+            # because of kinks or of a Jacobian that amplifies, a tenth of it will do, and steps that gain nothing end.
             before = nudged.states(guesses)
             guesses, steps = nudged(before), 1
             added = norm(guesses - before) / scale
-            tol = max(tol, _SHARE * added) if added > _MUCH else tol
+            if added > _MUCH:
+                options = {"tol": max(self.tol, _SHARE * added), "floor": added}
             del before
         enough = self._enough(nudged) if alone else None
         # No name is given to the first states, which would keep them in memory.
-        relaxation = self.run(nudged, guesses if steps else nudged.states(guesses), scale=scale, tol=tol, enough=enough)
+        relaxation = self.run(
+            nudged, guesses if steps else nudged.states(guesses), scale=scale, enough=enough, **options
+        )
         displacements = nudged.displacements(relaxation.value)
         relaxation = relaxation.after(norm(displacements), force_size)
         counted = self._count(len(nodes), steps + relaxation.steps, relaxation.trace)
