@@ -528,3 +528,45 @@ def test_switched_models_can_be_copied_and_saved(core, config):
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     handle.remove()
     assert type(copies[0].deq.produce_grad[-1]).__name__ == "EquilibriumRule"  # a copy is switched by itself
+
+
+def _near_singular():
+    """A DEQ whose map is nearly singular, and its parameter."""
+    weight = torch.nn.Parameter(torch.tensor(0.9995))
+    deq = torchdeq.get_deq(ift=True, f_max_iter=3, f_tol=1e-12)
+    start = torch.linspace(-1, 1, 24).reshape(8, 3)
+
+    def loss():
+        states, _ = deq(lambda z: weight * torch.relu(z) + 0.01 * start, start)
+        return states[-1].square().sum()
+
+    return deq, weight, loss
+
+
+@pytest.mark.parametrize("spec", ["ift", "ep", "aep", "ep-one-sided", "ep-infinitesimal"])
+def test_a_layer_warns_once_of_a_kind_in_a_training_of_a_hundred_steps(spec):
+    deq, weight, loss = _near_singular()
+    with warnings.catch_warnings(record=True) as caught, tep.use_backward(deq, spec, max_iter=3) as handle:
+        warnings.simplefilter("always")
+        for _ in range(100):
+            (gradient,) = torch.autograd.grad(loss(), weight)
+            assert torch.isfinite(gradient)
+    issued = [warning for warning in caught if issubclass(warning.category, tep.errors.EPWarning)]
+    about_free_phases = [w for w in issued if str(w.message).startswith("the free phase")]
+    assert len(about_free_phases) <= 1
+    assert len(issued) - len(about_free_phases) <= 1
+    assert "100 backward passes" in handle.summary()
+    assert not handle.last[""].converged
+
+
+def test_a_handle_tells_what_the_passes_reported_and_survives_its_end():
+    deq, _, loss = _near_singular()
+    with tep.use_backward(deq, "ift", max_iter=3) as handle:
+        assert handle.last == {}
+        with pytest.warns(tep.errors.ConvergenceWarning):
+            loss().backward()
+    assert handle.last[""].iterations == 3
+    assert "1 backward pass," in handle.summary()
+    assert "removed" in repr(handle)
+    with tep.use_backward(deq, "ift", max_iter=3) as another:
+        assert another.last == {}

@@ -30,7 +30,6 @@ UNCONVERGED_STATE = 1e-2
 
 _CERTAIN = 3e-3
 _SHARE = 0.1
-_DISCREPANCY = 1.0
 _NEAR_ONE, _BEYOND_ONE = 0.95, 1.1
 _AMPLIFIED = 10.0
 _LONGEST_CYCLE = 6
@@ -101,17 +100,19 @@ class FreeLimit:
     force: Tensor
     origin: Tensor | None = None
     unit: float = 1.0
-    _warranted: dict[int, Tensor] = field(default_factory=dict)
+    _warranted: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, points: Tensor, residuals: Tensor) -> Tensor:
         if len(points) not in self._warranted:
             free = self._sizes(self.equilibrium.value - self.equilibrium.z, len(points))
             state, force = self._sizes(self.equilibrium.z, len(points)), self._sizes(self.force, len(points))
-            self._warranted[len(points)] = _DISCREPANCY * free / (state * force * self.unit)
+            self._warranted[len(points)] = free / (state * force * self.unit), force * self.unit
         if self.origin is not None:
             points = points - self._split(self.origin, len(points))
+        warranted, force = self._warranted[len(points)]
         moved = torch.linalg.vector_norm(points, dim=1)
-        enough: Tensor = residuals < self._warranted[len(points)] * moved.square()
+        # A residual as large as the force is that of no estimate at all.
+        enough: Tensor = residuals < torch.minimum(warranted * moved.square(), force)
         return enough
 
     def _sizes(self, tensor: Tensor, height: int) -> Tensor:
@@ -153,10 +154,9 @@ def speak_up(equilibrium: Equilibrium, what: str, report: NudgeReport, vector: T
         f"{report.tol:.1e})"
     )
     if report.rows_left:
-        finding += (
-            f", held by {report.rows_left} sample{'s' if report.rows_left > 1 else ''} whose free phase stopped too "
-            f"early to solve for more ({report.solved:.1e} without)"
-        )
+        samples = f"{report.rows_left} sample{'s' if report.rows_left > 1 else ''}"
+        held = samples if equilibrium.independent_rows() else "the batch as a whole"
+        finding += f", held by {held} whose free phase stopped too early to solve for more"
     amplified = norm(vector) / equilibrium.cotangent_size
 
     def advice() -> str:
