@@ -168,3 +168,38 @@ def test_exact_modes_train_as_well_as_torchdeq(mode: str, trained: Callable[[str
     with tep.use_backward(model, mode):
         ordinary.train(model, "cnn", 0, 3)
     assert ordinary.accuracy(model) > ordinary.accuracy(trained("cnn")) - 0.02
+
+
+@dataclass(frozen=True)
+class Keeping(Mode):
+    """A mode that keeps the equilibria it is given, and gives a gradient of zero."""
+
+    kept: list[Equilibrium] = field(default_factory=list)
+
+    def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        self.kept.append(equilibrium)
+        return torch.zeros_like(equilibrium.z), NudgeReport("keeping")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning")
+def test_few_products_solve_a_batch_whose_samples_differ(seed: int) -> None:
+    """After 26 steps of `ep`, samples of the cnn have spectra of their own."""
+    model, keeping = ordinary.make("cnn", seed), Keeping()
+    with tep.use_backward(model, "ep"):
+        ordinary.train(model, "cnn", seed, epochs=1, steps=26, on_step=lambda step: None)
+    images, labels = next(ordinary.digits().batches(seed=99, epochs=1))
+    with tep.use_backward(model, keeping):
+        functional.cross_entropy(model(images), labels).backward()
+    for mode in (tep.ImplicitDifferentiation, tep.InfinitesimalEP):
+        for correction in (None, "asymmetric") if mode is tep.InfinitesimalEP else (None,):
+            options = {} if correction is None else {"correction": correction}
+            steps = {}
+            for name, rows in (("rows", keeping.kept[0].rows), ("joint", None)):
+                equilibrium = replace(keeping.kept[0], memory=Memory(), rows=rows)
+                _, report = mode(tol=1e-3, max_iter=200, **options).solve(equilibrium)
+                assert report.residual <= 1e-3
+                steps[name] = report.iterations
+            assert steps["rows"] <= 40
+            assert steps["rows"] <= 1.1 * steps["joint"] + 1

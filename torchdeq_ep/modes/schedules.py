@@ -79,11 +79,10 @@ class NudgedPhases:
     def parallel(self, stacked: bool) -> tuple[Tensor, NudgeReport]:
         """Each group of nodes started from the polynomial in `b` through those solved before."""
         nodes, coefficients = self.amplitude.stencil.upper_half()
-        start, report = self.start, NudgeReport("")
+        report = NudgeReport("")
         solved: dict[Node, Tensor] = {}
         for group in _groups(nodes, stacked):
-            guesses = torch.stack([_extrapolate(solved, node) for node in group]) if solved else start
-            displacements, phase = self._relax(group, guesses.expand(len(group), *start.shape))
+            displacements, phase = self._relax(group, solved)
             solved.update(zip(group, displacements, strict=True))
             report = report + phase
         if any(isinstance(node, complex) for node in nodes):
@@ -136,7 +135,12 @@ class NudgedPhases:
             piecewise=self.piecewise,
         )
 
-    def _relax(self, nodes: tuple[Node, ...], guesses: Tensor) -> tuple[Tensor, NudgeReport]:
+    def _guess(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> Tensor:
+        if not solved:
+            return self.start.expand(len(nodes), *self.start.shape)
+        return torch.stack([_extrapolate(solved, node) for node in nodes])
+
+    def _relax(self, nodes: tuple[Node, ...], solved: dict[Node, Tensor]) -> tuple[Tensor, NudgeReport]:
         nudged, force_size = self._map(nodes), self.problem.force_size
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
         scale, steps = nudged.smallest * force_size, 0
@@ -145,16 +149,20 @@ class NudgedPhases:
         if alone and self.starts_at_limit:
             # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
             # because of kinks or of a Jacobian that amplifies, a tenth of it will do, and steps that gain nothing end.
-            before = nudged.states(guesses)
-            guesses, steps = nudged(before), 1
-            added = norm(guesses - before) / scale
+            before = nudged.states(self._guess(nodes, solved))
+            first, steps = nudged(before), 1
+            added = norm(first - before) / scale
             if added > _MUCH:
                 options = {"tol": max(self.tol, _SHARE * added), "floor": added}
             del before
         enough = self._enough(nudged) if alone else None
-        # No name is given to the first states, which would keep them in memory.
+        # No name is given to guesses and states where that can be, for it would keep them in memory.
         relaxation = self.run(
-            nudged, guesses if steps else nudged.states(guesses), scale=scale, enough=enough, **options
+            nudged,
+            first if steps else nudged.states(self._guess(nodes, solved)),
+            scale=scale,
+            enough=enough,
+            **options,
         )
         displacements = nudged.displacements(relaxation.value)
         relaxation = relaxation.after(norm(displacements), force_size)
