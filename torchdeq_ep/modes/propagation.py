@@ -181,7 +181,8 @@ class EquilibriumPropagation(RelaxedMode):
         best, report = self._solve_at(problem, amplitude, start)
         attempt = report
         for _ in range(_RETRIES if self.on_divergence == "shrink" else 0):
-            if attempt.is_usable:
+            # A nudge that begins at its limit was not driven too far, unless it diverged.
+            if attempt.is_usable or (self._starts_at_limit and not attempt.diverged):
                 break
             before, amplitude = attempt, amplitude.halved()
             displacement, attempt = self._solve_at(problem, amplitude, start)

@@ -23,7 +23,7 @@ from torchdeq_ep.modes.stencils import Node
 from torchdeq_ep.relaxation import Run
 from torchdeq_ep.state import norm
 
-_SHARE, _MUCH = 0.1, 3e-3
+_SHARE, _MUCH = 0.2, 3e-3
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class NudgedPhases:
         alone = self.limited and len(nodes) == 1
         if alone and self.starts_at_limit:
             # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
-            # because of kinks or of a Jacobian that amplifies, a tenth of it will do, and steps that gain nothing end.
+            # because of kinks or of a Jacobian that amplifies, a fifth of it will do, and steps that gain nothing end.
             before = nudged.states(self._guess(nodes, solved))
             first, steps = nudged(before), 1
             added = norm(first - before) / scale
