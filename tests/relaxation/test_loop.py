@@ -8,6 +8,7 @@ from problems import Affine
 
 from torchdeq_ep.measuring.comparison import peak_memory
 from torchdeq_ep.relaxation.loop import MEMORY, iterate
+from torchdeq_ep.state import Rows
 
 
 def test_points_that_the_map_was_given_are_not_written_over():
@@ -79,3 +80,20 @@ def test_stalling_at_the_rounding_floor_ends_the_loop():
     )
     assert len(result.trace) < 100
     assert result.residual < 1e-14
+
+
+def test_rows_that_were_left_count_in_the_residual_after_the_mixing_too():
+    # The second row is noise, so that the mixing stalls and gives way to plain steps.
+    rows, gains, generator = Rows(2, (40,)), torch.linspace(0.5, 0.999, 40), torch.Generator().manual_seed(0)
+
+    def step(z):
+        return torch.stack([gains * z[0, 0] + 1, 1e-3 * torch.randn(40, generator=generator)]).unsqueeze(0)
+
+    def first(points, norms):
+        return torch.tensor([True, False])
+
+    result = iterate(step, torch.zeros(1, 2, 40), max_iter=80, rows=lambda: rows, enough=first)
+    assert result.trace[-1] > 10 * result.solved  # plain steps move the first row too
+    assert result.left == 1
+    first_row = (step(result.value) - result.value)[0, 0]
+    assert result.residual > float(torch.linalg.vector_norm(first_row))

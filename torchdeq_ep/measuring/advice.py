@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from torchdeq_ep.measuring.capture import Adjoint
 from torchdeq_ep.measuring.diagnosis import GOOD, Parts
-from torchdeq_ep.modes.judgement import UNCONVERGED_STATE
+from torchdeq_ep.modes.judgement import NEAR_ONE, UNCONVERGED_STATE
 
-NEAR_ONE = 0.95
-"""A Jacobian with a larger spectral radius makes `I - J` nearly singular."""
 PARTS = {
     "finite_nudge": ("tight solve", "limit"),
     "asymmetry": ("limit", "exact adjoint"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchdeq_ep.errors import ConvergenceWarning, StochasticMapError
 from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
-from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.modes.report import MEANINGLESS, NudgeReport
 from torchdeq_ep.relaxation import Relaxation
 from torchdeq_ep.state import (
     STATEFUL,
@@ -23,14 +23,14 @@ from torchdeq_ep.state import (
     relative_difference,
 )
 
-MEANINGLESS = 0.1
-"""An estimate with a larger relative residual than this may be no estimate at all."""
 UNCONVERGED_STATE = 1e-2
 """A free state with a larger relative residual than this is warned about: its gradient is off by about as much."""
+NEAR_ONE = 0.95
+"""A Jacobian with a larger spectral radius makes `I - J` nearly singular."""
 
 _CERTAIN = 3e-3
 _SHARE = 0.1
-_NEAR_ONE, _BEYOND_ONE = 0.95, 1.1
+_BEYOND_ONE = 1.1
 _AMPLIFIED = 10.0
 _LONGEST_CYCLE = 6
 _RETURNED = 0.1
@@ -212,7 +212,7 @@ def _of_spectrum(equilibrium: Equilibrium, amplified: float) -> list[str]:
             f"The spectral radius of the Jacobian is about {radius:.2f}: f does not contract at the fixed point, which "
             "a solver may find all the same. Weight norms or homeostasis bring it below 1."
         ]
-    if not (radius > _NEAR_ONE or amplified > _AMPLIFIED):
+    if not (radius > NEAR_ONE or amplified > _AMPLIFIED):
         return []
     measured = f"the spectral radius of the Jacobian is about {radius:.2f}, and " if radius == radius else ""
     return [

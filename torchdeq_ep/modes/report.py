@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from torchdeq_ep.holomorphic.context import Crossing
 
+MEANINGLESS = 0.1
+"""An estimate with a larger relative residual than this may be no estimate at all."""
+
 
 @dataclass(frozen=True)
 class NudgeReport:
@@ -61,7 +64,7 @@ class NudgeReport:
     @property
     def is_usable(self) -> bool:
         """Whether the estimate is one: not diverged, with a residual of 0.1 at most but for samples that were left."""
-        return not self.diverged and self.solved <= 0.1
+        return not self.diverged and self.solved <= MEANINGLESS
 
     def __add__(self, later: NudgeReport) -> NudgeReport:
         """Two phases of one solve together: counts add up, the worse residual counts, the rest is the later's."""

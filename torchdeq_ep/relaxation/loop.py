@@ -122,15 +122,16 @@ def iterate(
         if phase.passes_over(k) and k < max_iter - 1:
             point = value
             continue
-        progress.measure(k, value, largest_row(*phase.add(value, point), scale, value))
+        residual = largest_row(*phase.add(value, point), scale, value)
+        progress.measure(k, value, residual, phase.left_residual, phase.rows_left)
         if progress.has_diverged or progress.is_over:
             break
         phase = _next_phase(phase, progress, value, point, mixing)
         point = phase.next(progress)
     solved = progress.smallest
-    residual = solved if callable(scale) else math.hypot(solved, phase.left_residual / scale)
+    residual = solved if callable(scale) else math.hypot(solved, progress.left_residual / scale)
     steps, trace = k + 1, tuple(progress.trace)
-    return Relaxation(progress.best, residual, trace, steps, progress.has_diverged, phase.rows_left, solved)
+    return Relaxation(progress.best, residual, trace, steps, progress.has_diverged, progress.rows_left, solved)
 
 
 def _next_phase(phase: Phase, progress: Progress, value: Tensor, point: Tensor, mixing: Callable[[], Mixing]) -> Phase:

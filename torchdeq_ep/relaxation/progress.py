@@ -29,6 +29,7 @@ class Progress:
         self.tol, self.floor = tol, floor
         self.trace: list[float] = []
         self.best, self.smallest = start, math.inf
+        self.left_residual, self.rows_left = 0.0, 0
         self.plain_steps = _PLAIN
         self.begin(0, start)
 
@@ -37,8 +38,8 @@ class Progress:
         self.began_at = self.lowest_at = k
         self.lowest_value, self.lowest = value, residual
 
-    def measure(self, k: int, value: Tensor, residual: float) -> None:
-        """Take in the residual of a step."""
+    def measure(self, k: int, value: Tensor, residual: float, left_residual: float = 0.0, rows_left: int = 0) -> None:
+        """Take in the residual of a step, and what rows that were left have beside it."""
         self.k = k
         self.trace.append(residual)
         if self.has_diverged:
@@ -49,6 +50,7 @@ class Progress:
             self.lowest, self.lowest_value = residual, value
         if residual < self.smallest:
             self.smallest, self.best = residual, value
+            self.left_residual, self.rows_left = left_residual, rows_left
 
     @property
     def has_diverged(self) -> bool:
