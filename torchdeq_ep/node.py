@@ -22,6 +22,7 @@ from torchdeq_ep.state import (
     first_derivative_only,
     norm,
     relative_difference,
+    tensors_of,
     undisturbed,
 )
 
@@ -54,7 +55,7 @@ def attach(
 
     Raises:
         UnknownBackwardError: If no backward mode has that name.
-        MapContractError: If `f` does not return a state of the same shapes and dtypes.
+        MapContractError: If `z_star` is no state, or `f` does not return one of the same shapes and dtypes.
         MapChangedError: In the backward pass, if `f` is no longer the same function.
         StochasticMapError: In the backward pass, if `f` gives different answers for the same state.
 
@@ -69,9 +70,9 @@ def attach(
         tensor([1.3600])
     """
     mode = get_backward(backward)
+    first, *_ = tensors_of(z_star)
     if not torch.is_grad_enabled():
         return z_star
-    first = z_star if isinstance(z_star, Tensor) else z_star[0]
     autocast = Autocast.current(first.device.type)
     packing = Packing.of(z_star, lenient=autocast.enabled)
     map_of_states = packing.map(f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +124,7 @@ def products(f: Map, z: Tensor) -> tuple[Product, Product]:
 def _forward_mode(f: Map, z: Tensor, vector: Tensor) -> Tensor:
     with torch.no_grad():
         tangent: Tensor = torch.func.jvp(f, (z.detach(),), (vector,))[1]
-    return tangent
+    return tangent.to(vector.dtype)  # torch widens that of a 0-dimensional tensor times a number
 
 
 def dense_jacobian(f: Map, z: Tensor, chunk_size: int = 64) -> Tensor:
@@ -306,7 +307,7 @@ def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -
 def row_dots(one: Tensor, other: Tensor) -> Tensor:
     """The inner product of each row of two stacks, in single precision at least: half precision would overflow."""
     wide = torch.promote_types(one.dtype, torch.float32)
-    return (one.to(wide) * other.to(wide)).flatten(1).sum(1)
+    return (one.to(wide) * other.to(wide)).reshape(len(one), math.prod(one.shape[1:])).sum(1)
 
 
 def packed_map(f: Callable[..., Any], z: State) -> tuple[Map, Tensor]:

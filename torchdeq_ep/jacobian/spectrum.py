@@ -168,6 +168,8 @@ def _ritz_values(
 ) -> list[complex]:
     """The eigenvalues that `wanted` picks, from a Krylov space grown until their residuals are below `tol`."""
     n = z.numel()
+    if n == 0:  # the Jacobian of nothing, as in a batch without samples
+        return [0j]
     steps = min(max_iter, n)
     start = gaussian_probes(z, 1, generator).reshape(1, n)
     basis = start / norm(start)

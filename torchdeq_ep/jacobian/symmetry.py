@@ -23,7 +23,7 @@ from torch import Tensor
 from torchdeq_ep._options import check_choice
 from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes, row_dots
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
-from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only
+from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only, tensors_of
 
 Estimator = Literal["antisymmetric", "paper"]
 
@@ -188,7 +188,7 @@ class Sample:
 
 def autocast_of(state: State) -> Autocast:
     """The autocast state in force for the device of a state."""
-    first = state if isinstance(state, Tensor) else state[0]
+    first, *_ = tensors_of(state)
     return Autocast.current(first.device.type)
 
 

@@ -14,5 +14,6 @@ from torchdeq_ep.state.norms import norm as norm
 from torchdeq_ep.state.norms import relative_difference as relative_difference
 from torchdeq_ep.state.packing import Packing as Packing
 from torchdeq_ep.state.packing import State as State
+from torchdeq_ep.state.packing import tensors_of as tensors_of
 from torchdeq_ep.state.rows import Rows as Rows
 from torchdeq_ep.state.rows import are_independent as are_independent

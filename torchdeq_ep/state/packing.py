@@ -18,6 +18,57 @@ from torchdeq_ep.state.rows import Rows
 State = Tensor | Sequence[Tensor]
 Container = type[list[Any]] | type[tuple[Any, ...]] | None
 _COARSE = (torch.float16, torch.bfloat16)
+_COMPUTED = (*_COARSE, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
+
+
+def tensors_of(state: State) -> list[Tensor]:
+    """The tensors that a state is made of; whatever is no state is refused here.
+
+    Args:
+        state: A tensor, or a tuple or list of tensors.
+
+    Returns:
+        At least one tensor.
+
+    Raises:
+        MapContractError: If `state` is no tensor or sequence of tensors that are dense, floating or complex, and on one
+            device.
+
+    Example:
+        >>> tensors_of((torch.zeros(2), torch.ones(1)))
+        [tensor([0., 0.]), tensor([1.])]
+        >>> tensors_of(())
+        Traceback (most recent call last):
+        torchdeq_ep.errors.MapContractError: a state is a tensor, or a tuple or list of tensors; got an empty tuple.
+        More: torchdeq-ep errors MapContractError
+    """
+    given: Any = state  # by whoever does not check types
+    tensors = [given] if isinstance(given, Tensor) else list(given) if isinstance(given, Sequence) else []
+    bad = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
+    if bad or not tensors:
+        got = f"{'an empty ' if isinstance(given, Sequence) else ''}{type(given).__name__}"
+        if bad:
+            got = f"a {type(given).__name__} with {type(bad[0]).__name__} in it"
+        raise MapContractError(f"a state is a tensor, or a tuple or list of tensors; got {got}.")
+    _check_layout(tensors, "")
+    for tensor in tensors:
+        if tensor.dtype not in _COMPUTED:
+            raise MapContractError(f"a state must be floating or complex, not {tensor.dtype}: call .float() on it.")
+    devices = {str(tensor.device): None for tensor in tensors}
+    if len(devices) > 1:
+        raise MapContractError(f"the tensors of a state must be on one device, not on {' and '.join(devices)}.")
+    return tensors
+
+
+def _check_layout(tensors: Sequence[Tensor], source: str) -> None:
+    for i, tensor in enumerate(tensors):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            remedy = "pad it, or make each of its tensors one of the state" if tensor.is_nested else "call .to_dense()"
+            raise MapContractError(
+                f"{source + ' returned' if source else 'a state has'} a tensor (number {i}) that is {kind}, but states "
+                f"are dense: {remedy}."
+            )
 
 
 @dataclass(frozen=True)
@@ -60,16 +111,9 @@ class Packing:
             The packing.
 
         Raises:
-            MapContractError: If `state` is no tensor or sequence of floating or complex tensors.
+            MapContractError: As [`tensors_of`][torchdeq_ep.state.tensors_of].
         """
-        tensors = [state] if isinstance(state, Tensor) else list(state)
-        bad = [tensor for tensor in tensors if not isinstance(tensor, Tensor)]
-        if bad or not tensors:
-            got = type(bad[0]).__name__ if bad else "an empty sequence"
-            raise MapContractError(f"a state is a tensor, or a tuple or list of tensors; got {got}.")
-        for tensor in tensors:
-            if not (tensor.is_floating_point() or tensor.is_complex()):
-                raise MapContractError(f"a state must be floating or complex, not {tensor.dtype}: call .float() on it.")
+        tensors = tensors_of(state)
         container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
         dtypes = tuple(torch.float32 if lenient and t.dtype in _COARSE else t.dtype for t in tensors)
         return cls(container, tuple(t.shape for t in tensors), dtypes, lenient)
@@ -85,7 +129,7 @@ class Packing:
             The tensor itself if the state is one real tensor, else a vector.
 
         Raises:
-            MapContractError: If number, shapes or dtypes differ.
+            MapContractError: If number, shapes or dtypes differ, or a tensor is sparse or nested.
         """
         tensors = [state] if isinstance(state, Tensor) else state
         if not isinstance(tensors, Sequence) or not all(isinstance(tensor, Tensor) for tensor in tensors):
@@ -96,6 +140,7 @@ class Packing:
                 "it must map a state to a state."
             )
         tensors = list(tensors)
+        _check_layout(tensors, source)
         for i, (tensor, shape, dtype) in enumerate(zip(tensors, self.shapes, self.dtypes, strict=True)):
             if tensor.shape != shape:
                 raise MapContractError(
