@@ -124,6 +124,29 @@ def test_the_map_may_return_a_buffer_that_it_overwrites(memory):
     assert step.residual(z) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("indexing", [[1, 2, 4], [50], []])
+def test_no_two_of_the_tensors_that_it_returns_share_memory_with_each_other_or_with_the_map(dtype, indexing):
+    start, buffer, visited = torch.zeros(2, 3, dtype=dtype), torch.empty(2, 3, dtype=dtype), []
+
+    def into_the_buffer(z):
+        visited.append(buffer.copy_(0.5 * z + 1).clone())
+        return buffer
+
+    z, trajectory, _ = relaxation_solver(into_the_buffer, start, max_iter=6, tol=1e-12, indexing=indexing)
+    expected = [visited[k - 1] for k in indexing if k <= len(visited)] or [z] * bool(indexing)
+    assert all(torch.equal(value, at_index) for value, at_index in zip(trajectory, expected, strict=True))
+    tensors = [z, *trajectory, start, buffer]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_a_map_without_a_finite_value_gives_a_copy_of_the_start():
+    start = torch.ones(2, 3)
+    z, _, _ = relaxation_solver(lambda z: z * torch.nan, start)
+    assert torch.equal(z, start)
+    assert z.data_ptr() != start.data_ptr()
+
+
 def test_rows_with_spectra_of_their_own_are_mixed_apart():
     generator = torch.Generator().manual_seed(0)
     weights = torch.stack([torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0]] * 12)

@@ -63,7 +63,9 @@ def relaxation_solver(
         raise InvalidOptionError(f"max_iter must be at least 1, not {max_iter}: the solver returns a value of the map.")
     wide = torch.promote_types(x0.dtype, torch.float32)
     rows = len(x0) if x0.dim() > 1 else 1
-    visited: list[Tensor] = []
+    wanted = set(indexing or ())
+    visited: dict[int, Tensor] = {}
+    calls = 0
 
     def state(flat: Tensor) -> Tensor:
         shaped = torch.view_as_complex(flat.reshape(*x0.shape, 2)) if x0.is_complex() else flat.reshape(x0.shape)
@@ -73,15 +75,15 @@ def relaxation_solver(
         x = x.to(wide)
         return (torch.view_as_real(x) if x.is_complex() else x).reshape(rows, -1)
 
-    last_wanted = max(indexing or (0,))
-
     seen: dict[str, Tensor] = {}
 
     def step(flat: Tensor) -> Tensor:
+        nonlocal calls
         value = func(state(flat))
-        if len(visited) < last_wanted:
-            visited.append(value)
-        seen["point"], seen["value"] = flat, as_rows(value).clone()  # func may overwrite its buffer
+        calls += 1
+        if calls in wanted:
+            visited[calls] = value.clone()  # func may overwrite its buffer
+        seen["point"], seen["value"] = flat, as_rows(value).clone()
         return seen["value"]
 
     def independent_rows() -> Rows | None:
@@ -91,10 +93,11 @@ def relaxation_solver(
         return Rows(1, layout.parts)  # each row is a state of its own in the stack
 
     scale = 1.0 if stop_mode == "abs" else _row_norms
-    result = iterate(step, as_rows(x0), scale=scale, tol=tol, max_iter=max_iter, memory=memory, rows=independent_rows)
+    start = as_rows(x0).clone()  # it is returned if no value is finite
+    result = iterate(step, start, scale=scale, tol=tol, max_iter=max_iter, memory=memory, rows=independent_rows)
     z = state(result.value)
-    reached = [visited[k - 1] for k in indexing or () if k <= len(visited)]
-    trajectory = reached or [z] if indexing else []  # torchdeq's solvers return at least one, too
+    reached = [visited[k] for k in indexing or () if k in visited]
+    trajectory = reached or [z.clone()] if indexing else []  # torchdeq's solvers return at least one, too
     return z, trajectory, _statistics(result, stop_mode)
 
 
