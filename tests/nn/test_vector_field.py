@@ -216,7 +216,10 @@ def test_holomorphic_nudge_reaches_the_real_one() -> None:
         ({"readout": "hinge"}, "unknown value of readout"),
         ({"damping": 1.0}, "damping"),
         ({"gain": 0.0}, "gain"),
+        ({"gain": float("inf")}, "gain"),
         ({"feedback": 0.0}, "feedback"),
+        ({"feedback": float("inf")}, "feedback"),
+        ({"sizes": {"in": 5, "l1": 1, "out": 1}, "angle": 30.0}, "'out-l1' .* single number"),
         ({"angle": 120.0}, "angle"),
         ({"sizes": {"in": 5, "out": 3}}, "at least one hidden"),
         ({"sizes": {"in": 5, "l1": 0, "out": 3}}, "at least 1"),
@@ -228,10 +231,40 @@ def test_impossible_networks_are_refused(options: dict[str, object], message: st
         VectorFieldMLP(**({"sizes": SIZES} | options))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("options", [{"kernel_size": 2}, {"channels": (4, 4, 4, 4)}])
-def test_impossible_convolutional_networks_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(tep.errors.InvalidOptionError):
-        VectorFieldCNN((1, 8, 8), **options)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 2}, "must be odd"),
+        ({"kernel_size": 0}, "at least 1"),
+        ({"kernel_size": 3.0}, "whole number"),
+        ({"channels": (4, 4, 4, 4)}, "cannot be halved"),
+        ({"channels": ()}, "cannot be halved"),
+        ({"channels": (4, 0)}, "'l2'"),
+        ({"image": (0, 8, 8)}, "channels of an image"),
+        ({"image": (1, 0, 8)}, "height of an image"),
+        ({"n_classes": 0}, "n_classes"),
+        ({"channels": (1, 1), "kernel_size": 1, "angle": 90.0}, "from 'l2' to 'l1' .* single number"),
+    ],
+)
+def test_impossible_convolutional_networks_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(tep.errors.InvalidOptionError, match=message):
+        VectorFieldCNN(**({"image": (1, 8, 8)} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("angle", [0.0, 45.0, 90.0])
+def test_the_smallest_networks_have_finite_weights_at_the_angle_asked_for(angle: float) -> None:
+    small = [
+        VectorFieldMLP({"in": 1, "l1": 1, "out": 2}, angle=angle),
+        VectorFieldMLP({"in": 1, "l1": 2, "out": 1}, angle=angle),
+        VectorFieldMLP({"in": 1, "l1": 1, "out": 1}, ["in-l1", "l1-out", "l1-l1"], angle=angle),
+        VectorFieldMLP({"in": 1, "l1": 1, "out": 1}, angle=angle, readout="softmax"),
+        VectorFieldCNN((1, 4, 4), (1, 2), 1, angle=angle, kernel_size=1),
+    ]
+    for model in small:
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+        assert all(found == pytest.approx(angle, abs=1e-3) for found in model.connection_angles().values())
+    one = VectorFieldMLP({"in": 1, "l1": 1, "out": 1})
+    assert one.connection_angles() == {"l1-out": 0.0}
 
 
 def test_map_of_a_cnn_is_that_of_its_layers_written_out() -> None:

@@ -34,6 +34,14 @@ def test_a_network_reports_no_angle_to_a_weight_that_is_zero() -> None:
     assert math.isnan(rounded_angle(weight, 0 * weight))
 
 
+@pytest.mark.parametrize("weight", [torch.ones(1, 1), torch.ones(()), torch.zeros(3, 2), torch.zeros(0, 2)])
+def test_an_angle_that_no_weight_has_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(InvalidOptionError, match="angle"):
+        weight_at_angle(weight, 30.0)
+    assert torch.equal(weight_at_angle(weight, 0.0), weight)
+    assert torch.equal(weight_at_angle(weight, 180.0), -weight)
+
+
 def test_weight_angle():
     weight = normal(4, 3, 5, 5)
     assert weight_angle(weight, 3 * weight) == pytest.approx(0.0, abs=1e-6)

@@ -11,15 +11,19 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.state import norm
 
 
-def weight_at_angle(weight: Tensor, degrees: float) -> Tensor:
+def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight") -> Tensor:
     """A random tensor of the same shape and norm as another, at a given angle to it.
 
     Args:
-        weight: The other one; of at least two entries unless the angle is 0.
+        weight: The other one; of at least two entries, and not zero, unless the angle is 0 or 180.
         degrees: The angle between the two as vectors.
+        name: What the error message calls it.
 
     Returns:
         `cos(a) w + sin(a) n`, with a Gaussian `n` made orthogonal to `w` and given its norm.
+
+    Raises:
+        InvalidOptionError: If no tensor of that shape is at that angle.
 
     Example:
         >>> weight = torch.randn(4, 3)
@@ -27,10 +31,19 @@ def weight_at_angle(weight: Tensor, degrees: float) -> Tensor:
         30.0
     """
     wide = weight.double()
-    noise = torch.randn_like(wide)
+    noise = torch.randn_like(wide)  # drawn at every angle, so that what is drawn next does not depend on it
+    if degrees % 180 == 0:
+        return (math.cos(math.radians(degrees)) * wide).to(weight.dtype)
+    if weight.numel() < 2:
+        raise InvalidOptionError(
+            f"{name} of shape {tuple(weight.shape)} is a single number, and none is at an angle of {degrees:g} degrees "
+            "to another: use an angle of 0, or more units."
+        )
+    if not bool(wide.any()):
+        raise InvalidOptionError(f"{name} is zero everywhere and has no direction, so there is no angle to it.")
     for _ in range(2):  # a second time for what rounding left
         noise = noise - (noise * wide).sum() / wide.square().sum() * wide
-    noise = noise * (wide.norm() / noise.norm()) if degrees else torch.zeros_like(wide)
+    noise = noise * (norm(wide) / norm(noise))
     radians = math.radians(degrees)
     return (math.cos(radians) * wide + math.sin(radians) * noise).to(weight.dtype)
 

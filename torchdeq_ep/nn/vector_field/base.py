@@ -12,6 +12,7 @@ nudges, makes EP the papers', who nudge potentials by `dL/dphi`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -58,8 +59,8 @@ class VectorField(nn.Module, ABC):
         super().__init__()
         if not 0 <= damping < 1:
             raise InvalidOptionError(f"damping must be at least 0 and less than 1, not {damping!r}.")
-        if not gain > 0:
-            raise InvalidOptionError(f"gain must be positive, not {gain!r}.")
+        if not 0 < gain < math.inf:
+            raise InvalidOptionError(f"gain must be positive and finite, not {gain!r}.")
         if not 0 <= angle <= 90:
             raise InvalidOptionError(f"angle must be between 0 and 90 degrees, not {angle!r}.")
         check_choice("readout", readout, ("mse", "softmax"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.nn.activations import Activation, shifted_sigmoid
 from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
@@ -64,8 +65,14 @@ class VectorFieldCNN(VectorField):
         **deq_options: Any,
     ) -> None:
         super().__init__(phi, damping, gain, angle, "softmax", deq_options)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise InvalidOptionError(f"kernel_size must be odd and at least 1, not {kernel_size!r}.")
+        check_count("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise InvalidOptionError(f"kernel_size must be odd, not {kernel_size!r}.")
+        for name, count in zip(("channels", "height", "width"), image, strict=True):
+            check_count(f"the {name} of an image", count)
+        for k, count in enumerate(channels, start=1):
+            check_count(f"the channels of layer 'l{k}'", count)
+        check_count("n_classes", n_classes)
         if not channels or any(extent % 2 ** len(channels) for extent in image[1:]):
             raise InvalidOptionError(
                 f"an image of {image[1]} x {image[2]} cannot be halved once for each of {len(channels)} layers."
@@ -79,7 +86,10 @@ class VectorFieldCNN(VectorField):
             for k, (narrow, wide) in enumerate(pairwise(widths))
         ]
         self.forward_weights = nn.ParameterList(nn.Parameter(w) for w in forward)
-        self.backward_weights = nn.ParameterList(nn.Parameter(weight_at_angle(w, angle)) for w in forward[1:])
+        self.backward_weights = nn.ParameterList(
+            nn.Parameter(weight_at_angle(w, angle, f"the weight from 'l{k + 1}' to 'l{k}'"))
+            for k, w in enumerate(forward[1:], start=1)
+        )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(c, 1, 1)) for c in channels)
         self.head = nn.Linear(math.prod(self.shapes[-1]), n_classes)
 

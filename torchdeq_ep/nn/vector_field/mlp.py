@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -70,7 +71,7 @@ class VectorFieldMLP(VectorField):
         damping: Share of the old state kept in each step, at least 0 and less than 1.
         gain: Factor of the initial recurrent weights, which have the standard deviation `gain / sqrt(source size)`.
         angle: Initial angle in degrees, 0 to 90, between a backward weight and the transposed forward one; the norms
-            are equal.
+            are equal. It must be 0 where two layers of one unit are connected both ways.
         feedback: Strength of backward relative to forward weights for which `metric` makes EP exact: it divides `M` of
             each layer by this number relative to the layer below. Homeostasis with that metric then shrinks backward
             weights to `feedback` times the transposed forward ones; at the start the norms are equal all the same.
@@ -106,8 +107,8 @@ class VectorFieldMLP(VectorField):
         **deq_options: Any,
     ) -> None:
         super().__init__(phi, damping, gain, angle, readout, deq_options)
-        if not feedback > 0:
-            raise InvalidOptionError(f"feedback must be positive, not {feedback!r}.")
+        if not 0 < feedback < math.inf:
+            raise InvalidOptionError(f"feedback must be positive and finite, not {feedback!r}.")
         self.feedback = feedback
         self.sizes = dict(sizes)
         _check_sizes(self.sizes)
@@ -206,7 +207,7 @@ class VectorFieldMLP(VectorField):
             source, target = self.sizes[connection.source], self.sizes[connection.target]
             if connection in backward:
                 forward = self.weights[str(connection.reverse)].detach().T
-                weight = weight_at_angle(forward, self.angle)
+                weight = weight_at_angle(forward, self.angle, f"the weight of connection '{connection}'")
             else:
                 recurrent = {connection.source, connection.target} <= set(self.layers)
                 weight = torch.randn(target, source) * ((self.gain if recurrent else 1.0) / source**0.5)
