@@ -157,6 +157,31 @@ def test_without_autograd_it_returns_the_state():
     assert not tep.attach(lambda z: z * 0.5, z).requires_grad
 
 
+@pytest.mark.parametrize("backward", ["ift", "ep", "hep", "ep-infinitesimal", "aep"])
+@pytest.mark.parametrize("size", [1e-18, 1e20, 1e30])
+def test_the_gradient_is_proportional_to_the_loss_whatever_its_size(backward, size):
+    weight = contraction(6, 0, 0.8).float()
+    x = torch.randn(3, 6, requires_grad=True)
+    gradients = []
+    for factor in (1.0, size):
+        loss = factor * _layer(weight, x, backward).square().sum()
+        gradients.append(torch.autograd.grad(loss, x)[0] / factor)
+    assert relative_error(gradients[1], gradients[0]) < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.PrecisionWarning")
+@pytest.mark.parametrize("backward", ["ift", "ep", "ep-infinitesimal"])
+def test_a_state_in_half_precision_whose_norm_is_beyond_it(backward):
+    x = torch.linspace(1e4, 2e4, 64).half().requires_grad_()
+
+    def f(z):
+        return 0.5 * z + x
+
+    z = tep.attach(f, 2 * x.detach(), backward=backward)
+    (gradient,) = torch.autograd.grad(z, x, torch.ones_like(z))
+    assert gradient.float().tolist() == pytest.approx([2.0] * 64, rel=2e-2)
+
+
 def test_accumulation_and_retain_graph():
     weight, x = _parameters()
     z = _layer(weight, x, "ep")

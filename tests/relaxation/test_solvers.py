@@ -1,13 +1,14 @@
 """Relaxations stop where they should, say where they stopped, and keep the best point they saw."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from problems import Affine, contraction
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.relaxation.solvers import relax
+from torchdeq_ep.relaxation.solvers import relax, relax_linear
 
 NAMES = [None, "plain", "relaxation", "fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"]
 
@@ -112,3 +113,23 @@ def test_the_residual_is_that_of_the_whole_state_whatever_its_shape(solver, shap
     start = torch.zeros(1, *shape, dtype=torch.float64)
     result = relax(step, start, scale=float(offset.norm()), tol=1e-3, max_iter=200, solver=solver)
     assert float((step(result.value) - result.value).norm()) <= 1e-3 * float(offset.norm())
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-20, 1.0, 1e20, 1e36])
+def test_a_linear_map_is_solved_as_well_for_a_force_of_any_size(size):
+    matrix = contraction(40, 0, 0.98, symmetric=True).float()
+    force = torch.randn(40)
+    run = partial(relax, tol=1e-6, max_iter=200, floor=1e-7)
+    asked = []
+
+    def enough(points, norms):
+        asked.append((float(points.abs().max()), float(norms.max())))
+        return torch.zeros_like(norms, dtype=torch.bool)
+
+    result = relax_linear(run, lambda v: matrix @ v, size * force, enough)
+    exact = torch.linalg.solve(torch.eye(40) - matrix, force)
+    assert not result.diverged
+    assert result.residual <= 1e-6
+    assert torch.allclose(result.value[0] / size, exact, rtol=1e-3, atol=1e-3)
+    assert asked
+    assert 0.01 * size < asked[-1][0] < 100 * size

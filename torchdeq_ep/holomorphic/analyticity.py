@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError, NotHolomorphicError
 from torchdeq_ep.holomorphic.context import Piecewise, mode
+from torchdeq_ep.state import norm
 
 _POINTS = 32
 
@@ -116,7 +117,7 @@ class _Probe:
     def __init__(self, f: Callable[..., Any], z: Tensor, piecewise: Piecewise | None, seed: int) -> None:
         self._f, self._z, self._piecewise = f, z, piecewise
         self._generator = torch.Generator(z.device).manual_seed(seed)
-        self._scale = float(torch.linalg.vector_norm(z)) or math.sqrt(z.numel())
+        self._scale = norm(z) or math.sqrt(z.numel())
 
     def _direction(self, dtype: torch.dtype) -> Tensor:
         u = torch.randn(self._z.shape, dtype=dtype, device=self._z.device, generator=self._generator)

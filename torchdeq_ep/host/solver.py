@@ -12,7 +12,7 @@ from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation import Relaxation, iterate
-from torchdeq_ep.state import Rows, are_independent
+from torchdeq_ep.state import Rows, are_independent, row_norms
 
 STOP_MODES = ("abs", "rel")
 _TINY = 1e-9
@@ -102,8 +102,7 @@ def relaxation_solver(
 
 
 def _row_norms(value: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(value, dim=1)
-    return norms + _TINY
+    return row_norms(value) + _TINY
 
 
 def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchdeq_ep.relaxation.progress import Progress
-from torchdeq_ep.state import Rows
+from torchdeq_ep.state import Rows, norm, row_norms
 
 Enough = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,7 +95,7 @@ class Extrapolation(Phase):
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         residual = value - point
-        size = float(torch.linalg.vector_norm(residual))
+        size = norm(residual)
         self._last = value, residual, size
         return residual, size
 
@@ -148,7 +148,7 @@ class Mixing(Phase):
         if self._last is None:
             self._last = values, residuals
             self._shape_like(values)
-            return stack, float(torch.linalg.vector_norm(residuals))
+            return stack, norm(residuals)
         slot = self._slot = (self._slot + 1) % self._capacity
         self._known = min(self._known + 1, self._capacity)
         torch.sub(values, self._last[0], out=self._values[:, slot])
@@ -158,7 +158,7 @@ class Mixing(Phase):
         found = (self._residuals[:, : self._known] @ pair).double().cpu().numpy()
         self._gram[:, slot, : self._known] = self._gram[:, : self._known, slot] = found[:, :, 0]
         self._pull = found[:, :, 1]
-        return stack, float(torch.linalg.vector_norm(residuals))
+        return stack, norm(residuals)
 
     def next(self, progress: Progress) -> Tensor:
         values, _ = cast(tuple[Tensor, Tensor], self._last)
@@ -178,7 +178,7 @@ class Mixing(Phase):
 
     def _leave_rows(self, points: Tensor, residuals: Tensor) -> Tensor:
         """The residuals without those of rows that are left as they are, at the points where that was decided."""
-        norms = torch.linalg.vector_norm(residuals, dim=1)
+        norms = row_norms(residuals)
         enough = cast(Enough, self._enough)(points, norms)
         if self._left is not None:
             enough = enough | self._left[0]
@@ -187,7 +187,7 @@ class Mixing(Phase):
         kept = points if self._left is None else torch.where(self._left[0].unsqueeze(1), self._left[1], points)
         self._left = enough, kept
         left = norms[enough]
-        self.left_residual = float(torch.linalg.vector_norm(left))
+        self.left_residual = norm(left)
         self.rows_left = int((left >= _NOTABLE * left.max()).sum())
         return residuals.masked_fill(enough.unsqueeze(1), 0.0)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from torchdeq_ep.state import largest_row_norm, norm, row_norms
 
 RowScale = Callable[[Tensor], Tensor]
 """From a value of the map to what the residual of each row is relative to."""
@@ -96,7 +97,7 @@ class Progress:
 def largest_row(residual: Tensor, size: float | None, scale: float | RowScale, value: Tensor) -> float:
     """The largest residual of a node, relative; `size` is the norm of the whole residual where it is known."""
     if callable(scale):
-        return float((torch.linalg.vector_norm(residual.flatten(1), dim=1) / scale(value)).max())
+        return float((row_norms(residual.flatten(1)) / scale(value)).max())
     if residual.shape[0] == 1:
-        return (float(torch.linalg.vector_norm(residual)) if size is None else size) / scale
-    return float(torch.linalg.vector_norm(residual.flatten(1), dim=1).max()) / scale
+        return (norm(residual) if size is None else size) / scale
+    return largest_row_norm(residual) / scale

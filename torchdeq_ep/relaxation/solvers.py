@@ -12,12 +12,16 @@ from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation.driven import Solver, drive
 from torchdeq_ep.relaxation.loop import FindRows, Relaxation, Step, iterate
 from torchdeq_ep.relaxation.phases import Enough
+from torchdeq_ep.state import in_the_middle, norm
 
 Run = Callable[..., Relaxation]
 """`relax` with its options: what is left to give is the map, the first guess and the scale."""
 
 OWN_SOLVERS: dict[str, int | None] = {"auto": None, "plain": 1}
 """Names of the package's own loop, and how many values each may combine."""
+
+_ORDINARY = 1e10
+"""Forces up to this size, and down to its inverse, are taken as they are."""
 
 
 def relax(
@@ -106,13 +110,23 @@ def relax_linear(
         tensor([[2., 2.]])
     """
     wide = force.to(torch.promote_types(force.dtype, torch.float32))  # squares of float16 underflow
+    size = norm(wide)
+    if not 1 / _ORDINARY < size < _ORDINARY:
+        scaled, factor = in_the_middle(wide)  # inner products of residuals leave the range long before they do
+        if factor != 1:
+            inner = None if enough is None else _in_units(enough, factor)
+            found = relax_linear(run, lambda v: product(v.to(force.dtype)).to(v.dtype), scaled, inner)
+            return replace(found, value=found.value * factor)
 
     def step(v: Tensor) -> Tensor:
         return (product(v[0].to(force.dtype)) + wide).unsqueeze(0)
 
-    size = float(torch.linalg.vector_norm(wide))
     relaxation = run(step, wide.unsqueeze(0), scale=size, enough=enough)
-    return relaxation.after(float(torch.linalg.vector_norm(relaxation.value)), size)
+    return relaxation.after(norm(relaxation.value), size)
+
+
+def _in_units(enough: Enough, unit: float) -> Enough:
+    return lambda points, norms: enough(points * unit, norms * unit)
 
 
 def check_solver(solver: str | Solver | None) -> str | Solver:

@@ -10,8 +10,11 @@ from torchdeq_ep.state.derivatives import first_derivative_only as first_derivat
 from torchdeq_ep.state.equilibrium import Equilibrium as Equilibrium
 from torchdeq_ep.state.memory import Memory as Memory
 from torchdeq_ep.state.norms import cosine as cosine
+from torchdeq_ep.state.norms import in_the_middle as in_the_middle
+from torchdeq_ep.state.norms import largest_row_norm as largest_row_norm
 from torchdeq_ep.state.norms import norm as norm
 from torchdeq_ep.state.norms import relative_difference as relative_difference
+from torchdeq_ep.state.norms import row_norms as row_norms
 from torchdeq_ep.state.packing import Packing as Packing
 from torchdeq_ep.state.packing import State as State
 from torchdeq_ep.state.packing import tensors_of as tensors_of

@@ -1,8 +1,15 @@
-"""Norms and angles of whole states, as numbers."""
+"""Norms and angles of whole states, as numbers.
+
+A norm is a sum of squares, and squares leave the range of a dtype long before the entries do: in half precision above
+256, in single precision above 2e19 and below 1e-19. So squares of half precision are summed in single precision, and a
+sum that left the range is taken again of entries that are scaled by a power of two, which rounds nothing. Only where
+every square is zero, in single precision below 3e-23, the norm is zero too.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +18,7 @@ MIN_NORM = 1e-30
 
 
 def norm(tensor: Tensor) -> float:
-    """Euclidean norm of all entries, as a number.
+    """Euclidean norm of all entries, as a number; of entries however large.
 
     Args:
         tensor: Of any shape, real or complex.
@@ -22,8 +29,72 @@ def norm(tensor: Tensor) -> float:
     Example:
         >>> norm(torch.tensor([[3.0, 4.0]]))
         5.0
+        >>> norm(torch.tensor([30000.0, 40000.0], dtype=torch.float16))
+        50000.0
     """
-    return float(torch.linalg.vector_norm(tensor.detach()))
+    return _in_range(tensor.detach(), torch.linalg.vector_norm)
+
+
+def largest_row_norm(stack: Tensor) -> float:
+    """The largest norm of a row, as a number; of entries however large.
+
+    Args:
+        stack: Of shape `(K, *shape)`.
+
+    Returns:
+        The largest of `K` norms.
+
+    Example:
+        >>> largest_row_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        5.0
+    """
+    return _in_range(stack.detach().flatten(1), lambda wide: torch.linalg.vector_norm(wide, dim=1).max())
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """The norm of each row, in single precision at least; of entries of any size that the norm itself is not beyond.
+
+    Args:
+        matrix: Real, of shape `(R, D)`.
+
+    Returns:
+        Tensor of shape `(R,)`.
+
+    Example:
+        >>> row_norms(torch.tensor([[3e30, 4e30], [3e-30, 4e-30]]))
+        tensor([5.0000e+30, 5.0000e-30])
+    """
+    wide = _widened(matrix)
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
+    if matrix.numel() == 0 or bool(((norms > _smallest(wide)) & norms.isfinite()).all()):
+        return norms
+    sizes = wide.abs().amax(1, keepdim=True)
+    sizes = torch.where((sizes > 0) & sizes.isfinite(), sizes, 1.0)
+    scaled: Tensor = torch.linalg.vector_norm(wide / sizes, dim=1) * sizes[:, 0]
+    return torch.where((norms > _smallest(wide)) & norms.isfinite(), norms, scaled)
+
+
+def in_the_middle(tensor: Tensor) -> tuple[Tensor, float]:
+    """A tensor scaled by a power of two, so that sums of squares of its entries stay within range.
+
+    Args:
+        tensor: Of any shape, real or complex.
+
+    Returns:
+        The scaled tensor, in single precision at least, with entries of about 1 at most, and the factor that was taken
+        out. The factor is 1 for a tensor of zeros, and for one that is not finite.
+
+    Example:
+        >>> in_the_middle(torch.tensor([2.0**100, 2.0**99]))
+        (tensor([0.5000, 0.2500]), 2.535301200456459e+30)
+    """
+    wide = _widened(tensor)
+    largest = float(wide.abs().max()) if wide.numel() else 0.0
+    if not 0 < largest < math.inf:
+        return wide, 1.0
+    bound = math.frexp(torch.finfo(wide.dtype).max)[1] - 2  # the factor and its inverse are numbers of that dtype
+    factor = 2.0 ** min(max(math.frexp(largest)[1], -bound), bound)
+    return wide * (1 / factor), factor
 
 
 def relative_difference(tensor: Tensor, reference: Tensor) -> float:
@@ -41,14 +112,14 @@ def relative_difference(tensor: Tensor, reference: Tensor) -> float:
         1.5
     """
     scale = norm(reference)
-    return norm(tensor - reference) / (scale if scale > MIN_NORM else 1.0)
+    return norm(_widened(tensor) - _widened(reference)) / (scale if scale > MIN_NORM else 1.0)
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
     """Cosine of the angle between two tensors as vectors.
 
     Args:
-        one: One.
+        one: One, real.
         other: The other, of the same shape.
 
     Returns:
@@ -58,5 +129,25 @@ def cosine(one: Tensor, other: Tensor) -> float:
         >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
         0.0
     """
+    one, other = in_the_middle(one.detach())[0], in_the_middle(other.detach())[0]
     lengths = norm(one) * norm(other)
     return float((one * other).sum()) / lengths if lengths > 0 else math.nan
+
+
+def _in_range(tensor: Tensor, measure: Callable[[Tensor], Tensor]) -> float:
+    wide = _widened(tensor)
+    size = float(measure(wide))
+    if size == 0.0 or _smallest(wide) < size < math.inf or math.isnan(size):
+        return size  # zero also where every square was too small to be a number: such a force counts as none
+    scaled, factor = in_the_middle(wide)
+    return float(measure(scaled)) * factor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _smallest(wide: Tensor) -> float:
+    """Norms below it may have lost entries of their size, whose squares are too small to be numbers."""
+    limits = torch.finfo(wide.dtype)
+    return math.sqrt(limits.tiny / limits.eps)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchdeq_ep.state.norms import norm
+
 _MOVED, _ROUNDINGS = 1e-2, 10
 _TRIALS = 2
 
@@ -96,7 +98,7 @@ def are_independent(f: Callable[[Tensor], Tensor], z: Tensor, value: Tensor, row
     """
     generator = torch.Generator().manual_seed(0)
     before = rows.split(value.unsqueeze(0)).to(torch.promote_types(value.dtype, torch.float32))
-    size = float(torch.linalg.vector_norm(z.detach().float())) / z.numel() ** 0.5 or 1.0
+    size = norm(z) / z.numel() ** 0.5 or 1.0
     eps = torch.finfo(value.dtype).eps
     distance = size * max(_MOVED, _ROUNDINGS * eps)
     for _ in range(_TRIALS):
@@ -106,7 +108,6 @@ def are_independent(f: Callable[[Tensor], Tensor], z: Tensor, value: Tensor, row
         noise = torch.randn(len(moved), matrix.shape[1], generator=generator).to(matrix)
         matrix[moved] += distance * (1 + noise)
         after = rows.split(f(rows.join(matrix, z.unsqueeze(0))[0]).unsqueeze(0)).to(before.dtype)
-        change = torch.linalg.vector_norm(after[still] - before[still])
-        if not bool(change <= eps * torch.linalg.vector_norm(before[still])):
+        if not norm(after[still] - before[still]) <= eps * norm(before[still]):
             return False
     return True
