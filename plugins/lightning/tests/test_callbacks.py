@@ -109,6 +109,39 @@ def test_amplitude_per_sample_is_that_of_each_sample_alone():
 
 
 @pytest.mark.parametrize(
+    ("form", "samples"),
+    [
+        (lambda z: z, 4),
+        (lambda z: z[:, 0], 4),
+        (lambda z: z[:1], 1),
+        (lambda z: z[0, 0], 1),
+        (lambda z: (z, z[:, 0]), 4),
+        (lambda z: [z, z.reshape(4, 2, 3)], 4),
+        (lambda z: z + 1j * z.flip(1), 4),
+        (lambda z: [z[:1], z[:1]], None),
+        (lambda z: (z, z[:2]), None),
+        (lambda z: z[:1] + 1j, None),
+    ],
+)
+def test_samples_are_counted_in_every_form_of_a_state_or_refused(form, samples):
+    """The nudge is `beta` times their number, whatever the number of entries."""
+    state = form(torch.randn(4, 6, dtype=torch.float64))
+    f = lambda *z: [torch.tanh(t) / 2 + 0.3 for t in z] if len(z) > 1 else torch.tanh(z[0]) / 2 + 0.3  # noqa: E731
+    for _ in range(200):
+        state = f(*state) if isinstance(state, (tuple, list)) else f(state)
+    mode = tep.EquilibriumPropagation(tep.Stencil.one_sided(0.05), tol=1e-12)
+    if samples is None:
+        with pytest.raises(InvalidOptionError, match="each tensor has one row"):
+            PerSample(mode, lambda: 1.0)(f, state, state)
+        return
+    found = PerSample(mode, lambda: 1.0)(f, state, state)
+    absolute = tep.EquilibriumPropagation(tep.Stencil.one_sided(0.05 * samples), scale="absolute", tol=1e-12)
+    expected = absolute(f, state, state)
+    pairs = [(found, expected)] if isinstance(found, torch.Tensor) else zip(found, expected, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
     ("make", "error", "word"),
     [
         (lambda: SwapBackward("hepp"), UnknownBackwardError, "hepp"),

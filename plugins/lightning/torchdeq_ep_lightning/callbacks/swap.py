@@ -31,7 +31,7 @@ class SwapBackward(Attached):
         amplitude: `"relative"` and `"absolute"` as in
             [`EquilibriumPropagation`][torchdeq_ep.EquilibriumPropagation]. `"per-sample"`: `beta` is the factor of the
             gradient of each sample's loss, as in the papers; for a loss that is a mean over the batch, and a state
-            with one row for each sample.
+            with one row for each sample, in each of its tensors if there are several.
         beta: Amplitude of the modes whose spec does not give one; by default chosen by the mode.
         max_iter: Largest number of steps of a nudged or adjoint phase, where the spec does not give it.
         tol: Residual at which such a phase stops, likewise.
