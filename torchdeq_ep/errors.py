@@ -106,6 +106,10 @@ class SolverShapeError(SolverError, MapContractError):
     """A black-box solver returned something else than a real array of the shape of the state."""
 
 
+class LawMismatchError(EPError, RuntimeError):
+    """The force law given for a black box is not that of the system that its solver solves."""
+
+
 class MissingDependencyError(EPError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
@@ -128,6 +132,10 @@ class PrecisionWarning(EPWarning):
 
 class TruncationWarning(EPWarning):
     """A contour is so large that the Cauchy integral over its nodes is not accurate."""
+
+
+class AsymmetryWarning(EPWarning):
+    """The error vector of equilibrium propagation is far from the exact one, because the Jacobian is not symmetric."""
 
 
 class LossMismatchWarning(EPWarning):

@@ -26,6 +26,7 @@ from torchdeq_ep.errors import (
 STENCILS = [tep.Stencil.one_sided(0.05), tep.Stencil.symmetric(0.05), tep.Stencil.richardson(0.1, order=4)]
 
 
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")  # both are large, and equally so
 @pytest.mark.parametrize("stencil", STENCILS, ids=lambda stencil: stencil.name)
 @pytest.mark.parametrize("scale", ["relative", "absolute"])
 def test_same_gradient_as_attach(network, stencil, scale):
@@ -64,10 +65,14 @@ def test_float32_state_of_a_float64_solver_keeps_its_precision():
     def solve(current):
         return double.solve(current.double())
 
-    z = tep.attach_equilibrium(solve, network.force, network.theta, network.x)
-    assert z.dtype == torch.float32
-    (gradient,) = torch.autograd.grad(network.loss(z), network.theta)
-    assert relative_error(gradient.double(), double.reference("ift")[0]) < 1e-6
+    def error(**options):
+        z = tep.attach_equilibrium(solve, network.force, network.theta, network.x, **options)
+        assert z.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(network.loss(z), network.theta)
+        return relative_error(gradient.double(), double.reference("ift")[0])
+
+    assert error(noise=1e-15) < 1e-6
+    assert error() < 3e-5  # without a word, the amplitude is one for float32: its square is 2e-5
 
 
 def test_a_scipy_solver(network):

@@ -48,6 +48,7 @@ def attach_equilibrium(
     retries: int = 0,
     executor: Literal["thread", "process"] | Executor | None = None,
     workers: int | None = None,
+    check: bool | Literal["reciprocity"] = True,
     writer: Callable[[EquilibriumReport], None] | None = None,
 ) -> Tensor:
     """Solve for an equilibrium with a black box, and give it the gradient that nudged equilibria measure.
@@ -55,12 +56,15 @@ def attach_equilibrium(
     The free phase is solved now, the nudged phases in the backward pass. The gradient is exact, up to the order of the
     stencil, if the system is reciprocal: `dF/dz` is symmetric, or becomes so with the metric.
 
+    The backward pass also tests whether `force` is the law of the system that `solve` solves, at the states it has.
+
     Args:
         solve: `solve(current) -> state`, the equilibrium `F(z, theta, x) + current = 0`. It knows `theta` and `x` by
             itself. The current is a detached tensor of the shape of the state, and zero in the free phase. The state
             is a tensor or an array. With `batched=False` it is `solve(current, row)`, for one row of the batch.
         force: The local force law `F(z, theta, x)`, differentiable in `theta` and `x`, in the units of the current. It
-            is used at the free state only. `f(z) - z` for a map `f`.
+            is differentiated at the free state only. `f(z) - z` for a map `f`. With `check=False` it may be the part
+            of the law that depends on what is trained.
         theta: The parameters: a tensor, or tensors in lists, tuples and dictionaries. They are handed to `force`.
         x: The input, of any such form, or `None`.
         stencil: A [`Stencil`][torchdeq_ep.Stencil] with real nodes, or the name of one with `beta="auto"`:
@@ -72,15 +76,19 @@ def attach_equilibrium(
         shape: Shape of the state. Without it, the free phase is solved with a zero that has no dimensions and
             broadcasts.
         repeats: How often each phase is solved. Answers are averaged; from two on there is a standard error.
-        noise: Error of one solve relative to the state, in the norm, for `beta="auto"`: the resolution of a converter,
-            the tolerance of a solver. By default it is measured from the repeats, and the rounding error of the dtype
-            if there are none.
+        noise: Error of one solve relative to the state, in the norm, for `beta="auto"` and for the check: the
+            resolution of a converter, the tolerance of a solver. By default it is measured from the repeats. If there
+            are none it is the rounding error of the dtype of the current or of the answer, whichever is coarser: an
+            answer in float64 may have been computed in float32. If it was not, say `noise=1e-15`.
         batched: Whether one call solves the whole batch.
         timeout: Seconds that a call may take. One that takes longer is abandoned in its thread, or killed with its
             process.
         retries: How often a call is repeated that raises, takes too long, or returns NaN or a wrong shape.
         executor: `"thread"` or `"process"` solves nudged phases concurrently; also an executor of your own.
         workers: Largest number of concurrent calls, by default the number of processors.
+        check: Whether `F(z, theta, x) + current = 0` is tested in the backward pass at the free and the nudged states.
+            It takes no more solves. `"reciprocity"` also tests, with two, whether the gradient of this system is that
+            of equilibrium propagation.
         writer: Called with the [`EquilibriumReport`][torchdeq_ep.black_box.EquilibriumReport] of each backward pass.
 
     Returns:
@@ -93,6 +101,8 @@ def attach_equilibrium(
         SolverError: If the solver fails, here or in the backward pass, more often than `retries` allows:
             `SolverTimeoutError`, `SolverNonFiniteError` and `SolverShapeError` say how.
         MapContractError: If `force` does not return the shape of the state.
+        LawMismatchError: In the backward pass, if `force` and `solve` differ by more than a tenth of the current beyond
+            what noise explains: a wrong sign, other units, a current that is ignored, a solver that did not converge.
         MapChangedError: In the backward pass, if `theta` or `x` was written into after the free phase.
         NonFiniteError: In the backward pass, if the cotangent is not finite.
 
@@ -105,6 +115,13 @@ def attach_equilibrium(
         >>> z.sum().backward()
         >>> stiffness.grad  # -load / stiffness^2
         tensor([-0.2500, -0.0625], dtype=torch.float64)
+
+        A law of the wrong sign is refused:
+
+        >>> z = attach_equilibrium(solve, lambda z, k, x: k * z - x, stiffness, load)
+        >>> z.sum().backward()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torchdeq_ep.errors.LawMismatchError: ... Likeliest: force has the wrong sign. ...
     """
     chosen = cast(Stencil, EquilibriumPropagation(stencil).stencil)
     if not chosen.is_real:
@@ -120,6 +137,8 @@ def attach_equilibrium(
     if noise is not None and not (isinstance(noise, (int, float)) and 0 < noise < math.inf):
         raise InvalidOptionError(f"noise must be a positive number or None, not {noise!r}.")
     check_count("repeats", repeats, 1)
+    if not isinstance(check, bool):
+        check_choice("check", check, ("reciprocity",))
     system = System(
         Instrument(solve, batched, timeout, retries, executor, workers),
         force,
@@ -130,6 +149,7 @@ def attach_equilibrium(
         metric,
         repeats,
         noise,
+        check,
         writer,
     )
     free = system.free_phase(None if shape is None else torch.Size(shape))

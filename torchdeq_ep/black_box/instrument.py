@@ -128,7 +128,7 @@ class Instrument:
         ]
         done = self._run(calls, None if shape is None else shape[1:])
         states = [torch.stack(done.states[k * rows : (k + 1) * rows]) for k in range(len(nudges))]
-        return Measurement(states, done.failures)
+        return replace(done, states=states)
 
     def _run(self, nudges: Sequence[Nudge], shape: torch.Size | None) -> Measurement:
         call, pool, deadline = self._how()
@@ -161,7 +161,8 @@ class Instrument:
         finally:
             for future in running:
                 future.cancel()
-        return Measurement(cast(list[Tensor], states), failures)
+        answered = cast(list[Tensor], states)
+        return Measurement(answered, failures, max(torch.finfo(state.dtype).eps for state in answered))
 
     def _how(self) -> tuple[Solve, Executor, float]:
         """What to call, where, and how many seconds to wait for it."""
@@ -198,6 +199,7 @@ class Measurement:
     Args:
         states: In the order of the nudges.
         failures: How many calls failed and were repeated.
+        eps: Relative rounding error of the coarsest dtype that came back.
 
     Example:
         >>> Measurement([torch.zeros(1)], failures=0).states
@@ -206,6 +208,7 @@ class Measurement:
 
     states: list[Tensor]
     failures: int
+    eps: float = 0.0
 
 
 def _sent(nudge: Nudge, executor: object) -> tuple[Any, ...]:

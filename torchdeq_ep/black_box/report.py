@@ -27,6 +27,13 @@ class EquilibriumReport:
         standard_error: That of the gradient, for `theta`, in the form of `theta`; `None` without repeats.
         standard_error_x: Likewise for `x`.
         degrees_of_freedom: Of the standard errors (Welch and Satterthwaite).
+        law_residual: How far the law is from the system: the mismatch between the change of `force` from the free to a
+            nudged state and the current that was added, relative to that current, where it is largest. 0 is right,
+            1 is no answer to the current, 2 the wrong sign. NaN with `check=False`.
+        law_noise: The part of it that errors of the states explain; 0 if it was too small to ask.
+        free_residual: `force` at the free state, in units of the current that would move the state by its norm.
+        reciprocity: With `check="reciprocity"`, how far the system is from a reciprocal one: an estimate, from one
+            random direction, of the error of the error vector, relative to it. Else NaN.
 
     Example:
         >>> report = EquilibriumReport("symmetric", 0.1, 0.1, 0.01, 9.0, calls=9, failures=0)
@@ -44,6 +51,10 @@ class EquilibriumReport:
     standard_error: Any = None
     standard_error_x: Any = None
     degrees_of_freedom: float = math.nan
+    law_residual: float = math.nan
+    law_noise: float = math.nan
+    free_residual: float = math.nan
+    reciprocity: float = math.nan
 
     def interval(self, level: float = 0.95) -> tuple[Any, Any]:
         """Half widths of the confidence intervals for `theta` and `x`, by Student's distribution.
