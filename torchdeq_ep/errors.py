@@ -131,11 +131,19 @@ class PrecisionWarning(EPWarning):
 
 
 class TruncationWarning(EPWarning):
-    """A contour is so large that the Cauchy integral over its nodes is not accurate."""
+    """A nudge is so large that the error vector is not that of its limit: it bends, or it crosses kinks."""
+
+
+class HiddenDerivativeWarning(EPWarning):
+    """The derivative that autograd has of `f` is not that of its values: `f` hides a part of it."""
 
 
 class AsymmetryWarning(EPWarning):
     """The error vector of equilibrium propagation is far from the exact one, because the Jacobian is not symmetric."""
+
+
+class NoGradientWarning(EPWarning):
+    """A switched DEQ was called in evaluation mode with autograd on: it has no gradient there."""
 
 
 class LossMismatchWarning(EPWarning):

@@ -28,6 +28,7 @@ from torchdeq_ep.measuring import require as require
 from torchdeq_ep.measuring import save as save
 from torchdeq_ep.measuring import write_text as write_text
 from torchdeq_ep.measuring import write_whole as write_whole
+from torchdeq_ep.modes import Derivative as Derivative
 from torchdeq_ep.modes import Mode as Mode
 from torchdeq_ep.modes import ModeLike as ModeLike
 from torchdeq_ep.modes import RelaxedMode as RelaxedMode

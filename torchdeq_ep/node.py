@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from torchdeq_ep.certificate import Certificate, certified, certify, compare_derivatives, speak_up_of_certificate
 from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
+from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import (
     STATEFUL,
     Autocast,
@@ -35,6 +37,7 @@ def attach(
     backward: str | ModeLike = "ep",
     *,
     writer: Callable[[NudgeReport], None] | None = None,
+    certificate: bool = True,
 ) -> AnyState:
     """Give a fixed point, found by whatever means, the gradient of the implicit layer it belongs to.
 
@@ -47,7 +50,9 @@ def attach(
             are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
         z_star: The fixed point: a tensor of any shape, or a tuple or list of tensors. Gradients do not flow into it.
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
-        writer: Called with the [`NudgeReport`][torchdeq_ep.modes.NudgeReport] of each backward pass.
+        writer: Called with the [`NudgeReport`][torchdeq_ep.modes.NudgeReport] of each backward pass, at its end.
+        certificate: Whether `f` is recorded at a state that asks for a gradient, so that each pass reports its
+            [adjoint residual](certificate.md) at the price of one `J^T v` beside the gradients of the parameters.
 
     Returns:
         `z_star`, with the same values and container, and a gradient. Without one where autograd is off, or where `f`
@@ -77,10 +82,24 @@ def attach(
     packing = Packing.of(z_star, lenient=autocast.enabled)
     map_of_states = packing.map(f)
     free_state = packing.pack(z_star, "z_star").detach()
-    value = map_of_states(free_state)
+    value, recording = _value_at(map_of_states, free_state, certificate)
     layer = Layer(map_of_states, mode, autocast, packing, writer)
-    connected = connect(layer, free_state, value, free_state)
+    connected = connect(layer, free_state, value, free_state, recording)
     return cast(AnyState, packing.restore(connected, like=z_star))
+
+
+def _value_at(f: Map, z: Tensor, certificate: bool) -> tuple[Tensor, Recording | None]:
+    """`f(z)`, recorded at a state that asks for a gradient where `f` allows it."""
+    if certificate:
+        state = recorded(z)
+        try:
+            value = f(state)
+        except RuntimeError:  # f writes into its state, or takes it out of autograd's hands
+            pass
+        else:
+            if reaches_state(value, state):
+                return value, recording_of(state)
+    return f(z), None
 
 
 @dataclass
@@ -107,7 +126,9 @@ class Layer:
     memory: Memory = field(default_factory=Memory)
 
 
-def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
+def connect(
+    layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording | None = None
+) -> Tensor:
     """The node itself: `returned`, with the error vector flowing back into `value`.
 
     Args:
@@ -115,32 +136,84 @@ def connect(layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -
         free_state: Packed `z*`, detached.
         value: `f(z*)`, with its graph to parameters and inputs.
         returned: The tensor whose values the result has: `free_state` or `value`.
+        recording: Of the state at which `value` was taken.
 
     Returns:
         A new tensor.
     """
-    if not value.requires_grad:
+    if not depends_on_more(value, recording):
         return returned.detach()
-    connected: Tensor = _EquilibriumGradient.apply(layer, free_state, value, returned.detach())  # type: ignore[no-untyped-call]
+    arguments = layer, recording, free_state, value, returned.detach()
+    connected: Tensor = _EquilibriumGradient.apply(*arguments)  # type: ignore[no-untyped-call]
     return connected
 
 
 class _EquilibriumGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor) -> Tensor:
-        ctx.layer = layer
+    def forward(
+        ctx: Any, layer: Layer, recording: Recording | None, free_state: Tensor, value: Tensor, returned: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.recording = layer, recording
         ctx.save_for_backward(free_state, value.clone())  # f may return a buffer that its next call overwrites
         return returned.clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, None]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, None, Tensor, None]:
         (cotangent,) = cotangents
         free_state, value = ctx.saved_tensors
-        error_vector = _error_vector(ctx.layer, free_state, value.detach(), cotangent.detach())
-        return None, None, first_derivative_only(error_vector, cotangent), None
+        backward = _Pass(ctx.layer, free_state, value.detach(), cotangent.detach())
+        if ctx.recording is None:
+            backward.deliver()
+        else:
+            if ctx.recording.is_hidden:
+                backward.certify(torch.zeros_like(free_state))
+            # J^T v comes with the gradients of the parameters, after this; the report once all is done.
+            ctx.recording.taker = backward.take
+            torch.autograd.Variable._execution_engine.queue_callback(backward.deliver)
+        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None
 
 
-def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> Tensor:
+class _Pass:
+    """One backward pass of a layer: its error vector now, its certificate when `J^T v` has come."""
+
+    def __init__(self, layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> None:
+        self._layer = layer
+        equilibrium, self.error_vector, self._report = _solve(layer, free_state, value, cotangent)
+        self._certificate: Certificate | None = None
+        self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
+            self.error_vector,
+            equilibrium.cotangent,
+            equilibrium.used.metric,
+            torch.finfo(layer.autocast.dtype).eps if layer.autocast.enabled else equilibrium.eps,
+        )
+
+    def take(self, cotangents: Sequence[Tensor]) -> None:
+        """Make the certificate from `J^T v`, as the state has it."""
+        first = cotangents[0]
+        is_packed = len(cotangents) == 1 and first.shape == self.error_vector.shape
+        self.certify(first if is_packed else self._layer.packing.pack(cotangents, "J^T v"))
+
+    def certify(self, adjoint: Tensor) -> None:
+        """Make the certificate from `J^T v`, packed."""
+        if self._open is not None:
+            v, g, metric, rounding = self._open
+            self._open, self._certificate = None, certify(v, g, adjoint, metric, self._report, rounding)
+
+    def deliver(self) -> None:
+        """Hand the report out, and say what the certificate has to say."""
+        self._open = None
+        layer, report = self._layer, self._report
+        if self._certificate is not None:
+            report = certified(layer.mode, report, self._certificate)
+            layer.memory.certify(report.adjoint_residual)
+        if layer.writer is not None:
+            layer.writer(report)
+        speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory)
+
+
+def _solve(
+    layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor
+) -> tuple[Equilibrium, Tensor, NudgeReport]:
     # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
     autocast, z = layer.autocast, free_state
     in_force, value_now, records = _evaluate(layer, z)
@@ -166,9 +239,9 @@ def _error_vector(layer: Layer, free_state: Tensor, value: Tensor, cotangent: Te
             error_vector, report = layer.mode.solve(equilibrium)
         else:
             error_vector, report = _solve_by_callable(layer.mode, equilibrium)
-    if layer.writer is not None:
-        layer.writer(report)
-    return error_vector.detach()
+        with undisturbed(records):
+            calls = compare_derivatives(layer.mode, equilibrium, error_vector)
+    return equilibrium, error_vector.detach(), replace(report, calls=report.calls + calls)
 
 
 def _solve_by_callable(mode: ModeLike, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:

@@ -21,7 +21,9 @@ from torchdeq_ep.errors import (
     LossMismatchWarning,
     MapChangedError,
     NoDEQError,
+    NoGradientWarning,
     StochasticMapError,
+    TruncationWarning,
     UnknownBackwardError,
 )
 
@@ -376,7 +378,8 @@ def test_a_free_phase_that_did_not_converge_is_said():
 def test_evaluation_mode_is_torchdeqs():
     model = _model().eval()
     with tep.use_backward(model, "ep"):
-        model(INPUTS, sradius_mode=True)
+        with pytest.warns(NoGradientWarning):
+            model(INPUTS, sradius_mode=True)
         assert model.info["sradius"].shape == (4,)
         out = model(INPUTS)
     assert not model.states[0].requires_grad
@@ -471,7 +474,8 @@ def test_loss_nudging_reaches_the_layer_and_ends_with_the_context():
         return model.layer.weight.grad.clone()
 
     frozen = gradient(False)
-    assert relative_error(gradient(True), frozen) > 1e-5  # a finite nudge feels the curvature of the loss
+    with pytest.warns(TruncationWarning):
+        assert relative_error(gradient(True), frozen) > 0.05  # a finite nudge feels the curvature of the loss
     assert torch.equal(gradient(False), frozen)
     handle.remove()
     with pytest.raises(NoDEQError, match="use_backward"), tep.nudge_loss(model, loss_of_state):
@@ -489,9 +493,10 @@ def test_a_single_nudge_by_the_loss_goes_downhill_where_a_large_one_settles():
     with (
         tep.use_backward(model, "ep-one-sided:beta=0.5", tol=1e-8),
         tep.nudge_loss(model, loss_of_state),
+        pytest.warns(TruncationWarning),
     ):
         model(INPUTS).pow(4).sum().backward()
-    assert losses[-1] < losses[0]
+    assert min(losses) < losses[0]
 
 
 def test_the_right_loss_is_known_for_it_when_the_free_phase_stopped_early():

@@ -86,7 +86,8 @@ def test_real_nodes_stay_in_real_arithmetic():
     value_at_rest, *nudged = dtypes
     assert value_at_rest == torch.float64
     assert nudged[0] == torch.float64
-    assert nudged[-1] == torch.complex128
+    assert torch.complex128 in nudged
+    assert nudged[-1] == torch.float64  # at which the estimate is checked
 
 
 # --- a model that has never heard of this package --------------------------------------------------------------------

@@ -62,9 +62,11 @@ def test_bfloat16_states_are_warned_about():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         v = tep.EquilibriumPropagation()(problem.f, problem.z, problem.g)
+        assert not caught
+        tep.get_backward("ep:beta=0.01")(problem.f, problem.z, problem.g)
     assert PrecisionWarning in {warning.category for warning in caught}
     assert v.dtype == torch.bfloat16
-    assert relative_error(v, problem.dense()) < 0.2
+    assert relative_error(v, problem.dense()) < 0.03
 
 
 def test_a_linear_map_without_a_gradient_has_a_best_estimate_and_is_said_or_refused():
@@ -117,7 +119,7 @@ def test_a_failed_nudge_may_be_accepted_as_it_is():
 def test_running_out_of_steps_is_said():
     problem = tanh_problem(gain=0.99)
     with pytest.warns(ConvergenceWarning, match="Raise max_iter"):
-        _, report = report_of(tep.EquilibriumPropagation(max_iter=4), problem)
+        _, report = report_of(tep.EquilibriumPropagation(max_iter=4, tol=1e-6), problem)
     assert not report.converged
     assert report.residual > report.tol
 

@@ -6,17 +6,17 @@ replaced, so they do not interfere with the switching of its backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.host.rules import fixed_point
 from torchdeq_ep.host.switching import deqs_of
-from torchdeq_ep.state import State
 
 FixedPointHook = Callable[[Callable[[Any], Any], Any, DEQBase], object]
 
@@ -97,38 +97,6 @@ def register_fixed_point_hook(module: nn.Module, hook: FixedPointHook, *, in_eva
         raise InvalidOptionError(f"a fixed-point hook is called as hook(f, z_star, deq), but {hook!r} is not callable.")
     deqs = deqs_of(module)
     return FixedPointHandle(deqs, [_ForwardHook(hook, in_eval)] * len(deqs))
-
-
-def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Callable[[Any], Any], State]:
-    """The map of a call of a DEQ, and its equilibrium, detached; both in the form that the DEQ returns.
-
-    Args:
-        args: Positional arguments of the call.
-        kwargs: Its keyword arguments.
-        output: What it returned: states and solver statistics.
-
-    Returns:
-        `f`, from a state to a state, and `z*`.
-    """
-    func = args[0] if args else kwargs["func"]
-    state = output[0][-1]
-    if isinstance(state, Tensor):
-        return func, state.detach()
-    detached = [tensor.detach() for tensor in state]
-    if isinstance(state, tuple):
-        return _SequenceMap(func, tuple), tuple(detached)
-    return _SequenceMap(func, list), detached
-
-
-@dataclass(frozen=True, eq=False)
-class _SequenceMap:
-    """A map of several tensors, `f(*state)`, as a map of one list or tuple of them."""
-
-    func: Callable[..., Any]
-    container: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-    def __call__(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.container(self.func(*state))
 
 
 @dataclass(frozen=True, eq=False)

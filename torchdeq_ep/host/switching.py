@@ -3,128 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase, DEQIndexing
-from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+from torchdeq_ep.host.rules import CompleteTrajectory, EquilibriumRule, EvaluationHook, Loss, PhantomGradient
 from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
-from torchdeq_ep.node import Layer, connect
-from torchdeq_ep.state import Autocast, Map, Memory, Packing
-
-Loss = Callable[[Any], Tensor]
+from torchdeq_ep.state import Memory
 
 DEFAULT_BACKWARD = "ep"
-
-
-@dataclass
-class _Slot:
-    """Where `nudge_loss` leaves the loss for the backward passes of one DEQ, and these leave their last report."""
-
-    loss_of_state: Loss | None = None
-    report: NudgeReport | None = None
-
-
-@dataclass(frozen=True)
-class PhantomGradient:
-    """torchdeq's phantom gradient (Geng et al. 2021, arXiv 2111.05177) as a value that can be pickled.
-
-    `steps` damped steps of `f` with their graph; `sup_gap` or `sup_loc` pick which of the states are returned.
-    """
-
-    steps: int = 1
-    tau: float = 1.0
-    sup_gap: int = -1
-    sup_loc: tuple[int, ...] = ()
-
-    def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, **_: Any) -> list[Any]:
-        return [state for state, _ in self.visit(func, z_pred)]
-
-    def visit(self, func: Any, z_pred: Any, detach: Callable[[Any], Any] = lambda z: z) -> list[tuple[Any, Any]]:
-        """The states returned, each with the one it was computed from, which `detach` cuts off its own past."""
-        visited: list[tuple[Any, Any]] = []
-        for step in range(1, self.steps + 1):
-            source = detach(z_pred)
-            z_pred = func(source, tau=self.tau)
-            last = step == self.steps
-            if step % self.sup_gap == 0 if self.sup_gap > 0 else (step in self.sup_loc or last):
-                visited.append((z_pred, source))
-            if last and self.sup_loc and step in self.sup_loc and self.sup_gap <= 0:
-                visited.append((z_pred, source))  # torchdeq returns the last state twice then
-        return visited
-
-
-@dataclass(frozen=True, eq=False)
-class EquilibriumRule:
-    """A gradient rule of torchdeq, `rule(trainer, func, z_pred, writer) -> states`, that uses a backward mode.
-
-    The states returned have the values that the rule it replaces gives them: the steps of the phantom gradient it was
-    configured with, one for implicit differentiation.
-    """
-
-    mode: ModeLike
-    steps: PhantomGradient = PhantomGradient()
-    slot: _Slot = field(default_factory=_Slot)
-    memory: Memory = field(default_factory=Memory)
-
-    def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
-        return [
-            self._connect(func, returned, source, writer)
-            for returned, source in self.steps.visit(func, z_pred, detach=func.detach)
-        ]
-
-    def _connect(self, func: Any, returned: Any, source: Any, writer: Any) -> Any:
-        device = (source if isinstance(source, Tensor) else source[0]).device
-        autocast = Autocast.current(device.type)
-        packing = Packing.of(source, lenient=autocast.enabled)
-
-        def f(packed: Tensor) -> Tensor:
-            return packing.pack(func(packing.unpack(packed), tau=self.steps.tau))
-
-        def loss_of_packed_state() -> Map | None:
-            loss = self.slot.loss_of_state
-            return None if loss is None else lambda packed: loss(func.vec2list(packing.unpack(packed)))
-
-        layer = Layer(
-            f,
-            self.mode,
-            autocast,
-            packing,
-            partial(self._record, writer),
-            loss_of_packed_state,
-            self.memory,
-        )
-        value = packing.pack(returned)
-        state = packing.pack(source, "the solver").detach()
-        return packing.restore(connect(layer, state, value, value), like=returned)
-
-    def _record(self, writer: Any, report: NudgeReport) -> None:
-        self.slot.report = report
-        if writer is not None:
-            writer(solver_statistics(report))
-
-
-@dataclass(frozen=True)
-class CompleteTrajectory:
-    """A solver that returns as many trajectory states as it was asked for, also if it converges before the last.
-
-    torchdeq's solvers stop with the indices they have reached, and `DEQIndexing` then drops the gradient rules of the
-    rest, the one of the equilibrium first. The states after convergence are the converged one.
-    """
-
-    solver: Callable[..., Any]
-
-    def __call__(self, func: Any, x0: Any, *args: Any, indexing: Sequence[int] | None = None, **kwargs: Any) -> Any:
-        state, trajectory, info = self.solver(func, x0, *args, indexing=indexing, **kwargs)
-        missing = len(indexing or ()) - len(trajectory)
-        return state, [*trajectory, *([state] * missing)], info
 
 
 class _SwitchedRules(list[Any]):
@@ -133,6 +25,7 @@ class _SwitchedRules(list[Any]):
     def __init__(self, rules: Sequence[Any], below: list[Any] | None = None, solver_below: Any = None) -> None:
         super().__init__(rules)
         self.below, self.solver_below = below, solver_below
+        self.hook: RemovableHandle | None = None
         self.removed = False
 
     def __reduce__(self) -> Any:
@@ -185,8 +78,35 @@ class BackwardHandle:
             report = rule.slot.report
             if report is not None:
                 head += f", the last with a residual of {report.residual:.1e} after {report.calls} calls"
+                head += "".join(f"\n  {line}" for line in _accuracy(report, rule.memory))
             paragraphs.append("\n".join([head, *(f"  {line}" for line in found.splitlines())]))
         return "\n".join(paragraphs)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What each DEQ remembers of its passes: amplitudes, rounding, independence of rows, what was said.
+
+        A run that is resumed with it is the run that was stopped. `torch.save` and `torch.load(weights_only=True)`
+        take it.
+
+        Returns:
+            Plain values, by the name of the DEQ.
+        """
+        return {name: rule.memory.state_dict() for name, rule in self._rules()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Remember what a handle of the same model remembered.
+
+        Args:
+            state: As `state_dict` returned it.
+
+        Raises:
+            InvalidOptionError: If it is of other DEQs, or no such state.
+        """
+        rules = dict(self._rules())
+        if set(rules) != set(state):
+            raise InvalidOptionError(f"the state is one of the DEQs {sorted(state)}, and these are {sorted(rules)}.")
+        for name, rule in rules.items():
+            rule.memory.load_state_dict(state[name])
 
     def _rules(self) -> list[tuple[str, EquilibriumRule]]:
         return [(name, rules[-1]) for name, (_, rules) in zip(self._names, self._switched, strict=True)]
@@ -196,6 +116,8 @@ class BackwardHandle:
         self._is_removed = True
         for deq, rules in self._switched:
             rules.removed = True
+            if rules.hook is not None:
+                rules.hook.remove()
             while isinstance(deq.produce_grad, _SwitchedRules) and deq.produce_grad.removed:
                 top = deq.produce_grad
                 deq.produce_grad = top.below
@@ -209,7 +131,21 @@ class BackwardHandle:
         self.remove()
 
 
-def use_backward(module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD, **options: Any) -> BackwardHandle:
+def _accuracy(report: NudgeReport, memory: Memory) -> list[str]:
+    """How good the gradient is, in a sentence each."""
+    lines = []
+    if memory.certified:
+        total, largest = memory.adjoint_residuals
+        mean = total / memory.certified
+        lines.append(f"residual of the error vector in v = J^T v + g: {mean:.1e} in the mean, {largest:.1e} at most")
+    if report.beta:
+        lines.append(f"the finite nudge adds {report.nudge_error:.1e} to it, f rounds by {report.rounding:.1e}")
+    return lines
+
+
+def use_backward(
+    module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD, *, certificate: bool = True, **options: Any
+) -> BackwardHandle:
     """Switch every torchdeq DEQ inside a module to another backward pass.
 
     The forward pass, parameters, buffers, random state and `state_dict` stay as they are. The mode applies to the
@@ -218,6 +154,8 @@ def use_backward(module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD,
     Args:
         module: A model that contains DEQs made by `torchdeq.get_deq`, or such a DEQ.
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
+        certificate: Whether each pass reports its [adjoint residual](certificate.md), which takes one `J^T v` beside
+            the gradients of the parameters.
         **options: Options of the mode, e.g. `tol=1e-4`.
 
     Returns:
@@ -241,7 +179,7 @@ def use_backward(module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD,
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
     names = {part: name for name, part in module.named_modules()}
-    return BackwardHandle([(deq, switch(deq, mode)) for deq in deqs], [names[deq] for deq in deqs])
+    return BackwardHandle([(deq, switch(deq, mode, certificate)) for deq in deqs], [names[deq] for deq in deqs])
 
 
 def deqs_of(module: nn.Module) -> list[DEQBase]:
@@ -257,7 +195,7 @@ def deqs_of(module: nn.Module) -> list[DEQBase]:
         NoDEQError: If there is none.
 
     Example:
-        >>> import torchdeq
+        >>> import torch, torchdeq
         >>> len(deqs_of(torch.nn.ModuleList([torchdeq.get_deq(), torchdeq.get_deq()])))
         2
     """
@@ -278,7 +216,7 @@ def deqs_of(module: nn.Module) -> list[DEQBase]:
     return deqs
 
 
-def switch(deq: DEQBase, mode: ModeLike) -> _SwitchedRules:
+def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedRules:
     """Put a mode in the place of the last gradient rule of a DEQ; `BackwardHandle` undoes it."""
     below: list[Any] = deq.produce_grad
     *earlier, last = [_picklable(rule) for rule in below]
@@ -286,7 +224,9 @@ def switch(deq: DEQBase, mode: ModeLike) -> _SwitchedRules:
     solver_below = None
     if isinstance(deq, DEQIndexing) and not isinstance(deq.f_solver, CompleteTrajectory):
         solver_below, deq.f_solver = deq.f_solver, CompleteTrajectory(deq.f_solver)
-    rules = _SwitchedRules([*earlier, EquilibriumRule(mode, steps)], below, solver_below)
+    rule = EquilibriumRule(mode, steps, certificate)
+    rules = _SwitchedRules([*earlier, rule], below, solver_below)
+    rules.hook = deq.register_forward_hook(EvaluationHook(rule), with_kwargs=True)
     deq.produce_grad = rules
     return rules
 
@@ -300,28 +240,6 @@ def _picklable(rule: Any) -> Any:
         return rule
     return PhantomGradient(
         names["n_grad_step"], names.get("tau", 1.0), names.get("sup_gap", -1), tuple(names.get("sup_loc", ()))
-    )
-
-
-def solver_statistics(report: NudgeReport) -> SolverStat:
-    """A backward solve in the form that torchdeq hands to a `backward_writer`.
-
-    Args:
-        report: Report of a backward solve.
-
-    Returns:
-        torchdeq's keys, with one row for the whole state, and `report` itself under `"report"`. `abs_*` and `rel_*` are
-        both relative to the force on the nudged state, the scale at which the displacement is solved.
-    """
-    trace = torch.tensor([report.trace or (report.residual,)])
-    lowest = torch.tensor([report.residual])
-    return SolverStat(
-        abs_lowest=lowest,
-        rel_lowest=lowest.clone(),
-        abs_trace=trace,
-        rel_trace=trace.clone(),
-        nstep=torch.tensor([float(report.iterations)]),
-        report=report,
     )
 
 

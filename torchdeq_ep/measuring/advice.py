@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torchdeq_ep.certificate import LARGEST_INCONSISTENCY
 from torchdeq_ep.measuring.capture import Adjoint
 from torchdeq_ep.measuring.diagnosis import GOOD, Parts
 from torchdeq_ep.modes.judgement import NEAR_ONE, UNCONVERGED_STATE
@@ -35,6 +36,7 @@ class Findings:
         best: Amplitude with the smallest error of the nudge.
         best_error: That error, relative to the exact vector.
         unsettled: Of `"tight solve"` and `"limit"`, those that did not converge.
+        hidden: How far autograd's derivative of `f` along the estimate is from that of its values.
 
     Example:
         >>> import torch
@@ -56,10 +58,11 @@ class Findings:
     best: float
     best_error: float
     unsettled: tuple[str, ...] = ()
+    hidden: float = math.nan
 
 
 def advise(found: Findings) -> str:
-    """What to do, the likeliest cause first: the free phase, the radius, kinks, then the largest part of the error.
+    """What to do, the likeliest cause first: a hidden derivative, the free phase, the radius, then the largest part.
 
     Args:
         found: What was measured.
@@ -68,6 +71,12 @@ def advise(found: Findings) -> str:
         A sentence or two.
     """
     total = found.parts.total.relative
+    if found.hidden > LARGEST_INCONSISTENCY:
+        return (
+            f"f hides a part of its derivative from autograd: along the error vector, the derivative of its values is "
+            f"{found.hidden:.0%} off autograd's, which the limit and the exact adjoint follow. Look for detach(), "
+            ".data, no_grad, NumPy or a custom backward. If that is meant, use 'ift'; if not, unhide it."
+        )
     if not found.exact.is_known:
         causes = [*_of_free_phase(found), *_of_radius(found)]
         remedy = ["Lower f_tol and raise f_max_iter until it is."] if not causes else []

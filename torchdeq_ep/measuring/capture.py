@@ -279,7 +279,8 @@ def _numbered(captures: Sequence[Capture]) -> tuple[Capture, ...]:
 
 def _unspoken(equilibrium: Equilibrium) -> Equilibrium:
     """The same, as if nothing had been said of it: what one solve warns of must not silence the next."""
-    return replace(equilibrium, memory=Memory(independent=equilibrium.memory.independent))
+    known = equilibrium.memory
+    return replace(equilibrium, memory=Memory(independent=known.independent, rounding=known.rounding))
 
 
 def exact_adjoint(equilibrium: Equilibrium, tol: float | None = None, max_iter: int = REFERENCE_STEPS) -> Adjoint:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq_ep._options import check_count
+from torchdeq_ep.certificate import adjoint_residual
 from torchdeq_ep.errors import EPError, InvalidOptionError
 from torchdeq_ep.host import deqs_of
 from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
@@ -110,7 +111,7 @@ def compare(
         tell("the spectral radius")
         radii = [_radius(capture) for capture in captures]
         for capture in captures:
-            _find_rows(capture)
+            _find_out(capture)
         rows = _measure(entries, trial, captures, [exact_gradient[k] for k in reached], reached, repeats, tell)
     return Comparison(
         rows=tuple(rows),
@@ -250,10 +251,11 @@ def _radius(capture: Capture) -> float:
         return math.nan
 
 
-def _find_rows(capture: Capture) -> None:
-    """Remembered, as it is in training, so that no mode is charged for finding out."""
-    with suppress(Exception), capture.autocast.restored(True), undisturbed(capture.equilibrium.records):
-        capture.equilibrium.independent_rows()
+def _find_out(capture: Capture) -> None:
+    """Which rows are independent and how `f` rounds: remembered, as in training, so that no mode is charged for it."""
+    for find in (capture.equilibrium.independent_rows, lambda: capture.equilibrium.rounding):
+        with suppress(Exception), capture.autocast.restored(True), undisturbed(capture.equilibrium.records):
+            find()
 
 
 def _measure(
@@ -303,6 +305,8 @@ def _figures(
     figures: dict[str, Any] = {
         "adjoint_error": _relative_error(error_vector, exact_adjoint),
         "adjoint_cosine": cosine(error_vector, exact_adjoint),
+        "adjoint_residual": _largest(_adjoint_residuals(captures, vectors)),
+        "nudge_error": max((report.nudge_error for report in reports), default=math.nan),
         "residual": max((report.residual for report in reports), default=math.nan),
         "calls": calls,
         "beta": max((report.beta for report in reports), default=math.nan),
@@ -324,6 +328,14 @@ def _figures(
     except Exception as error:
         notes.append(f"no memory: {short(error)}")
     return {**figures, "warnings": tuple(dict.fromkeys([*unusable, *notes]))}
+
+
+def _adjoint_residuals(captures: Sequence[Capture], vectors: Sequence[Tensor]) -> list[float]:
+    residuals = []
+    for capture, vector in zip(captures, vectors, strict=True):
+        with capture.autocast.restored(True):
+            residuals.append(adjoint_residual(capture.equilibrium, vector))
+    return residuals
 
 
 def _fault(report: NudgeReport) -> str:

@@ -23,6 +23,7 @@ AMPLITUDES = tuple(10.0 ** (k / 2) for k in range(-8, 1))
 _HEADINGS = ("where", "total", "finite nudge", "asymmetry", "convergence")
 _MEASURES = (
     "DEQ",
+    "adjoint residual",
     "symmetry",
     "asymmetry",
     "spectral radius",
@@ -118,6 +119,8 @@ class LayerDiagnosis:
         spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`; NaN likewise.
         advice: What to do about the likeliest cause, in a sentence or two.
         notes: What the mode warned about, and what could not be measured or did not converge.
+        adjoint_residual: `|v - J^T v - g| / |g|` of the estimate, the number that a [training run](certificate.md)
+            reports of it.
         settled_residual: Relative residual of the free phase where it is solved further, for all parts but convergence.
         exact_residual: Relative residual of the exact adjoint; above 0.001 it is not exact, and the advice says so. NaN
             where there is none.
@@ -149,6 +152,7 @@ class LayerDiagnosis:
     spectral_radius: float
     advice: str
     notes: tuple[str, ...]
+    adjoint_residual: float = math.nan
     settled_residual: float = math.nan
     exact_residual: float = math.nan
     reasons: dict[str, str] = field(default_factory=dict)
@@ -249,7 +253,8 @@ def _measures(diagnosis: Diagnosis) -> list[list[str]]:
             format(value, form) if math.isfinite(value) else layer.reasons.get(name, "-")
             for name, value, form in figures
         )
-        rows.append([layer.name or "the DEQ", *symmetry, *cells])
+        certificate = format(layer.adjoint_residual, ".1e") if math.isfinite(layer.adjoint_residual) else "-"
+        rows.append([layer.name or "the DEQ", certificate, *symmetry, *cells])
     return rows
 
 

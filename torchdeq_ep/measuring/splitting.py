@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq_ep import holomorphic
+from torchdeq_ep.certificate import adjoint_residual
 from torchdeq_ep.errors import JacobianProductError, NonFiniteError, NotHolomorphicError, NudgeDivergedError
 from torchdeq_ep.jacobian import SymmetryMeasurement, measure_symmetry, spectral_radius
+from torchdeq_ep.jacobian.consistency import derivative_mismatch
 from torchdeq_ep.measuring import capture as capturing
 from torchdeq_ep.measuring.advice import PARTS, Findings, advise
 from torchdeq_ep.measuring.capture import CERTAIN, Adjoint, Capture, caught_warnings, exact_adjoint, short
@@ -122,6 +124,8 @@ class Examination:
             symmetry = self._measure("symmetry", lambda: self._symmetry(tight), None)
             radius = self._measure("spectral_radius", lambda: self._radius(tight), math.nan)
             kinks = _kinks(tight)
+            hidden = self._measure("derivative", lambda: _hidden(given, estimate), math.nan)
+            adjoint = math.nan if estimate is None else adjoint_residual(given, estimate)
             self._step("the gradients")
             nothing: Pullback = _no_gradient
             gradient = self._measure("gradient", lambda: _pullback(tight, self.trained), nothing)
@@ -133,7 +137,7 @@ class Examination:
         gradients = {name: None if vector is None else gradient(vector) for name, vector in vectors.items()}
         align = partial(_alignment, gradient, gradients["exact adjoint"])
         residuals, amplitudes = (given.residual, tight.residual), (report.beta, best, best_error)
-        findings = Findings(whole, exact, *residuals, radius, kinks, *amplitudes, tuple(self.unsettled))
+        findings = Findings(whole, exact, *residuals, radius, kinks, *amplitudes, tuple(self.unsettled), hidden)
         return LayerDiagnosis(
             name=self.capture.deq,
             error_vector=whole,
@@ -147,6 +151,7 @@ class Examination:
             spectral_radius=radius,
             advice=advise(findings),
             notes=tuple(dict.fromkeys(self.notes)),
+            adjoint_residual=adjoint,
             settled_residual=tight.residual,
             exact_residual=exact.residual,
             reasons=self.reasons,
@@ -364,6 +369,14 @@ def _kinks(equilibrium: Equilibrium) -> str:
         with suppress(Exception):  # if it is not analytic at all, what came before is known
             equilibrium.f(equilibrium.z.to(equilibrium.z.dtype.to_complex()))
         return ", ".join(crossing.operation for crossing in context.crossings)
+
+
+def _hidden(equilibrium: Equilibrium, vector: Tensor | None) -> float:
+    """How far autograd's derivative of the map along an error vector is from that of its values."""
+    if vector is None or not bool(torch.any(vector)):
+        return math.nan
+    with undisturbed(equilibrium.records):
+        return derivative_mismatch(equilibrium.f, equilibrium.z, vector, equilibrium.rounding).size
 
 
 def _no_gradient(vector: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torchdeq_ep.measuring.style import save
 
 BASELINE = "ift"
 """The mode that times are quoted relative to."""
-WIDE = 132
+WIDE = 150
 """Characters in a line from which on all columns of the printed table have room."""
 _MISSING = {"none": "there is no reference", "zero": "the cotangent is zero", "least squares": "I - J is singular"}
 """Why an error has no number although the mode has an estimate, by the reference."""
@@ -44,6 +44,9 @@ class Row:
         warnings: What the mode warned about, in short.
         error: Why the mode has no figures, or an empty text.
         usable: Whether every estimate was one: not diverged, with a residual of 0.1 at most; `None` as above.
+        adjoint_residual: Largest residual `|v - J^T v - g| / |g|` of an error vector in the exact equation: what a
+            training run [reports](certificate.md) where the error itself is not known.
+        nudge_error: Largest [error of a finite amplitude](certificate.md#nudge-error) that a solve reported.
 
     Example:
         >>> row = Row("ep", "anderson", gradient_error=1e-3, error="")
@@ -66,6 +69,8 @@ class Row:
     warnings: tuple[str, ...] = ()
     error: str = ""
     usable: bool | None = None
+    adjoint_residual: float = math.nan
+    nudge_error: float = math.nan
 
     @property
     def label(self) -> str:
@@ -100,7 +105,7 @@ class Comparison:
     Example:
         >>> rows = (Row("ift", "own", gradient_error=1e-7, milliseconds=2.0), Row("ep", "own", gradient_error=1e-3))
         >>> print(Comparison(rows, "dense", 8, "cpu", 5).to_markdown().splitlines()[-1])
-        | ep | own | 1.0e-03 | - | - | - | - | - | - | - | - | - | - | |
+        | ep | own | 1.0e-03 | - | - | - | - | - | - | - | - | - | - | - | - | |
     """
 
     rows: tuple[Row, ...]
@@ -289,11 +294,13 @@ COLUMNS = (
     Column("gradient cosine", lambda table, row: _error(table, row, row.gradient_cosine, ".6f"), is_detail=True),
     Column("adjoint error", lambda table, row: _error(table, row, row.adjoint_error, ".1e")),
     Column("adjoint cosine", lambda table, row: _error(table, row, row.adjoint_cosine, ".6f"), is_detail=True),
+    Column("adjoint residual", lambda _, row: _number(row.adjoint_residual, ".1e")),
+    Column("nudge error", lambda _, row: _number(row.nudge_error, ".1e"), is_detail=True),
     Column("residual", lambda _, row: _number(row.residual, ".1e"), is_detail=True),
     Column("calls", lambda _, row: _number(row.calls, ".0f")),
     Column("ms", lambda _, row: _number(row.milliseconds, ".2f")),
     Column("x ift", lambda table, row: _number(table.relative_time(row), ".2f")),
-    Column("peak MiB", lambda _, row: _number(row.peak_mib, ".2f")),
+    Column("peak MiB", lambda _, row: _number(row.peak_mib, ".2f"), is_detail=True),
     Column("beta", lambda _, row: _number(row.beta, ".2g"), is_detail=True),
     Column("converged", lambda _, row: _yes_or_no(row.converged), is_detail=True),
     Column("notes", lambda _, row: "; ".join(row.notes), is_text=True),

@@ -1,6 +1,7 @@
 """Backward modes: from a free equilibrium and a cotangent to an error vector, `(f, z*, g) -> v`."""
 
 from torchdeq_ep.modes.amplitude import ForceScale as ForceScale
+from torchdeq_ep.modes.base import Derivative as Derivative
 from torchdeq_ep.modes.base import Mode as Mode
 from torchdeq_ep.modes.base import RelaxedMode as RelaxedMode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation as ImplicitDifferentiation

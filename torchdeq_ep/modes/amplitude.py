@@ -20,7 +20,8 @@ class Amplitude:
         stencil: With a number for `beta`.
         scale: How that number is meant.
         unit: `|z*| / |M g|`, by which a relative amplitude is multiplied ([eq. (9)][eq-9]).
-        eps: Relative rounding error of one call of `f`.
+        eps: Relative difference of two values of `f` that may be rounding.
+        noise: Relative rounding error of one call of `f`, in the mean.
 
     Example:
         >>> amplitude = Amplitude(Stencil.symmetric(0.1), "relative", unit=20.0, eps=1e-7)
@@ -34,6 +35,7 @@ class Amplitude:
     scale: ForceScale
     unit: float
     eps: float
+    noise: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -53,8 +55,13 @@ class Amplitude:
 
     @property
     def rounding(self) -> float:
-        """What rounding of `f` leaves in the estimate, relative to the force."""
+        """What rounding of `f` leaves in the estimate at worst, relative to the force."""
         return self.stencil.noise_gain * self.eps / self.relative
+
+    @property
+    def expected_rounding(self) -> float:
+        """What it leaves in the mean, for errors of the nodes that have nothing to do with each other."""
+        return self.stencil.mean_noise_gain * self.noise / self.relative
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -80,15 +87,29 @@ class Amplitude:
         Returns:
             A new amplitude, or this one where the displacement is the smaller of the two.
         """
-        return self if growth <= 1 else replace(self, stencil=self.stencil.at(float(self.stencil.beta) / growth))
+        return self if growth <= 1 else self.divided(growth)
 
-    def halved(self) -> Amplitude:
-        """The same at half of it.
+    def divided(self, factor: float) -> Amplitude:
+        """The same at a smaller one.
+
+        Args:
+            factor: How many times smaller.
 
         Returns:
             A new amplitude.
         """
-        return replace(self, stencil=self.stencil.at(float(self.stencil.beta) / 2))
+        return replace(self, stencil=self.stencil.at(float(self.stencil.beta) / factor))
+
+    def at(self, relative: float) -> Amplitude:
+        """The same at another one.
+
+        Args:
+            relative: In the unit of relative amplitudes.
+
+        Returns:
+            A new amplitude.
+        """
+        return self.divided(self.relative / relative)
 
     def require_visible(self) -> None:
         """Refuse a nudge that is lost in the rounding of the state.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torchdeq_ep.state import (
 )
 
 Correction = Literal["asymmetric"]
+Derivative = Literal["values", "autograd", "both"]
 OnDivergence = Literal["shrink", "raise", "accept", "ift"]
 DEFAULT_MAX_ITER = 100
 
@@ -94,7 +95,21 @@ class Mode(ABC):
         if equilibrium.cotangent_size == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
         with undisturbed(equilibrium.records):
-            return self._solve(equilibrium)
+            vector, report = self._solve(equilibrium)
+        return vector, replace(report, rows_lost=equilibrium.rows_below(max(report.residual, report.nudge_error)))
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """Whose derivative of `f` stands in the equation that the mode solves: that of its values, autograd's, or both.
+
+        `None` if it solves neither `v = J v + g` nor `v = J^T v + g`: then there is nothing to be consistent with.
+        """
+        return None
+
+    @property
+    def assumes_symmetry(self) -> bool:
+        """Whether the limit of the mode is the exact error vector only where `J` (or `J M`) is symmetric."""
+        return False
 
     @abstractmethod
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
@@ -128,6 +143,9 @@ class RelaxedMode(Mode):
     max_iter: int | None = field(default=None, kw_only=True)
     tol: float | None = field(default=None, kw_only=True)
     on_divergence: OnDivergence = field(default="shrink", kw_only=True)
+
+    worth_saying: ClassVar[float] = 0.01
+    """A smaller residual is reported and not warned about, unless a `tol` was asked for and missed."""
 
     def __post_init__(self) -> None:
         if self.max_iter is not None:
@@ -180,6 +198,13 @@ class RelaxedMode(Mode):
         if report.converged:
             return
         require_repeatable(equilibrium)
+        if (
+            self.tol is None
+            and report.is_usable
+            and report.residual <= self.worth_saying
+            and self.on_divergence != "raise"
+        ):
+            return
         if not bool(torch.isfinite(vector).all()) or (self.on_divergence == "raise" and not report.is_usable):
             raise NudgeDivergedError(
                 f"{what} diverged: relative residual {report.residual:.1e} after {report.iterations} steps. "

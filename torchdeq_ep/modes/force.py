@@ -49,7 +49,6 @@ class NudgedProblem:
     def pose(
         cls,
         equilibrium: Equilibrium,
-        returned: Tensor,
         metric: Metric | None,
         correction: Correction | None,
         piecewise: Piecewise | None,
@@ -58,7 +57,6 @@ class NudgedProblem:
 
         Args:
             equilibrium: The free equilibrium.
-            returned: The state at which the cotangent was taken.
             metric: As for [`EquilibriumPropagation`][torchdeq_ep.EquilibriumPropagation].
             correction: Likewise.
             piecewise: Likewise.
@@ -74,7 +72,7 @@ class NudgedProblem:
         force = (equilibrium.cotangent if diagonal is None else diagonal * equilibrium.cotangent).to(wide)
         state_force = None
         if equilibrium.loss_of_state is not None:
-            state_force, mismatch = loss_force(equilibrium, returned, metric, diagonal, piecewise)
+            state_force, mismatch = loss_force(equilibrium, metric, diagonal, piecewise)
             if mismatch > _LOSS_MISMATCH:
                 equilibrium.memory.warn(
                     LossMismatchWarning,
@@ -100,7 +98,6 @@ class NudgedProblem:
 
 def loss_force(
     equilibrium: Equilibrium,
-    returned: Tensor,
     metric: Metric | None,
     diagonal: Tensor | None,
     piecewise: Piecewise | None = None,
@@ -110,14 +107,14 @@ def loss_force(
     The metric is that of the nudged state, as in arXiv 2309.02214, where potentials are nudged by `dL/dphi`: with that
     of the free state, a unit that was saturated there and no longer is would be pulled by many times that.
 
-    The user's loss may differ from the one that was differentiated by a factor (gradient accumulation, a GradScaler, a
-    mean instead of a sum); the factor is found from the two gradients at the state that the layer returned. At a
-    complex state PyTorch returns the conjugate of the holomorphic derivative.
+    The layer returned `f(z*)`, and took its cotangent there: so a state is moved by `f(z*) - z*`, which a free phase
+    that stopped early has left, before the loss is asked. The user's loss may differ from the one that was
+    differentiated by a factor (gradient accumulation, a GradScaler, a mean instead of a sum); the factor is found from
+    the two gradients at the state that the layer returned. At a complex state PyTorch returns the conjugate of the
+    holomorphic derivative.
 
     Args:
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
-        returned: The state at which the cotangent was taken. A free phase that stopped early leaves it at some distance
-            from the free state.
         metric: As for [`diagonal_metric`][torchdeq_ep.jacobian.diagonal_metric].
         diagonal: What that returned. It stands for `"auto"` at every state.
         piecewise: As for [`NudgedMap`][torchdeq_ep.modes.NudgedMap].
@@ -132,7 +129,7 @@ def loss_force(
     Example:
         >>> z = torch.tensor([1.0, 2.0])
         >>> free = Equilibrium(lambda z: z, z, z, 2 * z, 1e-7, loss_of_state=lambda z: z.square().sum() / 2)
-        >>> force, mismatch = loss_force(free, z, None, None)
+        >>> force, mismatch = loss_force(free, None, None)
         >>> force(torch.ones(2)), mismatch
         (tensor([2., 2.]), 0.0)
     """
@@ -157,13 +154,15 @@ def loss_force(
         return result.conj() if result.is_complex() else result
 
     cotangent = equilibrium.cotangent
-    own = gradient(returned)
+    own = gradient(equilibrium.value)
     square = norm(own) ** 2
     factor = float((own * cotangent).sum()) / square if square > 0 else 0.0
     mismatch = norm(cotangent - factor * own) / norm(cotangent)
+    ahead = equilibrium.value - equilibrium.z
 
     def force(z: Tensor) -> Tensor:
         scale = diagonal if continued_metric is None else continued_metric(z)
-        return factor * (gradient(z) if scale is None else scale * gradient(z))
+        slope = gradient(z + ahead)
+        return factor * (slope if scale is None else scale * slope)
 
     return force, mismatch

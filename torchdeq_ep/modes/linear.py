@@ -15,7 +15,7 @@ from torchdeq_ep._options import check_metric
 from torchdeq_ep.errors import FallbackWarning
 from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
 from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
-from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
+from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
 from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import relax_linear
@@ -26,11 +26,15 @@ from torchdeq_ep.state import Equilibrium
 class LinearMode(RelaxedMode):
     """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
 
+    @property
+    def derivative(self) -> Derivative:
+        return "autograd"
+
     def _solve_linear(self, equilibrium: Equilibrium, product: Product, force: Tensor) -> tuple[Tensor, NudgeReport]:
         """Solve `v = product(v) + force`."""
-        tol = self.tol or default_tolerance(10 * equilibrium.eps, equilibrium.residual)
-        floor = 100 * equilibrium.eps
         measuring = equilibrium.memory.calls
+        tol = self.tol or default_tolerance(10 * equilibrium.resolution, equilibrium.residual)
+        floor = 100 * equilibrium.resolution
         enough = FreeLimit(equilibrium, force) if self.tol is None else None
         relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force, enough)
         vector = relaxation.value[0].to(force.dtype)
@@ -43,6 +47,7 @@ class LinearMode(RelaxedMode):
             converged=is_converged(relaxation, accepted_residual(self.tol, tol, floor)),
             diverged=relaxation.diverged,
             rows_left=relaxation.left,
+            rounding=equilibrium.rounding,
             solved=relaxation.solved,
             trace=relaxation.trace,
         )
@@ -116,8 +121,13 @@ class InfinitesimalEP(LinearMode):
         check_metric(self.metric)
         check_correction(self.correction)
 
+    @property
+    def assumes_symmetry(self) -> bool:
+        return self.correction is None
+
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         metric, metric_calls = diagonal_metric(self.metric, equilibrium.f, equilibrium.z)
+        equilibrium.used.metric = metric
         force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
         f, z = equilibrium.f, equilibrium.z
         product = scaled_adjoint(vjp(f, z), metric) if self.correction else jvp(f, z)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
+import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_metric
 from torchdeq_ep.errors import InvalidOptionError, PrecisionWarning, TruncationWarning, unknown_name
 from torchdeq_ep.holomorphic.context import Piecewise
 from torchdeq_ep.jacobian import Metric
+from torchdeq_ep.modes.accuracy import FACTOR, measured_nudge_error, smaller_factor
 from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
-from torchdeq_ep.modes.base import Correction, RelaxedMode, check_correction
+from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
 from torchdeq_ep.modes.force import NudgedProblem
-from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance
+from torchdeq_ep.modes.judgement import (
+    FreeLimit,
+    accepted_residual,
+    default_tolerance,
+    is_converged,
+    require_repeatable,
+)
 from torchdeq_ep.modes.linear import fall_back
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.schedules import NudgedPhases, Online
@@ -33,9 +41,8 @@ _STENCILS: dict[str, Callable[[], Stencil]] = {
 }
 _RETRIES = 4
 _GAIN = 0.5
-_MUCH_LARGER = 3.0
-_COARSE = 0.02
-_LARGEST_TRUNCATION = 0.05
+_LARGEST_NUDGE_ERROR, _LARGEST_ROUNDING = 0.03, 0.0145
+_MOST = 0.5
 _ONLINE_FLOOR = 1e-2
 
 
@@ -94,6 +101,8 @@ class EquilibriumPropagation(RelaxedMode):
     batching: Batching = field(default="auto", kw_only=True)
     piecewise: Piecewise | None = field(default=None, kw_only=True)
 
+    worth_saying: ClassVar[float] = 0.02
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.stencil, str):
@@ -112,35 +121,79 @@ class EquilibriumPropagation(RelaxedMode):
             check_choice("schedule", self.schedule, ("parallel", "online"))
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        stencil = self._resolved_stencil(equilibrium)
-        advance = equilibrium.residual > max(stencil.expected_error(equilibrium.eps), self.tol or 0.0)
-        returned = equilibrium.value
-        measuring = equilibrium.memory.calls
-        if advance:  # one call of f, so that an early stop of the free phase costs no more than it costs the adjoint
-            equilibrium = equilibrium.advanced()
-        problem = NudgedProblem.pose(equilibrium, returned, self.metric, self.correction, self.piecewise)
-        amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.eps)
+        memory, measuring = equilibrium.memory, equilibrium.memory.calls
+        stencil = cast(Stencil, self.stencil).resolve(equilibrium.resolution)
+        problem = NudgedProblem.pose(equilibrium, self.metric, self.correction, self.piecewise)
+        equilibrium.used.metric = problem.metric
+        amplitude = Amplitude(stencil, self.scale, problem.unit, equilibrium.resolution, equilibrium.rounding)
         start, limit = self._first_guess(problem, amplitude)
         if self._chooses_amplitude:
-            growth = norm(start) / problem.force_size if self.correction else equilibrium.memory.growth
-            amplitude = amplitude.for_displacement(growth)
+            growth = norm(start) / problem.force_size if self.correction else memory.growth
+            amplitude = amplitude.for_displacement(growth).divided(memory.refinement)
         amplitude.require_visible()
-        displacement, report = self._solve_from(problem, amplitude, start)
-        report = limit + report
-        if self._chooses_amplitude and self.correction is None:
-            displacement, report = self._at_the_amplitude_of_the_way(problem, amplitude, displacement, report)
-        what = f"the {stencil.name} nudge (beta = {report.beta:.2g})"
+        if memory.prefers_limit and self._starts_at_limit and not memory.is_due(memory.beta) and limit.is_usable:
+            displacement, report = start, limit
+        else:
+            displacement, report = self._nudged(problem, amplitude, start, limit)
+        what = f"the {stencil.name} nudge (beta = {report.beta:.2g})" if report.beta else "the limit of the nudges"
         if self.on_divergence == "ift" and not report.is_usable:
             return fall_back(self, equilibrium, what, report)
         v = displacement if problem.metric is None else displacement / problem.metric
-        report = replace(
-            report, calls=report.calls + advance + problem.metric_calls + equilibrium.memory.calls - measuring
-        )
+        calls = report.calls + problem.metric_calls + memory.calls - measuring
+        report = replace(report, calls=calls, rounding=equilibrium.rounding)
         self.finish(equilibrium, what, v, report)
-        _warn_of_truncation(equilibrium, amplitude, report)
-        if self._chooses_amplitude:
-            _warn_of_the_way(equilibrium, stencil, report, norm(displacement) / problem.force_size)
+        if report.beta:
+            growth = norm(displacement) / problem.force_size
+            _warn_of_nudge_error(equilibrium, amplitude.at(report.beta), report, growth)
         return v.to(equilibrium.z.dtype), report
+
+    def _nudged(
+        self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor, limit: NudgeReport
+    ) -> tuple[Tensor, NudgeReport]:
+        """What the nudges give, or the limit that they started from where they only spoil it."""
+        displacement, report = self._solve_from(problem, amplitude, start)
+        report = NudgeReport("", calls=limit.calls, iterations=limit.iterations, trace=limit.trace) + report
+        if self._chooses_amplitude and self.correction is None:
+            displacement, report = self._at_the_amplitude_of_the_way(problem, amplitude, displacement, report)
+        if report.is_usable:
+            displacement, report = self._checked(problem, amplitude, displacement, report)
+        if not (self._starts_at_limit and limit.is_usable):
+            return displacement, report
+        spoilt = report.nudge_error > max(_LARGEST_NUDGE_ERROR, limit.residual)
+        problem.equilibrium.memory.prefers_limit = spoilt or not report.is_usable
+        if not problem.equilibrium.memory.prefers_limit:
+            return displacement, report
+        return start, replace(limit, calls=report.calls, iterations=report.iterations, trace=report.trace)
+
+    def _checked(
+        self, problem: NudgedProblem, amplitude: Amplitude, displacement: Tensor, report: NudgeReport
+    ) -> tuple[Tensor, NudgeReport]:
+        """With the error of the finite amplitude, measured when it is due; at a smaller one if that is too large."""
+        memory, used = problem.equilibrium.memory, amplitude.at(report.beta)
+        if memory.is_due(report.beta) or report.truncation > max(_LARGEST_NUDGE_ERROR, memory.nudge_error):
+            found = measured_nudge_error(problem, used, displacement, report.residual, report.spread)
+            report = replace(report, calls=report.calls + found.calls)
+            gains = self._chooses_amplitude and found.size > report.residual
+            factor = smaller_factor(found.size, used, report.tol) if gains else 1.0
+            if factor > 1:
+                smaller = used.divided(factor)
+                other, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
+                closer = measured_nudge_error(problem, smaller.at(again.beta), other, again.residual)
+                report = replace(report, calls=report.calls + again.calls + closer.calls)
+                if again.is_usable and closer.size < found.size:
+                    memory.refinement *= factor
+                    displacement, found, used = other, closer, smaller.at(again.beta)
+                    report = replace(report + again, calls=report.calls, residual=again.residual, solved=again.solved)
+            memory.measured(report.beta, found.size)
+        return displacement, replace(report, nudge_error=memory.nudge_error)
+
+    @property
+    def derivative(self) -> Derivative:
+        return "values" if self.correction is None else "both"
+
+    @property
+    def assumes_symmetry(self) -> bool:
+        return self.correction is None
 
     @property
     def _chooses_amplitude(self) -> bool:
@@ -153,10 +206,10 @@ class EquilibriumPropagation(RelaxedMode):
         memory, growth = problem.equilibrium.memory, norm(displacement) / problem.force_size
         expected = memory.growth
         # In powers of three, so that an amplitude stays as it is from one pass to the next.
-        memory.growth = _MUCH_LARGER ** max(0, int(math.log(growth, _MUCH_LARGER))) if growth > 0 else 1.0
+        memory.growth = FACTOR ** max(0, int(math.log(growth, FACTOR))) if growth > 0 else 1.0
         if not report.is_usable or memory.growth <= expected:
             return displacement, report
-        smaller = amplitude.for_displacement(memory.growth / expected)
+        smaller = amplitude.divided(memory.growth / expected)
         displacement, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
         return displacement, replace(report + again, residual=again.residual, solved=again.solved)
 
@@ -173,7 +226,18 @@ class EquilibriumPropagation(RelaxedMode):
         enough = FreeLimit(equilibrium, problem.force) if self.tol is None else None
         run = self.run(equilibrium, tol, amplitude.floor)
         limit = relax_linear(run, problem.correction.limit, problem.force, enough)
-        report = NudgeReport("", calls=limit.steps, iterations=limit.steps, trace=limit.trace)
+        report = NudgeReport(
+            repr(self),
+            calls=limit.steps,
+            iterations=limit.steps,
+            residual=limit.residual,
+            tol=tol,
+            converged=is_converged(limit, accepted_residual(self.tol, tol, amplitude.floor)),
+            diverged=limit.diverged,
+            rows_left=limit.left,
+            solved=limit.solved,
+            trace=limit.trace,
+        )
         return (problem.force if limit.diverged else limit.value[0]), report
 
     def _solve_from(self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor) -> tuple[Tensor, NudgeReport]:
@@ -184,7 +248,7 @@ class EquilibriumPropagation(RelaxedMode):
             # A nudge that begins at its limit was not driven too far, unless it diverged.
             if attempt.is_usable or (self._starts_at_limit and not attempt.diverged):
                 break
-            before, amplitude = attempt, amplitude.halved()
+            before, amplitude = attempt, amplitude.divided(2)
             displacement, attempt = self._solve_at(problem, amplitude, start)
             calls, iterations = report.calls + attempt.calls, report.iterations + attempt.iterations
             tried = report.retries + 1
@@ -195,19 +259,6 @@ class EquilibriumPropagation(RelaxedMode):
             if not before.diverged and attempt.solved > _GAIN * before.solved:
                 break
         return best, report
-
-    def _resolved_stencil(self, equilibrium: Equilibrium) -> Stencil:
-        chosen = cast(Stencil, self.stencil)
-        stencil = chosen.resolve(equilibrium.eps)
-        expected = stencil.expected_error(equilibrium.eps)
-        if chosen.beta == "auto" and expected > _COARSE:
-            finding = (
-                f"with rounding errors of {equilibrium.eps:.0e} in f, the {stencil.name} stencil is good to about "
-                f"{expected:.0%}"
-            )
-            advice = "Keep the state in float32 (torch.autocast does), or use 'ep-infinitesimal' or 'ift'."
-            equilibrium.memory.warn(PrecisionWarning, "dtype", finding, lambda: advice, expected)
-        return stencil
 
     def _solve_at(self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor) -> tuple[Tensor, NudgeReport]:
         tol = self.tol or default_tolerance(amplitude.tol, problem.equilibrium.residual)
@@ -227,23 +278,41 @@ class EquilibriumPropagation(RelaxedMode):
         )
 
 
-def _warn_of_the_way(equilibrium: Equilibrium, stencil: Stencil, report: NudgeReport, growth: float) -> None:
-    moved = report.beta * growth
-    if stencil.is_real and report.converged and moved**stencil.order > _COARSE:
-        finding = f"the {stencil.name} nudge moved the state by {moved:.0%} of its norm, which is no small nudge"
-        advice = (
-            f"Its error is of the order of {moved**stencil.order:.0%}. The dtype of f is too coarse for a smaller one: "
-            "keep the state in float32, or use 'ift', 'ep-infinitesimal' or a stencil of higher order."
+def _finer(equilibrium: Equilibrium) -> str:
+    if equilibrium.rounding > 2 * torch.finfo(equilibrium.z.dtype).eps:
+        return (
+            f"f rounds more coarsely than {equilibrium.z.dtype} does: compute in full precision inside "
+            "(torch.set_float32_matmul_precision('highest'), no cast to a half precision)"
         )
-        equilibrium.memory.warn(PrecisionWarning, "displacement", finding, lambda: advice, moved)
+    if equilibrium.z.dtype in (torch.float16, torch.bfloat16):
+        return "Keep the state in float32 (torch.autocast does)"
+    return "Compute in float64"
 
 
-def _warn_of_truncation(equilibrium: Equilibrium, amplitude: Amplitude, report: NudgeReport) -> None:
-    if report.truncation > _LARGEST_TRUNCATION:
+def _warn_of_nudge_error(equilibrium: Equilibrium, amplitude: Amplitude, report: NudgeReport, growth: float) -> None:
+    """Say so if the finite amplitude spoils the vector: what was measured, or where rounding hides it, expected."""
+    by_rounding = amplitude.expected_rounding > _MOST * report.nudge_error
+    largest = _LARGEST_ROUNDING if by_rounding else _LARGEST_NUDGE_ERROR
+    if not report.is_usable or report.nudge_error <= max(largest, report.residual):
+        return
+    if by_rounding:
+        require_repeatable(equilibrium)
         finding = (
-            f"the {amplitude.stencil.name} stencil of relative amplitude {report.beta:.2g} is too large: its "
-            f"estimated error is {report.truncation:.0%}, because the displacement is analytic only up to about "
-            f"{report.radius:.2g}"
+            f"rounding of f ({amplitude.noise:.0e}) leaves an error of about {amplitude.expected_rounding:.0%} in what "
+            f"a nudge of relative amplitude {report.beta:.2g} measures"
         )
-        advice = f"Use beta={0.3 * report.radius:.1g} or less, or more points."
-        equilibrium.memory.warn(TruncationWarning, "contour", finding, lambda: advice, report.truncation)
+        advice = f"Nudge further (beta, or 'auto'), or use 'ep-infinitesimal' or 'ift'. {_finer(equilibrium)}."
+        equilibrium.memory.warn(PrecisionWarning, "rounding", finding, lambda: advice, report.nudge_error)
+        return
+    finding = (
+        f"the {amplitude.stencil.name} nudge of relative amplitude {report.beta:.2g}, which moved the state by "
+        f"{report.beta * growth:.1%} of its norm, is too large: it leaves {report.nudge_error:.0%} of the force in the "
+        "equation of its limit"
+    )
+    bounds = [0.3 * report.radius] if report.radius == report.radius else []
+    smaller = min([*bounds, report.beta / 10])
+    advice = (
+        f"Use beta={smaller:.1g} or less or 'auto', or a stencil of higher order. Where kinks of f (ReLU) are the "
+        "cause, the error falls only slowly; 'ift' has none."
+    )
+    equilibrium.memory.warn(TruncationWarning, "amplitude", finding, lambda: advice, report.nudge_error)

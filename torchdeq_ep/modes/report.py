@@ -27,6 +27,8 @@ class NudgeReport:
         rows_left: Largest number of samples in a phase that were left before their tolerance, because their free phase
             stopped too early to solve for more.
         solved: As `residual`, without these samples.
+        rows_lost: Number of samples whose own cotangent is smaller than what the solve leaves of that of the batch:
+            their error vectors are noise, which the gradient of the batch does not feel.
         diverged: Whether the residual grew beyond all bounds, or the way was so long that it means nothing.
         batching: `"vmap"` or `"loop"`: how stacked nodes were evaluated.
         retries: How often the amplitude was halved.
@@ -35,6 +37,15 @@ class NudgeReport:
             coefficients over its nodes; NaN for other stencils.
         radius: Estimate of the relative amplitude at which they would cease to decay, the radius of convergence of
             [eq. (15)][eq-15]; NaN likewise.
+        nudge_error: What the finite amplitude adds to the error vector, relative to the force: its residual in the
+            equation of vanishing nudges, as it was last measured, and rounding; 0 for modes without a nudge.
+        rounding: Relative rounding error of one call of `f`, as measured; NaN for a mode that did not need it.
+        adjoint_residual: `|v - J^T v - g| / |g|`, the residual of the error vector in the exact equation: asymmetry and
+            all other errors together. NaN where the backward pass did not reach the state.
+        inconsistency: `|<v, M (v - g)> - <J^T v, M v>| / (|v| |M (v - g)|)`, near 0 unless autograd's derivative of `f`
+            is not that of its values; NaN likewise.
+        spread: Half the difference of the displacements at two opposite nodes, relative to their mean: how much the
+            response bends within the nudge; NaN for stencils without such nodes.
         trace: Relative residual at every step at which it was measured, one relaxation after the other.
 
     Example:
@@ -54,11 +65,17 @@ class NudgeReport:
     diverged: bool = False
     rows_left: int = 0
     solved: float = 0.0
+    rows_lost: int = 0
     batching: str = "loop"
     retries: int = 0
     crossings: tuple[Crossing, ...] = ()
     truncation: float = math.nan
     radius: float = math.nan
+    nudge_error: float = 0.0
+    spread: float = math.nan
+    rounding: float = math.nan
+    adjoint_residual: float = math.nan
+    inconsistency: float = math.nan
     trace: tuple[float, ...] = ()
 
     @property
@@ -77,6 +94,7 @@ class NudgeReport:
             diverged=self.diverged or later.diverged,
             rows_left=max(self.rows_left, later.rows_left),
             solved=max(self.solved, later.solved),
+            rows_lost=max(self.rows_lost, later.rows_lost),
             batching=later.batching if self.batching == "loop" else self.batching,
             retries=self.retries + later.retries,
             crossings=self.crossings + later.crossings,

@@ -89,6 +89,7 @@ class NudgedPhases:
             decay = _contour_decay([solved[node] for node in nodes], isinstance(nodes[-1], complex))
             radius = self.amplitude.relative / decay if decay else math.nan
             report = replace(report, truncation=decay**self.amplitude.stencil.order, radius=radius)
+        report = replace(report, spread=_spread(solved))
         total = sum(c * solved[node].real for node, c in zip(nodes, coefficients, strict=True))
         return cast(Tensor, total), report
 
@@ -210,6 +211,16 @@ def _extrapolate(solved: dict[Node, Tensor], node: Node) -> Tensor:
         weight = math.prod((node - other) / (point - other) for other in known if other != point)
         total = total + weight * displacement
     return cast(Tensor, total)
+
+
+def _spread(solved: dict[Node, Tensor]) -> float:
+    """Half the difference of displacements at the two farthest opposite real nodes, relative to their mean."""
+    pairs = [node for node in solved if not isinstance(node, complex) and node > 0 and -node in solved]
+    if not pairs:
+        return math.nan
+    forth, back = solved[max(pairs)].real, solved[-max(pairs)].real
+    mean = norm(forth + back)
+    return norm(forth - back) / mean if mean > 0 else math.nan
 
 
 def _contour_decay(half: list[Tensor], odd: bool) -> float:

@@ -193,6 +193,11 @@ class Stencil:
             abs(coefficient) / abs(node) for node, coefficient in zip(self.unit_nodes, self.coefficients, strict=True)
         )
 
+    @property
+    def mean_noise_gain(self) -> float:
+        """The same for errors of the nodes that have nothing to do with each other: `sqrt(sum (c_k / |u_k|)^2)`."""
+        return math.sqrt(sum((c / abs(node)) ** 2 for node, c in zip(self.unit_nodes, self.coefficients, strict=True)))
+
     def resolve(self, eps: float) -> Stencil:
         """The same stencil with `beta="auto"` replaced by a number.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -11,9 +11,21 @@ from torch import Tensor
 
 from torchdeq_ep.errors import NonFiniteError
 from torchdeq_ep.state.calls import Map
-from torchdeq_ep.state.memory import Memory
-from torchdeq_ep.state.norms import MIN_NORM, norm
+from torchdeq_ep.state.memory import Key, Memory
+from torchdeq_ep.state.norms import MIN_NORM, norm, row_norms
+from torchdeq_ep.state.rounding import measured_rounding, precision_settings
 from torchdeq_ep.state.rows import Rows, are_independent
+
+
+@dataclass
+class Used:
+    """What a mode used, for those who judge its error vector.
+
+    Args:
+        metric: Diagonal of `M`, or `None` for the identity.
+    """
+
+    metric: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,12 @@ class Equilibrium:
         z: Packed fixed point `z* = f(z*)`, real, detached.
         value: `f(z*)`. Kept apart from `z` because a solver stops early: the nudged map cancels the difference.
         cotangent: `g = dL/dz*`, of the shape of `z`.
-        eps: Relative rounding error of one call of `f`.
+        eps: Relative rounding error of the dtype of the state, or of the autocast that `f` runs under.
         records: Whether `f` has layers that would record running statistics.
         loss_of_state: The scalar loss as a function of the packed state, for loss nudging; `None` freezes `g`.
         rows: Where the samples of a batch lie in the state, if it may hold any.
         memory: What the layer remembers of earlier passes, and what speaks up.
+        used: What the mode used for it.
 
     Example:
         >>> z = torch.tensor([3.0, 4.0])
@@ -47,6 +60,7 @@ class Equilibrium:
     loss_of_state: Map | None = None
     rows: Rows | None = None
     memory: Memory = field(default_factory=Memory)
+    used: Used = field(default_factory=Used)
 
     @cached_property
     def size(self) -> float:
@@ -63,6 +77,22 @@ class Equilibrium:
         """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
         return norm(self.value - self.z) / (self.size if self.size > MIN_NORM else 1.0)
 
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of one call of `f`: measured once in its dtype and precision, and remembered."""
+        key: Key = (str(self.z.dtype), self.eps, *precision_settings())
+        found = self.memory.rounding.get(key)
+        if found is None:
+            measured, calls = measured_rounding(self.f, self.z, self.value)
+            found = self.memory.rounding[key] = measured
+            self.memory.calls += calls
+        return found
+
+    @property
+    def resolution(self) -> float:
+        """Relative difference of two values of `f` that may be rounding: `rounding`, or `eps` if that is more."""
+        return max(self.rounding, self.eps)
+
     def independent_rows(self) -> Rows | None:
         """Where rows lie that `f` treats apart: measured once, in one or two calls of `f`, and remembered.
 
@@ -71,23 +101,26 @@ class Equilibrium:
         """
         if self.rows is None:
             return None
-        key = (self.rows, self.records)
+        key = (self.rows.count, *self.rows.parts, self.records)
         found = self.memory.independent.get(key)
         if found is None:
             found = self.memory.independent[key] = are_independent(self.f, self.z, self.value, self.rows)
             self.memory.calls += 2 if found else 1
         return self.rows if found else None
 
-    def advanced(self) -> Equilibrium:
-        """The equilibrium one step of `f` further on, if that is closer to the fixed point.
+    def rows_below(self, share: float) -> int:
+        """How many samples have a cotangent, but less than a share of that of the batch.
+
+        Args:
+            share: Of the norm of the cotangent.
 
         Returns:
-            An equilibrium at `f(z*)`, or this one.
+            Their number; 0 if the state may hold no samples.
         """
-        value = self.f(self.value).clone()
-        if not norm(value - self.value) < norm(self.value - self.z):
-            return self
-        return replace(self, z=self.value, value=value)
+        if self.rows is None:
+            return 0
+        sizes = row_norms(self.rows.split(self.cotangent.unsqueeze(0)))
+        return int(((sizes > 0) & (sizes < share * self.cotangent_size)).sum())
 
     def require_finite(self) -> None:
         """Refuse a cotangent or a value of `f` that holds NaN or infinity.

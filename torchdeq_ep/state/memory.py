@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torchdeq_ep.errors import EPWarning
+from torchdeq_ep.errors import EPWarning, InvalidOptionError
 
 _PASSES_BEFORE_A_REPEAT = 100
 _GROWTH = 10
+_MEASURED_EVERY = 64
+Key = tuple[str | float | bool, ...]
 
 
 @dataclass
@@ -35,10 +37,23 @@ class Memory:
     """What is known of one layer. A mode that is called directly has a new one each time.
 
     Args:
+        lasting: Whether it is kept from one pass to the next.
         passes: Backward passes so far.
         independent: Whether rows were found independent, by their layout and by whether `f` records statistics.
+        rounding: What `f` was found to round by, by dtype and precision.
         calls: Calls of `f` that finding out took.
         growth: How many times larger than the force the displacement was in the last pass, as a power of three.
+        refinement: What automatic amplitudes are divided by, because their error was found too large.
+        nudge_error: What the finite amplitude added to the error vector when that was last measured.
+        recordable: Whether `f` can be recorded at a state that asks for a gradient.
+        beta: At which amplitude.
+        prefers_limit: Whether nudges with the asymmetric correction spoilt the limit that they started from.
+        state_is_hidden: Whether autograd knows of no way from its value to the state.
+        compared: Whether autograd's derivative of `f` was compared with that of its values.
+        hidden: By how much they were found to differ.
+        certified: Passes that had a certificate.
+        adjoint_residuals: The sum of their adjoint residuals, and the largest.
+        seen_in_evaluation: Whether it was called in evaluation mode with autograd on.
         tallies: What was found, by kind of warning and by what it was about.
 
     Example:
@@ -53,11 +68,59 @@ class Memory:
         (1, 'in 3 of 3 backward passes it stopped at 0.03')
     """
 
+    lasting: bool = False
     passes: int = 0
-    independent: dict[Any, bool] = field(default_factory=dict)
+    independent: dict[Key, bool] = field(default_factory=dict)
+    rounding: dict[Key, float] = field(default_factory=dict)
     calls: int = 0
     growth: float = 1.0
+    refinement: float = 1.0
+    nudge_error: float = 0.0
+    beta: float = 0.0
+    prefers_limit: bool = False
+    recordable: bool = True
+    state_is_hidden: bool = False
+    compared: bool = False
+    hidden: float = 0.0
+    certified: int = 0
+    adjoint_residuals: tuple[float, float] = (0.0, 0.0)
+    seen_in_evaluation: bool = False
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+
+    _due: int = 1
+
+    def is_due(self, beta: float) -> bool:
+        """Whether the nudge error is to be measured.
+
+        It is in passes 1, 2, 4, ... 64, in every 64th from there, and at a new amplitude.
+
+        Args:
+            beta: The amplitude.
+
+        Returns:
+            Whether it is.
+        """
+        return self.passes >= self._due or beta != self.beta
+
+    def measured(self, beta: float, nudge_error: float) -> None:
+        """Keep a nudge error that was measured.
+
+        Args:
+            beta: The amplitude at which it was.
+            nudge_error: What was found.
+        """
+        self.beta, self.nudge_error = beta, nudge_error
+        self._due = self.passes + min(max(self.passes, 1), _MEASURED_EVERY)
+
+    def certify(self, adjoint_residual: float) -> None:
+        """Count an adjoint residual.
+
+        Args:
+            adjoint_residual: Of one pass.
+        """
+        total, largest = self.adjoint_residuals
+        self.certified += 1
+        self.adjoint_residuals = total + adjoint_residual, max(largest, adjoint_residual)
 
     def warn(
         self, category: type[EPWarning], about: str, finding: str, advice: Callable[[], str], size: float = 0.0
@@ -80,6 +143,33 @@ class Memory:
         tally.due = _GROWTH * max(tally.count, _PASSES_BEFORE_A_REPEAT // _GROWTH) + 1
         said = finding if tally.count == 1 else self._counted(tally)
         warnings.warn(f"{said}. {advice()}", category, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as plain values.
+
+        Returns:
+            Numbers, strings, tuples and dictionaries of them.
+        """
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember something else.
+
+        Args:
+            state: As `state_dict` returned it.
+
+        Raises:
+            InvalidOptionError: If it is no such state.
+        """
+        names = {each.name for each in fields(self)}
+        if set(state) != names:
+            raise InvalidOptionError(
+                f"this is not what a layer of this version remembers: {sorted(set(state) ^ names)} differ."
+            )
+        for name, value in state.items():
+            copied = dict(value) if isinstance(value, Mapping) else value
+            setattr(self, name, copied)
+        self.tallies = {key: Tally(**tally) for key, tally in state["tallies"].items()}
 
     def summary(self) -> str:
         """What was found so far, one line for each kind.

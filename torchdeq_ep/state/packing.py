@@ -111,7 +111,7 @@ class Packing:
             The packing.
 
         Raises:
-            MapContractError: As [`tensors_of`][torchdeq_ep.state.tensors_of].
+            MapContractError: If it is no state: a floating or complex tensor, or a sequence of such.
         """
         tensors = tensors_of(state)
         container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)

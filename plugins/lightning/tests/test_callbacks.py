@@ -83,6 +83,7 @@ def test_options_reach_only_modes_that_have_them():
     assert ep == tep.EquilibriumPropagation(metric=module.metric, max_iter=7, tol=0.25)
 
 
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")
 def test_amplitude_per_sample_is_that_of_each_sample_alone():
     """Samples do not couple: nudging a batch by its mean loss is nudging each by its own."""
     torch.manual_seed(0)
@@ -123,6 +124,7 @@ def test_amplitude_per_sample_is_that_of_each_sample_alone():
         (lambda z: z[:1] + 1j, None),
     ],
 )
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")
 def test_samples_are_counted_in_every_form_of_a_state_or_refused(form, samples):
     """The nudge is `beta` times their number, whatever the number of entries."""
     state = form(torch.randn(4, 6, dtype=torch.float64))

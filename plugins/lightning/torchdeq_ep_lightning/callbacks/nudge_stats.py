@@ -22,7 +22,8 @@ class NudgeStats(Measuring, Attached):
 
     Under `nudge/`: `iterations`, `calls`, `beta` (relative), `residual`, the shares of solves that missed their
     tolerance (`unconverged`), diverged and had to halve the amplitude (`shrunk`), or fell back to implicit
-    differentiation (`fallback`), and for contours the estimated `truncation`. A plain torchdeq backward has
+    differentiation (`fallback`), for contours the estimated `truncation`, and what each pass reports of its own error
+    at no cost: the `error` of the finite nudge, `adjoint_residual` and `inconsistency`. A plain torchdeq backward has
     `iterations` and `residual` alone. Under `free/`: `iterations` and relative `residual` of the free phase. All are
     means over the solves of an epoch, and residuals and iterations of torchdeq's solvers the largest over the rows.
 
@@ -89,8 +90,11 @@ def _statistics(deq: nn.Module, statistics: Any) -> dict[str, float]:
             "shrunk": float(report.retries > 0),
             "fallback": float(report.backward.startswith(ImplicitDifferentiation.__name__)),
         }
-    if math.isfinite(report.truncation):
-        values["truncation"] = report.truncation
+    if report.beta:
+        values["error"] = report.nudge_error
+    for name in ("truncation", "adjoint_residual", "inconsistency"):
+        if math.isfinite(getattr(report, name)):
+            values[name] = getattr(report, name)
     return {f"nudge/{name}": value for name, value in values.items()}
 
 

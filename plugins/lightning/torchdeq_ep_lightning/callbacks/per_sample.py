@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchdeq_ep import EquilibriumPropagation, NudgeReport, Stencil
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.extend import Equilibrium, Mode
+from torchdeq_ep.extend import Derivative, Equilibrium, Mode
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,14 @@ class PerSample(Mode):
 
     mode: EquilibriumPropagation
     scale: Callable[[], float]
+
+    @property
+    def derivative(self) -> Derivative | None:
+        return self.mode.derivative
+
+    @property
+    def assumes_symmetry(self) -> bool:
+        return self.mode.assumes_symmetry
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
         stencil = cast(Stencil, self.mode.stencil)

@@ -64,6 +64,7 @@ class SwapBackward(Attached):
             self._mode(spec, None, lambda: 1.0)
         self._handle: BackwardHandle | None = None
         self._in_force: Any = None
+        self._remembered: dict[str, Any] = {}
 
     def at(self, epoch: int, step: int) -> str | ModeLike:
         """What the schedule names at an epoch and step."""
@@ -106,6 +107,18 @@ class SwapBackward(Attached):
             self._remove()
             self._handle = use_backward(pl_module, self.mode(spec, trainer, pl_module))
             self._in_force = spec
+            if self._remembered.get("backward") == repr(spec):
+                self._handle.load_state_dict(self._remembered["deqs"])
+            self._remembered = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the DEQs remember of their passes, so that a resumed run measures when the whole one does."""
+        deqs = {} if self._handle is None else self._handle.state_dict()
+        return {"backward": repr(self._in_force), "deqs": deqs} if deqs else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Used at the next batch, if the schedule then names the same mode."""
+        self._remembered = state_dict
 
     def _remove(self) -> None:
         if self._handle is not None:

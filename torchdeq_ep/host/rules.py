@@ -1,0 +1,229 @@
+"""What a switched DEQ calls: the gradient rule, which gives states a gradient, and a hook at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdeq.solver.stat import SolverStat
+
+from torchdeq_ep.errors import NoGradientWarning
+from torchdeq_ep.modes import ModeLike, NudgeReport
+from torchdeq_ep.node import Layer, connect
+from torchdeq_ep.recording import reaches_state, recorded, recording_of
+from torchdeq_ep.state import Autocast, Map, Memory, Packing, State, undisturbed
+
+Loss = Callable[[Any], Tensor]
+
+
+@dataclass
+class Slot:
+    """Where `nudge_loss` leaves the loss for the backward passes of one DEQ, and these leave their last report."""
+
+    loss_of_state: Loss | None = None
+    report: NudgeReport | None = None
+
+
+@dataclass(frozen=True)
+class PhantomGradient:
+    """torchdeq's phantom gradient (Geng et al. 2021, arXiv 2111.05177) as a value that can be pickled.
+
+    `steps` damped steps of `f` with their graph; `sup_gap` or `sup_loc` pick which of the states are returned.
+    """
+
+    steps: int = 1
+    tau: float = 1.0
+    sup_gap: int = -1
+    sup_loc: tuple[int, ...] = ()
+
+    def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, **_: Any) -> list[Any]:
+        return [state for state, _ in self.visit(func, z_pred)]
+
+    def visit(self, func: Any, z_pred: Any, detach: Callable[[Any], Any] = lambda z: z) -> list[tuple[Any, Any]]:
+        """The states returned, each with the one it was computed from, which `detach` cuts off its own past."""
+        visited: list[tuple[Any, Any]] = []
+        for step in range(1, self.steps + 1):
+            source = detach(z_pred)
+            z_pred = func(source, tau=self.tau)
+            last = step == self.steps
+            if step % self.sup_gap == 0 if self.sup_gap > 0 else (step in self.sup_loc or last):
+                visited.append((z_pred, source))
+            if last and self.sup_loc and step in self.sup_loc and self.sup_gap <= 0:
+                visited.append((z_pred, source))  # torchdeq returns the last state twice then
+        return visited
+
+
+def _lasting() -> Memory:
+    return Memory(lasting=True)
+
+
+@dataclass(frozen=True, eq=False)
+class EquilibriumRule:
+    """A gradient rule of torchdeq, `rule(trainer, func, z_pred, writer) -> states`, that uses a backward mode.
+
+    The states returned have the values that the rule it replaces gives them: the steps of the phantom gradient it was
+    configured with, one for implicit differentiation.
+    """
+
+    mode: ModeLike
+    steps: PhantomGradient = PhantomGradient()
+    certificate: bool = True
+    slot: Slot = field(default_factory=Slot)
+    memory: Memory = field(default_factory=_lasting)
+
+    def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
+        return [self._connect(func, returned, source, writer) for returned, source in self._visited(func, z_pred)]
+
+    def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
+        """The states of the rule, recorded at their sources where `func` allows it: found out once."""
+        if self.certificate and self.memory.recordable and torch.is_grad_enabled():
+            try:
+                visited = self.steps.visit(func, z_pred, detach=lambda z: recorded(func.detach(z)))
+            except RuntimeError:  # f writes into its state, or takes it out of autograd's hands
+                self.memory.recordable = False
+            else:
+                # A value without a graph says nothing: parameters may be frozen for a while.
+                if self.memory.passes == 0:
+                    self.memory.recordable = all(reaches_state(returned, source) for returned, source in visited)
+                    recordings = [recording_of(source) for _, source in visited]
+                    self.memory.state_is_hidden = any(each is not None and each.is_hidden for each in recordings)
+                if self.memory.recordable:
+                    return [self._marked(returned, source) for returned, source in visited]
+        return self.steps.visit(func, z_pred, detach=func.detach)
+
+    def _marked(self, returned: Any, source: Any) -> tuple[Any, Any]:
+        recording = recording_of(source)
+        if recording is not None:
+            recording.is_hidden = self.memory.state_is_hidden
+        return returned, source
+
+    def _connect(self, func: Any, returned: Any, source: Any, writer: Any) -> Any:
+        device = (source if isinstance(source, Tensor) else source[0]).device
+        autocast = Autocast.current(device.type)
+        packing = Packing.of(source, lenient=autocast.enabled)
+
+        def f(packed: Tensor) -> Tensor:
+            return packing.pack(func(packing.unpack(packed), tau=self.steps.tau))
+
+        def loss_of_packed_state() -> Map | None:
+            loss = self.slot.loss_of_state
+            return None if loss is None else lambda packed: loss(func.vec2list(packing.unpack(packed)))
+
+        layer = Layer(
+            f,
+            self.mode,
+            autocast,
+            packing,
+            partial(self._record, writer),
+            loss_of_packed_state,
+            self.memory,
+        )
+        value = packing.pack(returned)
+        state = packing.pack(source, "the solver").detach()
+        return packing.restore(connect(layer, state, value, value, recording_of(source)), like=returned)
+
+    def _record(self, writer: Any, report: NudgeReport) -> None:
+        self.slot.report = report
+        if writer is not None:
+            writer(solver_statistics(report))
+
+
+@dataclass(frozen=True)
+class CompleteTrajectory:
+    """A solver that returns as many trajectory states as it was asked for, also if it converges before the last.
+
+    torchdeq's solvers stop with the indices they have reached, and `DEQIndexing` then drops the gradient rules of the
+    rest, the one of the equilibrium first. The states after convergence are the converged one.
+    """
+
+    solver: Callable[..., Any]
+
+    def __call__(self, func: Any, x0: Any, *args: Any, indexing: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        state, trajectory, info = self.solver(func, x0, *args, indexing=indexing, **kwargs)
+        missing = len(indexing or ()) - len(trajectory)
+        return state, [*trajectory, *([state] * missing)], info
+
+
+def solver_statistics(report: NudgeReport) -> SolverStat:
+    """A backward solve in the form that torchdeq hands to a `backward_writer`.
+
+    Args:
+        report: Report of a backward solve.
+
+    Returns:
+        torchdeq's keys, with one row for the whole state, and `report` itself under `"report"`. `abs_*` and `rel_*` are
+        both relative to the force on the nudged state, the scale at which the displacement is solved.
+    """
+    trace = torch.tensor([report.trace or (report.residual,)])
+    lowest = torch.tensor([report.residual])
+    return SolverStat(
+        abs_lowest=lowest,
+        rel_lowest=lowest.clone(),
+        abs_trace=trace,
+        rel_trace=trace.clone(),
+        nstep=torch.tensor([float(report.iterations)]),
+        report=report,
+    )
+
+
+def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Callable[[Any], Any], State]:
+    """The map of a call of a DEQ, and its equilibrium, detached; both in the form that the DEQ returns.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Its keyword arguments.
+        output: What it returned: states and solver statistics.
+
+    Returns:
+        `f`, from a state to a state, and `z*`.
+    """
+    func = args[0] if args else kwargs["func"]
+    state = output[0][-1]
+    if isinstance(state, Tensor):
+        return func, state.detach()
+    detached = [tensor.detach() for tensor in state]
+    if isinstance(state, tuple):
+        return _SequenceMap(func, tuple), tuple(detached)
+    return _SequenceMap(func, list), detached
+
+
+@dataclass(frozen=True, eq=False)
+class _SequenceMap:
+    """A map of several tensors, `f(*state)`, as a map of one list or tuple of them."""
+
+    func: Callable[..., Any]
+    container: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+    def __call__(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.container(self.func(*state))
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationHook:
+    """A forward hook that speaks up once if a gradient is expected in evaluation mode, where torchdeq gives none."""
+
+    rule: EquilibriumRule
+
+    def __call__(self, deq: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        memory = self.rule.memory
+        if deq.training or memory.seen_in_evaluation or not torch.is_grad_enabled():
+            return
+        memory.seen_in_evaluation = True
+        f, z = fixed_point(args, kwargs, output)
+        with undisturbed(), torch.enable_grad():
+            value = f(z)
+        if any(tensor.requires_grad for tensor in ([value] if isinstance(value, Tensor) else value)):
+            memory.warn(
+                NoGradientWarning,
+                "evaluation",
+                "the DEQ was called in evaluation mode with autograd on, and there it has no gradient: whatever is in "
+                "its map is not trained by this pass",
+                lambda: (
+                    "To train, call model.train(), and freeze single layers by their own eval(). To evaluate, use "
+                    "torch.no_grad()."
+                ),
+            )
