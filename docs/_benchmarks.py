@@ -73,6 +73,11 @@ The time of a contour over that of four points, to 1e-4, on the dense network:
 
 16 units and one sample, where the map costs next to nothing, over torchdeq's IFT at equal accuracy:
 """,
+    "certificate": """## The certificate
+
+A backward pass of `ep` with its [certificate](certificate.md) over the same pass without it: one `J^T v` beside the
+gradients of the parameters, and a few inner products.
+""",
     "homeostasis": """## Homeostasis
 
 Time that five probes add to a training step, over that of five products with `J`, five with `J^T`, and their backward;
@@ -123,6 +128,13 @@ COLUMNS: dict[str, dict[str, str]] = {
     "scaling with batch": {"batch": "batch", "ratio": "time", "calls": "calls"},
     "memory over iterations": {"max_iter": "iterations", "states": "states"},
     "tiny": {"backward": "backward", "ratio": "time", "calls": "calls", "reference": "fastest of torchdeq"},
+    "certificate": {
+        "model": "model",
+        "ratio": "time",
+        "calls": "calls",
+        "adjoint_residual": "adjoint residual",
+        "nudge_error": "nudge error",
+    },
     "homeostasis": {"kind": "model", "added_to_products": "over the products", "added_to_step": "over the step"},
 }
 
