@@ -12,6 +12,7 @@ from torchdeq_ep.errors import EPWarning, InvalidOptionError
 _PASSES_BEFORE_A_REPEAT = 100
 _GROWTH = 10
 _MEASURED_EVERY = 64
+_ALIKE = 2.0
 Key = tuple[str | float | bool, ...]
 
 
@@ -92,7 +93,7 @@ class Memory:
     def is_due(self, beta: float) -> bool:
         """Whether the nudge error is to be measured.
 
-        It is in passes 1, 2, 4, ... 64, in every 64th from there, and at a new amplitude.
+        It is in passes 1, 2, 4, ... 64, in every 64th from there, and at an amplitude twice or half as large.
 
         Args:
             beta: The amplitude.
@@ -100,7 +101,8 @@ class Memory:
         Returns:
             Whether it is.
         """
-        return self.passes >= self._due or beta != self.beta
+        is_known = self.beta > 0 and 1 / _ALIKE < beta / self.beta < _ALIKE
+        return self.passes >= self._due or not is_known
 
     def measured(self, beta: float, nudge_error: float) -> None:
         """Keep a nudge error that was measured.
