@@ -9,8 +9,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.certificate import Certificate, certified, certify, compare_derivatives, speak_up_of_certificate
 from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
+from torchdeq_ep.jacobian import jvp
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import (
@@ -115,6 +117,8 @@ class Layer:
         loss_of_state: A function that returns the loss as a function of the packed state, for loss nudging, or `None`;
             asked at backward time.
         memory: What is remembered of the layer's earlier passes.
+        penalty: The asymmetry along the error vector, if that is to be penalised.
+        controller: What is shown each error vector with its equilibrium, beside the penalty.
     """
 
     f: Map
@@ -124,6 +128,8 @@ class Layer:
     writer: Callable[[NudgeReport], None] | None = None
     loss_of_state: Callable[[], Map | None] = lambda: None
     memory: Memory = field(default_factory=Memory)
+    penalty: AsymmetryPenalty | None = None
+    controller: Callable[[Equilibrium, ModeLike, Tensor], None] | None = None
 
 
 def connect(
@@ -143,25 +149,55 @@ def connect(
     """
     if not depends_on_more(value, recording):
         return returned.detach()
-    arguments = layer, recording, free_state, value, returned.detach()
-    connected: Tensor = _EquilibriumGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+    connected: Tensor = _EquilibriumGradient.apply(layer, recording, free_state, value, returned.detach())[0]  # type: ignore[no-untyped-call]
     return connected
+
+
+def connect_with_penalty(
+    layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording
+) -> tuple[Tensor, Tensor]:
+    """The same for a layer with a penalty on the asymmetry along its error vector.
+
+    Args:
+        layer: The layer; its `penalty` is not `None`.
+        free_state: Packed `z*`, detached.
+        value: `f(z*)`, with its graph to parameters and inputs.
+        returned: The tensor whose values the result has.
+        recording: Of the state at which `value` was taken.
+
+    Returns:
+        The new tensor; and a scalar of value 0, whose cotangent is the weight of the penalty.
+    """
+    leaves = () if layer.penalty is None else layer.penalty.leaves
+    arguments = layer, recording, free_state, value, returned.detach(), *leaves
+    connected, zero = _EquilibriumGradient.apply(*arguments)  # type: ignore[no-untyped-call]
+    return connected, zero
 
 
 class _EquilibriumGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, recording: Recording | None, free_state: Tensor, value: Tensor, returned: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        layer: Layer,
+        recording: Recording | None,
+        free_state: Tensor,
+        value: Tensor,
+        returned: Tensor,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ctx.layer, ctx.recording = layer, recording
         ctx.save_for_backward(free_state, value.clone())  # f may return a buffer that its next call overwrites
-        return returned.clone()
+        zero = returned.new_zeros(())
+        if layer.penalty is None:
+            ctx.mark_non_differentiable(zero)
+        return returned.clone(), zero
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, None, Tensor, None]:
-        (cotangent,) = cotangents
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        cotangent, weight = cotangents
         free_state, value = ctx.saved_tensors
         backward = _Pass(ctx.layer, free_state, value.detach(), cotangent.detach())
+        added = backward.penalised(weight.detach())
         if ctx.recording is None:
             backward.deliver()
         else:
@@ -170,7 +206,7 @@ class _EquilibriumGradient(torch.autograd.Function):
             # J^T v comes with the gradients of the parameters, after this; the report once all is done.
             ctx.recording.taker = backward.take
             torch.autograd.Variable._execution_engine.queue_callback(backward.deliver)
-        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None
+        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None, *added
 
 
 class _Pass:
@@ -179,6 +215,7 @@ class _Pass:
     def __init__(self, layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> None:
         self._layer = layer
         equilibrium, self.error_vector, self._report = _solve(layer, free_state, value, cotangent)
+        self._equilibrium: Equilibrium | None = equilibrium if layer.penalty is not None else None
         self._certificate: Certificate | None = None
         self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
             self.error_vector,
@@ -186,6 +223,25 @@ class _Pass:
             equilibrium.used.metric,
             torch.finfo(layer.autocast.dtype).eps if layer.autocast.enabled else equilibrium.eps,
         )
+
+    def penalised(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the penalty on the asymmetry along the error vector."""
+        layer, equilibrium, v = self._layer, self._equilibrium, self.error_vector
+        self._equilibrium = None
+        if layer.penalty is None or equilibrium is None:
+            return ()
+        if equilibrium.cotangent_size == 0.0:  # no loss, no error vector
+            return (None,) * len(layer.penalty.leaves)
+        with undisturbed(equilibrium.records):
+            rows, metric = equilibrium.independent_rows(), equilibrium.used.metric
+            if isinstance(layer.mode, Mode) and layer.mode.assumes_symmetry:
+                through = v - equilibrium.cotangent
+            else:
+                through = jvp(equilibrium.f, equilibrium.z)(v if metric is None else metric * v)
+                through = through if metric is None else through / metric
+            if layer.controller is not None:
+                layer.controller(equilibrium, layer.mode, v)
+        return layer.penalty.gradients(v, through, metric, rows, layer.packing, weight)
 
     def take(self, cotangents: Sequence[Tensor]) -> None:
         """Make the certificate from `J^T v`, as the state has it."""

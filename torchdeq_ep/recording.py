@@ -104,6 +104,19 @@ def depends_on_more(value: Tensor, recording: Recording | None) -> bool:
     return any(hasattr(node, "variable") or node.name() == _CHECKPOINT for node in _nodes([value], recording))
 
 
+def leaves_of(value: Tensor, recording: Recording) -> tuple[Tensor, ...]:
+    """The leaves that a value depends on, without what the recording needed.
+
+    Args:
+        value: Of the map.
+        recording: Of the state.
+
+    Returns:
+        Parameters and inputs that require a gradient.
+    """
+    return tuple(node.variable for node in _nodes([value], recording) if hasattr(node, "variable"))
+
+
 def reaches_state(value: Any, state: Any) -> bool:
     """Whether a backward pass can go through a map to its recorded state: one that cannot would end the user's.
 

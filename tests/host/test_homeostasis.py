@@ -1,6 +1,7 @@
 """The homeostatic penalty as a regulariser of real torchdeq models."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import warnings
@@ -302,7 +303,7 @@ def test_the_measurements_and_their_standard_errors():
     assert isinstance(reports[0], HomeostasisReport)
     assert pickle.loads(pickle.dumps(reports[0])) == reports[0]
     assert reports[0].deqs[""] == SymmetryMeasurement(
-        **{name: value for name, value in vars(reports[0]).items() if name not in ("weighted", "deqs")}
+        **{field.name: getattr(reports[0], field.name) for field in dataclasses.fields(SymmetryMeasurement)}
     )
 
 

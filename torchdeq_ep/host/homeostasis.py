@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep._options import check_choice, check_count, check_metric
 from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, Nothing, WeightController, with_gradient
 from torchdeq_ep.host.hooks import FixedPointHandle
 from torchdeq_ep.host.rules import fixed_point
 from torchdeq_ep.host.switching import deqs_of
@@ -25,7 +26,8 @@ from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussia
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
 
 Schedule = Callable[[int], float]
-Weight = float | Schedule | Mapping[str, float | Schedule]
+Weight = float | Schedule | Literal["auto"] | Mapping[str, float | Schedule]
+Direction = Estimator | Literal["error-vector"]
 Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
 
 _MANY_UNCOLLECTED = 100
@@ -38,8 +40,12 @@ class HomeostasisReport(SymmetryMeasurement):
     The inherited numbers are those of all Jacobians side by side: `penalty` is the sum of the DEQs' penalties.
 
     Args:
-        weighted: The sum of the penalties times their weights, which is what the loss is made larger by.
+        weighted: The sum of the penalties times their weights, which is what the loss is made larger by. Along the
+            error vector, half of it.
         deqs: The measurement of each DEQ, by its name in `module.named_modules()`; `""` if the module is the DEQ.
+        weights: The weight of each.
+        alignment: With `weight="auto"`, the cosine of the error vectors of equilibrium propagation to the exact ones
+            when it was last measured, for each DEQ; NaN before.
 
     Example:
         >>> of_deq = SymmetryMeasurement(0.02, 0.001, 0.75, 0.01, 0.3, 0.01)
@@ -50,6 +56,8 @@ class HomeostasisReport(SymmetryMeasurement):
 
     weighted: float
     deqs: dict[str, SymmetryMeasurement]
+    weights: dict[str, float] = field(default_factory=dict)
+    alignment: dict[str, float] = field(default_factory=dict)
 
 
 class HomeostasisHandle:
@@ -69,13 +77,14 @@ class HomeostasisHandle:
         True
     """
 
-    def __init__(self, regulators: list[_Regulator]) -> None:
+    def __init__(self, regulators: Sequence[_Regulator | ErrorVectorRegulator]) -> None:
         self._regulators = regulators
         self._total: Tensor | None = None
         self._uncollected = 0
         for regulator in regulators:
             regulator.collect = self._collect
         self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
+        self._asking = [r.register() for r in regulators if isinstance(r, ErrorVectorRegulator)]
 
     @property
     def deqs(self) -> tuple[DEQBase, ...]:
@@ -85,7 +94,10 @@ class HomeostasisHandle:
     @property
     def last(self) -> HomeostasisReport | None:
         """The latest measurements of each DEQ; `None` before the first. Reading it does not consume the penalty."""
-        samples = {r.name: (r.last_weight, r.last) for r in self._regulators if r.last is not None}
+        if self._asking:
+            return _along_error_vectors(cast("Sequence[ErrorVectorRegulator]", self._regulators))
+        random = cast("Sequence[_Regulator]", self._regulators)
+        samples = {r.name: (r.last_weight, r.last) for r in random if r.last is not None}
         if not samples:
             return None
         each = {name: Moments.of(sample) for name, (_, sample) in samples.items()}
@@ -94,6 +106,7 @@ class HomeostasisHandle:
             **vars(together.measurement()),
             weighted=sum(weight * each[name].penalty for name, (weight, _) in samples.items()),
             deqs={name: moments.measurement() for name, moments in each.items()},
+            weights={name: weight for name, (weight, _) in samples.items()},
         )
 
     def penalty(self) -> Tensor:
@@ -109,6 +122,8 @@ class HomeostasisHandle:
     def remove(self) -> None:
         """Stop measuring; a second call does nothing."""
         self._handle.remove()
+        for handle in self._asking:
+            handle.remove()
 
     def __enter__(self) -> HomeostasisHandle:
         return self
@@ -130,16 +145,32 @@ class HomeostasisHandle:
                 )
 
 
+def _along_error_vectors(regulators: Sequence[ErrorVectorRegulator]) -> HomeostasisReport | None:
+    seen = [regulator for regulator in regulators if math.isfinite(regulator.value)]
+    if not seen:
+        return None
+    nan = math.nan
+    return HomeostasisReport(
+        sum(r.value for r in seen),
+        *(nan,) * 5,
+        weighted=sum(r.last_weight / 2 * r.value for r in seen),
+        deqs={r.name: SymmetryMeasurement(r.value, nan, nan, nan, nan, nan) for r in seen},
+        weights={r.name: r.last_weight for r in seen},
+        alignment={r.name: r.controller.alignment for r in seen if r.controller is not None},
+    )
+
+
 def register_homeostasis(
     module: nn.Module,
     weight: Weight = 0.1,
     probes: int = 5,
-    estimator: Estimator = "antisymmetric",
+    estimator: Direction = "antisymmetric",
     every: int | float = 1,
     *,
     metric: Metric | None = None,
     inject: Inject = False,
     seed: int = 0,
+    target: float = TARGET,
 ) -> HomeostasisHandle:
     """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
 
@@ -151,9 +182,14 @@ def register_homeostasis(
         module: A model that contains torchdeq DEQs, or such a DEQ.
         weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ; or a
             dict of these by DEQ name, as in `module.named_modules()`, which leaves out the DEQs it does not name. With
-            0 the Jacobian is measured, but no graph is built.
+            0 the Jacobian is measured, but no graph is built. `"auto"`, along the error vector, holds the alignment of
+            error vectors at `target` with the least weight.
         probes: Number of Gaussian probes at each forward pass.
         estimator: `"antisymmetric"`, or `"paper"`; see [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
+            `"error-vector"` takes no probes: the direction is the error vector of each sample, the only one in which
+            the asymmetry meets the gradient. The penalty is then measured in the backward pass, of a
+            DEQ that was switched by [`use_backward`][torchdeq_ep.use_backward], and `probes`, `every`, `metric` and
+            `seed` have no part: the metric is that of the mode.
         every: A whole number `k`: measure at every `k`-th forward pass of a DEQ. A number between 0 and 1: measure with
             that probability. The penalty is not scaled up in return.
         metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
@@ -163,6 +199,8 @@ def register_homeostasis(
             loss, and a number or a function `() -> factor` if you divide the loss, e.g. by the number of accumulation
             steps; it is asked in the backward pass. `penalty()` is then without a graph.
         seed: Seed of the probes, and of the draws of a probability.
+        target: Of `weight="auto"`: the mean over the samples of the cosine between the error vector of equilibrium
+            propagation and the exact one, between 0 and 1.
 
     Returns:
         A handle with `penalty()`, `last` and `remove()`, which is also a context manager.
@@ -179,7 +217,7 @@ def register_homeostasis(
         >>> (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
         >>> loss = z.sum() + homeostasis.penalty()
     """
-    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, (*ESTIMATORS, "error-vector"))
     if isinstance(every, bool) or not (
         (isinstance(every, int) and every >= 1) or (isinstance(every, float) and 0 < every < 1)
     ):
@@ -189,15 +227,29 @@ def register_homeostasis(
     check_count("probes", probes)
     check_metric(metric)
     deqs = deqs_of(module)
+    if estimator == "error-vector":
+        return HomeostasisHandle(_along(weight, {n: d for n, d in module.named_modules() if d in deqs}, inject, target))
+    if weight == AUTO:
+        raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
     weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
     options = _Options(probes, estimator, every, metric, _factor(inject), _Randomness(seed))
     return HomeostasisHandle([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
 
 
+def _along(weight: Weight, deqs: dict[str, DEQBase], inject: Inject, target: float) -> list[ErrorVectorRegulator]:
+    factor = _factor(inject)
+    if weight == AUTO:
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+            raise InvalidOptionError(f"target must be a cosine between 0 and 1, not {target!r}.")
+        return [ErrorVectorRegulator(n, d, WeightController(target), factor) for n, d in deqs.items()]
+    weights = _weights_by_name(weight, deqs)
+    return [ErrorVectorRegulator(name, deq, value, factor) for name, (deq, value) in weights.items()]
+
+
 def _weights_by_name(weight: Weight, deqs: dict[str, DEQBase]) -> dict[str, tuple[DEQBase, float | Schedule]]:
     if not isinstance(weight, Mapping):
         _check_weight(weight)
-        return {name: (deq, weight) for name, deq in deqs.items()}
+        return {name: (deq, cast("float | Schedule", weight)) for name, deq in deqs.items()}
     for name, value in weight.items():
         if name not in deqs:
             raise NoDEQError(f"weight: {unknown_name('DEQ', name, deqs)}")
@@ -299,39 +351,7 @@ class _Regulator:
         self.collect(term.detach())
         if not term.requires_grad:
             return None
-        return [*states[:-1], _with_gradient(states[-1], term, options.factor)], info
+        return [*states[:-1], with_gradient(states[-1], term, options.factor)], info
 
     def __reduce__(self) -> Any:
-        return _Nothing, ()
-
-
-class _Nothing:
-    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-
-def _with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
-    if isinstance(state, Tensor):
-        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
-    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
-
-
-class _Inject(torch.autograd.Function):
-    """The identity on a state, whose backward pass also starts one from a penalty.
-
-    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
-        ctx.factor = factor
-        ctx.like = term.detach()
-        ctx.set_materialize_grads(False)
-        # A view of several tensors could not be written to by its user.
-        return tuple(tensor.clone() for tensor in state)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents
+        return Nothing, ()

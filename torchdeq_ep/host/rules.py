@@ -5,27 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchdeq.solver.stat import SolverStat
 
+from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import NoGradientWarning
 from torchdeq_ep.modes import ModeLike, NudgeReport
-from torchdeq_ep.node import Layer, connect
-from torchdeq_ep.recording import reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Map, Memory, Packing, State, undisturbed
+from torchdeq_ep.node import Layer, connect, connect_with_penalty
+from torchdeq_ep.recording import depends_on_more, reaches_state, recorded, recording_of
+from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, State, undisturbed
 
 Loss = Callable[[Any], Tensor]
 
 
+class Penalised(Protocol):
+    """Who is told what the penalty was, and shown the error vector."""
+
+    def on_value(self, value: float) -> None:
+        """Told the mean over the samples of `|(J - J^T) v|^2 / |v|^2`."""
+
+    def on_error_vector(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+        """Shown each error vector, where calls of `f` leave no trace."""
+
+
 @dataclass
 class Slot:
-    """Where `nudge_loss` leaves the loss for the backward passes of one DEQ, and these leave their last report."""
+    """What one DEQ is told by `nudge_loss` and homeostasis, and what its passes leave for them."""
 
     loss_of_state: Loss | None = None
     report: NudgeReport | None = None
+    penalised: Penalised | None = None
+    """What wants a penalty on the asymmetry along the error vector."""
+    zero: Tensor | None = None
+    """Of the last forward pass: a scalar of value 0, whose cotangent is the weight of that penalty."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +137,16 @@ class EquilibriumRule:
             loss_of_packed_state,
             self.memory,
         )
-        value = packing.pack(returned)
-        state = packing.pack(source, "the solver").detach()
-        return packing.restore(connect(layer, state, value, value, recording_of(source)), like=returned)
+        value, recording = packing.pack(returned), recording_of(source)
+        state, wanted = packing.pack(source, "the solver").detach(), self.slot.penalised
+        self.slot.zero = None
+        if wanted is None or recording is None or not depends_on_more(value, recording):
+            return packing.restore(connect(layer, state, value, value, recording), like=returned)
+        tensors = [source] if isinstance(source, Tensor) else list(source)
+        layer.penalty = AsymmetryPenalty.of(value, tensors, recording, wanted.on_value)
+        layer.controller = wanted.on_error_vector
+        connected, self.slot.zero = connect_with_penalty(layer, state, value, value, recording)
+        return packing.restore(connected, like=returned)
 
     def _record(self, writer: Any, report: NudgeReport) -> None:
         self.slot.report = report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +15,9 @@ from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.host.rules import CompleteTrajectory, EquilibriumRule, EvaluationHook, Loss, PhantomGradient
 from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.state import Memory
+
+if TYPE_CHECKING:
+    from torchdeq_ep.host.homeostasis import HomeostasisHandle
 
 DEFAULT_BACKWARD = "ep"
 
@@ -51,6 +54,8 @@ class BackwardHandle:
     def __init__(self, switched: list[tuple[DEQBase, _SwitchedRules]], names: Sequence[str]) -> None:
         self._switched, self._names = switched, tuple(names)
         self._is_removed = False
+        self.homeostasis: HomeostasisHandle | None = None
+        """The homeostasis that `use_backward` was asked for; it goes with the switch."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, {'removed' if self._is_removed else 'in force'}\n{self.summary()}>"
@@ -114,6 +119,8 @@ class BackwardHandle:
     def remove(self) -> None:
         """Give every DEQ the rules back that it had before; a second call does nothing."""
         self._is_removed = True
+        if self.homeostasis is not None:
+            self.homeostasis.remove()
         for deq, rules in self._switched:
             rules.removed = True
             if rules.hook is not None:
@@ -144,7 +151,12 @@ def _accuracy(report: NudgeReport, memory: Memory) -> list[str]:
 
 
 def use_backward(
-    module: nn.Module, backward: str | ModeLike = DEFAULT_BACKWARD, *, certificate: bool = True, **options: Any
+    module: nn.Module,
+    backward: str | ModeLike = DEFAULT_BACKWARD,
+    *,
+    certificate: bool = True,
+    homeostasis: float | Literal["auto"] | None = None,
+    **options: Any,
 ) -> BackwardHandle:
     """Switch every torchdeq DEQ inside a module to another backward pass.
 
@@ -156,6 +168,9 @@ def use_backward(
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
         certificate: Whether each pass reports its [adjoint residual](certificate.md), which takes one `J^T v` beside
             the gradients of the parameters.
+        homeostasis: Weight of a penalty on the asymmetry along the error vector, which then reaches the parameters by
+            itself; `"auto"` finds it. See [`register_homeostasis`][torchdeq_ep.register_homeostasis], which is what to
+            use with a `GradScaler` or with accumulated gradients.
         **options: Options of the mode, e.g. `tol=1e-4`.
 
     Returns:
@@ -164,7 +179,7 @@ def use_backward(
     Raises:
         NoDEQError: If there is no DEQ in the module.
         UnknownBackwardError: If no backward mode has that name.
-        InvalidOptionError: If the mode has no such option.
+        InvalidOptionError: If the mode has no such option, or the homeostasis no such weight.
 
     Example:
         >>> import torch, torchdeq, torchdeq_ep as tep
@@ -179,7 +194,12 @@ def use_backward(
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
     names = {part: name for name, part in module.named_modules()}
-    return BackwardHandle([(deq, switch(deq, mode, certificate)) for deq in deqs], [names[deq] for deq in deqs])
+    handle = BackwardHandle([(deq, switch(deq, mode, certificate)) for deq in deqs], [names[deq] for deq in deqs])
+    if homeostasis is not None:
+        from torchdeq_ep.host.homeostasis import register_homeostasis  # which needs deqs_of from here
+
+        handle.homeostasis = register_homeostasis(module, homeostasis, estimator="error-vector", inject=True)
+    return handle
 
 
 def deqs_of(module: nn.Module) -> list[DEQBase]:

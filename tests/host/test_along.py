@@ -1,0 +1,340 @@
+"""Homeostasis along the error vector: its gradient, its value, its weight, and what a training loop does with it."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+import torchdeq
+from torch import nn
+from torch.nn import functional
+
+import torchdeq_ep as tep
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError
+from torchdeq_ep.host.along import WeightController
+from torchdeq_ep.host.homeostasis import register_homeostasis
+from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.state import relative_difference
+
+B, N = 3, 6
+TIGHT = {"f_max_iter": 300, "f_tol": 1e-12, "ift": True}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(3, 9), nn.Linear(3, 3)
+
+    def forward(self, z):
+        q, k, v = self.qkv(z.reshape(-1, 2, 3)).chunk(3, -1)
+        return self.out((q @ k.mT).softmax(-1) @ v).reshape(-1, 6)
+
+
+MAPS = {
+    "dense": lambda: nn.Sequential(nn.Linear(N, N), nn.Tanh()),
+    "relu": lambda: nn.Sequential(nn.Linear(N, N), nn.ReLU(), nn.Linear(N, N)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(N, N), nn.BatchNorm1d(N), nn.Tanh()),
+    "layer norm": lambda: nn.Sequential(nn.Linear(N, N), nn.LayerNorm(N), nn.GELU()),
+    "group norm": lambda: nn.Sequential(nn.Linear(N, N), nn.GroupNorm(2, N), nn.SiLU()),
+    "instance norm": lambda: nn.Sequential(
+        nn.Linear(N, N), nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Tanh()
+    ),
+    "attention": Attention,
+}
+
+
+class Model(nn.Module):
+    def __init__(self, kind="dense", several=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.layer, self.several = nn.Linear(4, N), MAPS[kind](), several
+        for part in self.layer.modules():  # small enough for the map to contract
+            if isinstance(part, (nn.BatchNorm1d, nn.GroupNorm, nn.InstanceNorm1d)):
+                nn.init.constant_(part.weight, 0.1 if isinstance(part, nn.InstanceNorm1d) else 0.4)
+        self.deq = torchdeq.get_deq(**{**TIGHT, **options})
+        self.double()
+
+    def f(self, z, x):
+        return 0.4 * self.layer(z) + x
+
+    def forward(self, inputs):
+        x = self.stem(inputs)
+        if not self.several:
+            return self.deq(lambda z: self.f(z, x), torch.zeros_like(x))[0][-1]
+
+        def step(a, b):
+            value = self.f(torch.cat([a, b], 1), x)
+            return value[:, :2], value[:, 2:]
+
+        return torch.cat(self.deq(step, (torch.zeros_like(x[:, :2]), torch.zeros_like(x[:, 2:])))[0][-1], 1)
+
+
+def inputs():
+    return torch.randn(B, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def readout():
+    return torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def pieces(model, mode):
+    """The state, the error vector, and `a` for each sample, from dense Jacobians, with `u` and `a` held fixed."""
+    with torch.no_grad():
+        x = model.stem(inputs())
+        z = torch.zeros_like(x)
+        model.deq.eval()
+        model.train()
+        for _ in range(400):
+            z = model.f(z, x)
+    jacobian = dense_jacobian(lambda z: model.f(z, x.detach()), z).detach()
+    g = readout().expand(B, N).reshape(-1)
+    system = torch.eye(B * N, dtype=torch.float64) - (jacobian if mode.startswith(("ep", "hep")) else jacobian.T)
+    v = torch.linalg.solve(system, g)
+    return z, jacobian, v
+
+
+def penalty_of(model, z, u, a):
+    """`<a, J u> - <a, J^T u>` as a function of the parameters, by finite differences of nothing: a dense Jacobian."""
+    x = model.stem(inputs())
+    point = z.detach().requires_grad_()
+    value = model.f(point, x)
+    rows = [
+        torch.autograd.grad(value.flatten()[k], point, create_graph=True)[0].flatten() for k in range(value.numel())
+    ]
+    jacobian = torch.stack(rows)
+    return a @ (jacobian @ u) - a @ (jacobian.T @ u)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@pytest.mark.parametrize("mode", ["ep", "ift", "aep"])
+def test_its_gradient_is_that_of_the_dense_jacobian(kind, mode):
+    added = {}
+    for weight in (0.0, 2.0):
+        model = Model(kind)
+        with (
+            tep.use_backward(model, mode, tol=1e-11),
+            register_homeostasis(model, weight=weight, estimator="error-vector") as homeostasis,
+        ):
+            loss = (model(inputs()) @ readout()).sum()
+            (loss + homeostasis.penalty()).backward()
+        added[weight] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        value = homeostasis.last.penalty
+    model = Model(kind)
+    z, jacobian, v = pieces(model, mode)
+    count = 1 if kind == "batch norm" else B
+    u = v.reshape(count, -1) / v.reshape(count, -1).norm(dim=1, keepdim=True)
+    u = u.flatten()
+    a = (jacobian - jacobian.T) @ u
+    assert value == pytest.approx(float(a.square().sum()) / count, rel=1e-6)
+    scalar = penalty_of(model, z, u, a) * 2.0 / 2 / count
+    names = [name for name, p in model.named_parameters()]
+    expected = torch.autograd.grad(scalar, list(model.parameters()), allow_unused=True)
+    for name, gradient in zip(names, expected, strict=True):
+        if gradient is None or name not in added[2.0]:
+            continue
+        found = added[2.0][name] - added[0.0][name]
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_it_lowers_the_number_that_every_pass_reports():
+    torch.manual_seed(0)
+    model = Model(f_tol=1e-6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    residuals = []
+    with (
+        tep.use_backward(model, "ep") as handle,
+        register_homeostasis(model, weight=30.0, estimator="error-vector") as homeostasis,
+    ):
+        for _ in range(40):
+            optimizer.zero_grad()
+            (functional.mse_loss(model(inputs()), torch.ones(B, N)) + homeostasis.penalty()).backward()
+            optimizer.step()
+            residuals.append(homeostasis.last.penalty)
+    assert residuals[-1] < residuals[0] / 3
+    assert handle.last["deq"].adjoint_residual < 0.5
+
+
+def test_several_tensors_are_as_one():
+    gradients = []
+    for several in (False, True):
+        model = Model(several=several)
+        with (
+            tep.use_backward(model, "ep", tol=1e-11),
+            register_homeostasis(model, weight=3.0, estimator="error-vector") as homeostasis,
+        ):
+            ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_difference(*gradients) < 1e-8
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_loss_scale_reaches_it_and_does_not_change_it(scale):
+    model = Model()
+    with (
+        tep.use_backward(model, "ep", tol=1e-11),
+        register_homeostasis(model, weight=3.0, estimator="error-vector") as homeostasis,
+    ):
+        (scale * ((model(inputs()) @ readout()).sum() + homeostasis.penalty())).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()]) / scale
+    other = Model()
+    with (
+        tep.use_backward(other, "ep", tol=1e-11),
+        register_homeostasis(other, weight=3.0, estimator="error-vector", inject=scale),
+    ):
+        (scale * (other(inputs()) @ readout()).sum()).backward()
+    injected = torch.cat([p.grad.flatten() for p in other.parameters()]) / scale
+    assert relative_difference(injected, found) < 1e-9
+
+
+def test_accumulated_passes_add_up():
+    def gradient(parts):
+        model = Model()
+        with (
+            tep.use_backward(model, "ep", tol=1e-11),
+            register_homeostasis(model, weight=3.0, estimator="error-vector") as homeostasis,
+        ):
+            for rows in parts:
+                share = len(rows) / B
+                loss = (model(inputs()[rows]) @ readout()).sum()
+                (loss + share * homeostasis.penalty()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert relative_difference(gradient([[0], [1, 2]]), gradient([[0, 1, 2]])) < 1e-8
+
+
+def test_without_a_loss_there_is_no_error_vector_and_no_penalty():
+    model = Model()
+    with (
+        tep.use_backward(model, "ep"),
+        register_homeostasis(model, weight=3.0, estimator="error-vector") as homeostasis,
+    ):
+        model(inputs())
+        homeostasis.penalty().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_the_penalty_is_zero_in_value_and_nothing_in_evaluation():
+    model = Model()
+    with (
+        tep.use_backward(model, "ep"),
+        register_homeostasis(model, weight=3.0, estimator="error-vector") as homeostasis,
+    ):
+        model(inputs())
+        penalty = homeostasis.penalty()
+        assert penalty.item() == 0.0
+        assert penalty.requires_grad
+        with torch.no_grad():
+            model.eval()(inputs())
+        assert not homeostasis.penalty().requires_grad
+
+
+def test_a_deq_that_is_not_switched_is_named():
+    model = Model()
+    with register_homeostasis(model, estimator="error-vector"), pytest.raises(NoDEQError, match=r"deq .*use_backward"):
+        model(inputs())
+    model(inputs())
+
+
+def test_it_can_be_registered_before_the_switch_and_outlive_it():
+    model = Model()
+    homeostasis = register_homeostasis(model, weight=1.0, estimator="error-vector")
+    for mode in ("ep", "aep"):
+        with tep.use_backward(model, mode):
+            ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+            assert homeostasis.last.penalty > 0
+    homeostasis.remove()
+    model(inputs())
+
+
+def test_copies_are_without_it():
+    model = Model()
+    tep.use_backward(model, "ep")
+    register_homeostasis(model, weight=1.0, estimator="error-vector")
+    (model(inputs()) @ readout()).sum().backward()
+    for twin in (copy.deepcopy(model.deq), pickle.loads(pickle.dumps(model.deq))):
+        z = twin(lambda z: 0.5 * torch.tanh(z) + 0.1, torch.zeros(2, 3))[0][-1]
+        assert z.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"weight": "auto"}, "error-vector"),
+        ({"estimator": "error-vector", "weight": "auto", "target": 1.5}, "target"),
+        ({"estimator": "error-vector", "weight": -1.0}, "weight"),
+        ({"estimator": "error_vector"}, "estimator"),
+    ],
+)
+def test_options_are_checked(options, match):
+    with pytest.raises(InvalidOptionError, match=match):
+        register_homeostasis(Model(), **options)
+
+
+# --- the weight that finds itself ------------------------------------------------------------------------------------
+
+
+def test_the_weight_grows_below_the_target_and_lets_go_above():
+    controller = WeightController(0.9)
+    before = controller.weight
+    controller.steer(0.4)
+    assert controller.weight > 4 * before
+    for _ in range(60):
+        controller.steer(1.0)
+    assert controller.weight == pytest.approx(0.1)
+    controller.steer(math.nan)
+    assert controller.weight == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("mode", ["ep", "aep", "ift"])
+def test_the_alignment_is_that_of_the_two_error_vectors(mode):
+    model = Model()
+    with (
+        tep.use_backward(model, mode),
+        register_homeostasis(model, weight="auto", estimator="error-vector") as homeostasis,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", EPWarning)
+        ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+    _, jacobian, _ = pieces(model, "ep")
+    g, one = readout().expand(B, N).reshape(-1), torch.eye(B * N, dtype=torch.float64)
+    two = [torch.linalg.solve(one - j, g).reshape(B, N) for j in (jacobian, jacobian.T)]
+    expected = torch.cosine_similarity(*two, dim=1).mean()
+    assert homeostasis.last.alignment["deq"] == pytest.approx(float(expected), abs=0.02)
+
+
+@pytest.mark.parametrize("homeostasis", ["auto", 2.0])
+def test_one_argument_of_the_switch_is_enough(homeostasis):
+    model, other = Model(), Model()
+    with tep.use_backward(model, "ep", homeostasis=homeostasis) as handle:
+        (model(inputs()) @ readout()).sum().backward()
+    with (
+        tep.use_backward(other, "ep"),
+        register_homeostasis(other, weight=homeostasis, estimator="error-vector") as registered,
+    ):
+        ((other(inputs()) @ readout()).sum() + registered.penalty()).backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    assert handle.homeostasis.last == registered.last
+    model(inputs()).sum().backward()
+    assert handle.homeostasis.last == registered.last
+
+
+def test_training_holds_the_target():
+    torch.manual_seed(0)
+    model = Model(f_tol=1e-6)
+    nn.init.orthogonal_(model.layer[0].weight, gain=1.8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    with (
+        tep.use_backward(model, "ep"),
+        register_homeostasis(model, weight="auto", estimator="error-vector", target=0.95) as homeostasis,
+    ):
+        alignments = []
+        for _ in range(120):
+            optimizer.zero_grad()
+            (functional.mse_loss(model(inputs()), torch.ones(B, N)) + homeostasis.penalty()).backward()
+            optimizer.step()
+            alignments.append(homeostasis.last.alignment["deq"])
+    assert alignments[0] < 0.9
+    assert alignments[-1] > 0.93

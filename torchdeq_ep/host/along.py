@@ -1,0 +1,210 @@
+"""Homeostasis along the error vector: the hook of a switched DEQ, and a weight that finds itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torchdeq.core import DEQBase
+
+from torchdeq_ep.errors import EPError, NoDEQError
+from torchdeq_ep.host.rules import EquilibriumRule
+from torchdeq_ep.jacobian.linearization import row_dots
+from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP, Mode, ModeLike
+from torchdeq_ep.state import Equilibrium, Memory, norm
+
+AUTO = "auto"
+TARGET = 0.9
+_FIRST_WEIGHT = 10.0
+_SMALLEST, _LARGEST = 0.1, 1000.0
+_EVERY = 10
+_GAIN = 3.0
+_REFERENCE_TOL, _REFERENCE_STEPS = 3e-2, 50
+
+
+@dataclass
+class WeightController:
+    """Holds the alignment of error vectors at a target with the least weight.
+
+    A residual is no cosine, so every tenth backward pass the exact error vector is solved for as well, to 3 %; the
+    weight then grows or falls by the factor `exp(3 (target - alignment))`.
+
+    Args:
+        target: The mean over the samples of the cosine between the error vector of equilibrium propagation and the
+            exact one.
+        weight: The present weight.
+        alignment: As last measured; NaN before.
+
+    Example:
+        >>> controller = WeightController(target=0.9)
+        >>> controller.steer(0.5)
+        >>> controller.weight > 30
+        True
+    """
+
+    target: float
+    weight: float = _FIRST_WEIGHT
+    alignment: float = math.nan
+    passes: int = 0
+
+    def steer(self, alignment: float) -> None:
+        """Change the weight by what was measured.
+
+        Args:
+            alignment: The cosine.
+        """
+        self.alignment = alignment
+        if math.isfinite(alignment):
+            factor = math.exp(_GAIN * (self.target - alignment))
+            self.weight = min(max(self.weight * factor, _SMALLEST), _LARGEST)
+
+    def see(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+        """Measure, every tenth time.
+
+        Args:
+            equilibrium: The free equilibrium.
+            mode: That found the error vector.
+            v: The error vector, packed.
+        """
+        due, self.passes = self.passes % _EVERY == 0, self.passes + 1
+        if not due:
+            return
+        # What this solve warns of is no matter of the user's.
+        known = equilibrium.memory
+        unspoken = replace(equilibrium, memory=Memory(independent=known.independent, rounding=known.rounding))
+        options = {"tol": _REFERENCE_TOL, "max_iter": _REFERENCE_STEPS, "on_divergence": "accept"}
+        symmetric_only = isinstance(mode, Mode) and mode.assumes_symmetry
+        other = ImplicitDifferentiation(**options) if symmetric_only else InfinitesimalEP(**options)  # type: ignore[arg-type]
+        try:
+            reference, report = other.quietly(unspoken)
+        except EPError:
+            return
+        if report.is_usable:
+            self.steer(_mean_cosine(v, reference, equilibrium))
+
+
+def _mean_cosine(v: Tensor, other: Tensor, equilibrium: Equilibrium) -> float:
+    rows = equilibrium.independent_rows()
+    if rows is None:
+        return float((v * other).sum()) / max(norm(v) * norm(other), 1e-30)
+    one, two = (rows.split(t.float().unsqueeze(0)) for t in (v, other))
+    sizes = (row_dots(one, one) * row_dots(two, two)).sqrt()
+    cosines = row_dots(one, two)[sizes > 0] / sizes[sizes > 0]
+    return float(cosines.mean()) if len(cosines) else math.nan
+
+
+class ErrorVectorRegulator:
+    """The hooks of one DEQ. A copy or pickle of it does nothing."""
+
+    def __init__(
+        self,
+        name: str,
+        deq: DEQBase,
+        weight: float | Callable[[int], float] | WeightController,
+        factor: Callable[[], float] | None,
+    ) -> None:
+        self.name, self.deq, self.last_weight = name, deq, 0.0
+        self.value = math.nan
+        self.collect: Callable[[Tensor], None]
+        self.controller = weight if isinstance(weight, WeightController) else None
+        self._weight, self._factor = weight, factor
+        self._calls = 0
+
+    def register(self) -> RemovableHandle:
+        """Ask for the penalty before each forward pass, of whatever rule is then in force."""
+        handle: RemovableHandle = self.deq.register_forward_pre_hook(self.ask)
+        return handle
+
+    def ask(self, deq: DEQBase, _: Any) -> None:
+        """Before a forward pass: the rule in force is to make the penalty."""
+        rule = deq.produce_grad[-1]
+        if not isinstance(rule, EquilibriumRule):
+            raise NoDEQError(
+                f"homeostasis along the error vector needs the error vector, and {self.name or 'the DEQ'} has the "
+                "backward of torchdeq: call tep.use_backward(model, 'ep') first (or 'ift', 'aep'), or take random "
+                "directions, estimator='antisymmetric'."
+            )
+        rule.slot.penalised = self
+
+    def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        rule = deq.produce_grad[-1]
+        slot = rule.slot if isinstance(rule, EquilibriumRule) else None
+        if slot is None:
+            return None
+        zero, slot.zero, slot.penalised = slot.zero, None, None
+        if not deq.training or zero is None:
+            return None
+        step, self._calls = self._calls, self._calls + 1
+        self.last_weight = self._weight_at(step)
+        term = self.last_weight / 2 * zero
+        if self._factor is None:
+            self.collect(term)
+            return None
+        states, info = output
+        return [*states[:-1], with_gradient(states[-1], term, self._factor)], info
+
+    def on_value(self, value: float) -> None:
+        """Told what the penalty was."""
+        self.value = value
+
+    def on_error_vector(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+        """Shown each error vector."""
+        if self.controller is not None:
+            self.controller.see(equilibrium, mode, v)
+
+    def _weight_at(self, step: int) -> float:
+        if isinstance(self._weight, WeightController):
+            return self._weight.weight
+        return self._weight(step) if callable(self._weight) else self._weight
+
+    def __reduce__(self) -> Any:
+        return Nothing, ()
+
+
+class Nothing:
+    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+    ask = __call__
+
+
+def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
+    """A state whose backward pass also starts one from a penalty.
+
+    Args:
+        state: A tensor, or a list or tuple of them.
+        term: The penalty, weighted.
+        factor: What its gradient is multiplied by; asked in the backward pass.
+
+    Returns:
+        The same values.
+    """
+    if isinstance(state, Tensor):
+        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
+    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
+
+
+class _Inject(torch.autograd.Function):
+    """The identity on a state, whose backward pass also starts one from a penalty.
+
+    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor
+        ctx.like = term.detach()
+        ctx.set_materialize_grads(False)
+        # A view of several tensors could not be written to by its user.
+        return tuple(tensor.clone() for tensor in state)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents
