@@ -17,7 +17,7 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow bench lint types docs figures ordinary certificate clean
+.PHONY: help install demo test slow bench lint types docs figures ordinary certificate along clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ figures: $(STAMP) ## measure and draw the figures of the documentation again
 # Two cores take an hour for the lot; runs that docs/results/ordinary.json has are not repeated.
 ordinary: $(STAMP) ## train ordinary models in every mode, beside torchdeq's own: docs/ordinary.md
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/ordinary.py
+
+# Two cores take some hours for the lot; runs that docs/results/along.json has are not repeated.
+along: $(STAMP) ## train with homeostasis of several weights: a figure and a table of docs/homeostasis.md
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/along.py
 
 certificate: $(STAMP) ## draw random maps: is a wrong gradient ever silent? docs/certificate.md
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/certificate.py

@@ -1,0 +1,212 @@
+"""Accuracy against alignment for two kinds of homeostasis, over two decades of weights: a figure of `homeostasis.md`.
+
+`make along` runs this. Each run is kept in `docs/results/along.json`, and those that are there are not repeated, so it
+can be stopped at any time. The models are those of `ordinary.md`, trained on scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchdeq_ep as tep
+from torchdeq_ep.errors import EPError
+from torchdeq_ep.extend import Equilibrium
+from torchdeq_ep.measuring import COLOURS, dress, new_figure, save
+from torchdeq_ep.state import Memory
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import ordinary  # noqa: E402
+
+RESULTS, FIGURE, PAGE = (
+    ROOT / "docs" / "results" / "along.json",
+    ROOT / "docs" / "figures" / "along.svg",
+    ROOT / "docs" / "homeostasis.md",
+)
+OPENING, CLOSING = "<!-- The table is written by `make along`. -->\n", "\n<!-- End of the table. -->"
+WEIGHTS = (3.0, 10.0, 30.0, 100.0, 300.0)
+EPOCHS = {"cnn": 20, "cnn-gelu": 20, "pre-norm": 30, "two-scale": 20}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        kind: Of `ordinary.MODELS`.
+        mode: The backward mode, `"torchdeq"` for its own.
+        estimator: Of homeostasis, or an empty text for none.
+        weight: Its weight, a number as text or `"auto"`.
+        seed: Of weights and batches.
+    """
+
+    kind: str
+    mode: str
+    estimator: str = ""
+    weight: str = ""
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return "/".join((self.kind, self.mode, self.estimator, self.weight, str(self.seed)))
+
+    def train(self) -> dict[str, Any]:
+        """Train, and measure what came out."""
+        model = ordinary.make(self.kind, self.seed)
+        if self.mode != "torchdeq":
+            tep.use_backward(model, self.mode)
+        weight: Any = self.weight if self.weight == "auto" else float(self.weight or 0)
+        options: dict[str, Any] = {"weight": weight, "estimator": self.estimator, "probes": 1}
+        homeostasis = tep.register_homeostasis(model, **options) if self.estimator else None
+        start = time.process_time()
+        optimizer = torch.optim.Adam(model.parameters(), lr=ordinary.RATES.get(self.kind, 1e-3))
+        model.train()
+        failed = ""
+        try:
+            for images, labels in ordinary.digits().batches(self.seed, EPOCHS[self.kind]):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(images), labels)
+                (loss if homeostasis is None else loss + homeostasis.penalty()).backward()
+                optimizer.step()
+        except EPError as error:
+            failed = type(error).__name__
+        seconds = time.process_time() - start
+        last = None if homeostasis is None else homeostasis.last
+        return {
+            "accuracy": ordinary.accuracy(model),
+            "alignment": alignment(model),
+            "seconds": seconds,
+            "weight_at_the_end": None if last is None else max(last.weights.values()),
+            "failed": failed,
+        }
+
+
+@dataclass(frozen=True)
+class _Kept(tep.ImplicitDifferentiation):
+    """Implicit differentiation that keeps the equilibrium."""
+
+    def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, tep.NudgeReport]:
+        object.__setattr__(self, "kept", equilibrium)
+        return super().solve(equilibrium)
+
+
+def alignment(model: nn.Module) -> float:
+    """The mean over the samples of the cosine of the two error vectors, on the batch that comes next."""
+    mode = _Kept()
+    images, labels = next(ordinary.digits().batches(seed=100, epochs=1))
+    with tep.use_backward(model, mode):
+        functional.cross_entropy(model(images), labels).backward()
+    kept: Equilibrium = replace(vars(mode)["kept"], memory=Memory())
+    options: dict[str, Any] = {"tol": 1e-3, "max_iter": 200}
+    vectors = [m(**options).solve(kept)[0].reshape(len(images), -1) for m in (_Kept, tep.InfinitesimalEP)]
+    return float(torch.cosine_similarity(*vectors, dim=1).mean())
+
+
+def plan() -> list[Run]:
+    """The most telling first."""
+    runs = []
+    for kind in ("cnn", "pre-norm"):
+        runs += [Run(kind, "torchdeq"), Run(kind, "ep"), Run(kind, "ep", "error-vector", "auto")]
+    for kind in ("cnn", "pre-norm"):
+        for weight in WEIGHTS:
+            runs += [Run(kind, "ep", "error-vector", f"{weight:g}"), Run(kind, "ep", "antisymmetric", f"{weight:g}")]
+    for seed in (1, 2):
+        for kind in ("cnn", "pre-norm"):
+            runs += [Run(kind, "torchdeq", seed=seed), Run(kind, "ep", "error-vector", "auto", seed)]
+    for seed in (0, 1, 2):
+        for kind, mode in (("cnn-gelu", "hep"), ("two-scale", "ep"), ("cnn-gelu", "ep")):
+            runs += [Run(kind, "torchdeq", seed=seed), Run(kind, mode, "error-vector", "auto", seed)]
+    runs += [Run(kind, "ift", "error-vector", "auto") for kind in ("cnn", "pre-norm")]
+    return list(dict.fromkeys(runs))
+
+
+def picture(results: dict[str, dict[str, Any]]) -> None:
+    """One panel for each model that has a sweep."""
+    figure = new_figure(9.4, 4.2)
+    panels = figure.subplots(1, 2)
+    styles = {"error-vector": (COLOURS[2], "o", "error vector"), "antisymmetric": (COLOURS[7], "s", "random probe")}
+    for axes, kind in zip(panels, ("cnn", "pre-norm"), strict=True):
+        dress(axes)
+        for estimator, (colour, shape, label) in styles.items():
+            found = [(w, results.get(Run(kind, "ep", estimator, f"{w:g}").key)) for w in WEIGHTS]
+            points = [(w, r) for w, r in found if r is not None and math.isfinite(r["alignment"])]
+            style = {"color": colour, "marker": shape, "linewidth": 0.8, "label": label}
+            axes.plot([r["alignment"] for _, r in points], [100 * r["accuracy"] for _, r in points], **style)
+            for weight, result in points:
+                place = (result["alignment"], 100 * result["accuracy"])
+                axes.annotate(f"{weight:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+        for key, label, shape in ((Run(kind, "ep").key, "no homeostasis", "X"), (_auto(kind), "automatic weight", "*")):
+            if key in results:
+                place = [results[key]["alignment"]], [100 * results[key]["accuracy"]]
+                axes.plot(*place, color=COLOURS[0], marker=shape, markersize=9, linestyle="none", label=label)
+        if Run(kind, "torchdeq").key in results:
+            exact = 100 * results[Run(kind, "torchdeq").key]["accuracy"]
+            axes.axhline(exact, color=COLOURS[5], linewidth=0.8, linestyle="--", label="exact gradients")
+        axes.set_title(f"{kind}, {EPOCHS[kind]} epochs", loc="left", fontsize=11)
+        axes.set_xlabel("alignment of error vectors after training")
+        axes.set_ylabel("test accuracy, %")
+    panels[1].legend(frameon=False, fontsize=8, loc="best")
+    figure.tight_layout()
+    save(figure, FIGURE)
+
+
+def _auto(kind: str) -> str:
+    return Run(kind, "ep", "error-vector", "auto").key
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Automatic homeostasis beside exact gradients, for each model and mode."""
+    lines = [
+        "| model | mode | homeostasis | test accuracy by seed, % | alignment after training | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for run in plan():
+        if run.key in results and run.weight in ("", "auto"):
+            groups.setdefault((run.kind, run.mode, "automatic" if run.weight else "none"), []).append(results[run.key])
+    for (kind, mode, homeostasis), rows in sorted(groups.items()):
+        accuracies, alignments, seconds = (
+            ", ".join(format(scale * row[name], form) for row in rows)
+            for name, scale, form in (("accuracy", 100, ".1f"), ("alignment", 1, ".2f"), ("seconds", 1, ".0f"))
+        )
+        name = "torchdeq's IFT" if mode == "torchdeq" else f"`{mode}`"
+        lines.append(f"| `{kind}` | {name} | {homeostasis} | {accuracies} | {alignments} | {seconds} |")
+    return "\n".join(lines)
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Figure and table of what there is."""
+    picture(results)
+    before, _, rest = PAGE.read_text().partition(OPENING)
+    _, _, after = rest.partition(CLOSING)
+    PAGE.write_text(f"{before}{OPENING}\n{table(results)}\n{CLOSING}{after}")
+
+
+def main() -> None:
+    """Run what is missing, and write."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for run in plan() if "--draw" not in sys.argv else []:
+        if run.key not in results:
+            results[run.key] = run.train()
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            sys.stdout.write(f"{run.key}: {results[run.key]}\n")
+            sys.stdout.flush()
+    write(results)
+
+
+if __name__ == "__main__":
+    main()
