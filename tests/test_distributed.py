@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -31,28 +32,31 @@ def _inputs() -> torch.Tensor:
     return torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def _gradients(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+def _gradients(model: nn.Module, inputs: torch.Tensor, weight: float) -> list[torch.Tensor]:
+    homeostasis = tep.register_homeostasis(model, weight=weight, estimator="error-vector")
     for _ in range(2):  # the second pass goes through DDP's rebuilt buckets
         model.zero_grad()
-        model(inputs).pow(2).sum(1).mean().backward()
+        (model(inputs).pow(2).sum(1).mean() + homeostasis.penalty()).backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, port: int, folder: str, weight: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(_Model())
-    gradients = _gradients(model, _inputs().chunk(2)[rank])
+    gradients = _gradients(model, _inputs().chunk(2)[rank], weight)
     torch.save(gradients, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    expected = _gradients(_Model(), _inputs())
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_two_processes_equal_one(tmp_path, weight):
+    """Without and with homeostasis along the error vector."""
+    expected = _gradients(_Model(), _inputs(), weight)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_worker, args=(port, str(tmp_path)), nprocs=2, start_method="spawn")
+    mp.start_processes(_worker, args=(port, str(tmp_path), weight), nprocs=2, start_method="spawn")
     for rank in range(2):
         for got, reference in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(got, reference, rtol=1e-7, atol=1e-10)
