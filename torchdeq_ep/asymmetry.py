@@ -9,14 +9,14 @@ is that of `<J^T a, u> - <J^T u, a>`: two products with `J^T`, differentiated on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.recording import Recording, leaves_of
-from torchdeq_ep.state import Packing, Rows
+from torchdeq_ep.jacobian.symmetry import linearize
+from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows
 
 _TINY = 1e-30
 
@@ -26,69 +26,47 @@ class AsymmetryPenalty:
     """The penalty of one call of a layer, as its autograd node remembers it.
 
     Args:
-        value: `f(z*)`, packed, with its graph.
-        state: The tensors that it was recorded at.
-        leaves: What the gradient is wanted for: all leaves that the value depends on.
+        leaves: What the gradient is wanted for: all leaves that the value of the map depends on.
         on_value: Called with the value of the penalty, before any weight and without the half.
     """
 
-    value: Tensor
-    state: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
     on_value: Callable[[float], None]
 
-    @classmethod
-    def of(
-        cls, value: Tensor, state: Sequence[Tensor], recording: Recording, on_value: Callable[[float], None]
-    ) -> AsymmetryPenalty:
-        """The penalty of a recorded value.
-
-        Args:
-            value: `f(z*)`, packed, with its graph.
-            state: The tensors that it was recorded at.
-            recording: Of the state.
-            on_value: See the class.
-
-        Returns:
-            The penalty.
-        """
-        return cls(value, tuple(state), leaves_of(value, recording), on_value)
-
     def gradients(
-        self, v: Tensor, through: Tensor, metric: Tensor | None, rows: Rows | None, packing: Packing, weight: Tensor
+        self, equilibrium: Equilibrium, v: Tensor, follows_values: bool, autocast: Autocast, weight: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """What is added to the gradient of each leaf.
+        """What is added to the gradient of each leaf; `f` is evaluated once.
 
         Args:
+            equilibrium: The free equilibrium, and the metric that was used.
             v: The error vector, packed.
-            through: `M^-1 J M v`: for equilibrium propagation `v - g`.
-            metric: Diagonal of `M`, or `None`.
-            rows: Where independent samples lie, each of which has a norm of its own; `None` for one norm.
-            packing: Of the state.
+            follows_values: Whether it solves `v = M^-1 J M v + g`, so that the product with `J` is known.
+            autocast: The autocast state of the forward pass.
             weight: Factor of the penalty, a scalar.
 
         Returns:
             A tensor or `None` for each leaf.
+
+        Raises:
+            JacobianProductError: If an operation in `f` cannot be differentiated twice.
         """
+        rows, metric = equilibrium.independent_rows(), equilibrium.used.metric
+        m = torch.ones((), dtype=v.dtype, device=v.device) if metric is None else metric.to(v.dtype)
+        with FrozenStatistics():
+            local = linearize(equilibrium.f, equilibrium.z, autocast, batched=False)
+        through = v - equilibrium.cotangent if follows_values else local.forward((m * v).unsqueeze(0))[0] / m
         count, scale = _scale(v, rows)
         u, pushed = v * scale, through * scale
-        with torch.enable_grad():
-            pulled = self._adjoint(u, packing)
+        with torch.enable_grad(), autocast.restored(False):
+            pulled = local.adjoint(u.unsqueeze(0), create_graph=True)[0]
             a = pushed - pulled.detach()
-            left = a if metric is None else a / metric
-            right = u if metric is None else metric * u
-            bilinear = ((self._adjoint(left, packing) * right).sum() - (pulled * a).sum()) / count
+            left = local.adjoint((a / m).unsqueeze(0), create_graph=True)[0]
+            bilinear = ((left * (m * u)).sum() - (pulled * a).sum()) / count
         self.on_value(float(a.float().square().sum()) / count)
         if not bilinear.requires_grad:
             return (None,) * len(self.leaves)
         return torch.autograd.grad(bilinear, self.leaves, weight.to(bilinear), retain_graph=True, allow_unused=True)
-
-    def _adjoint(self, vector: Tensor, packing: Packing) -> Tensor:
-        products = torch.autograd.grad(
-            self.value, self.state, vector.to(self.value.dtype), create_graph=True, materialize_grads=True
-        )
-        whole = products[0] if len(products) == 1 and products[0].shape == vector.shape else packing.pack(products)
-        return whole.to(vector.dtype)
 
 
 def _scale(v: Tensor, rows: Rows | None) -> tuple[int, Tensor]:

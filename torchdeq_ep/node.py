@@ -12,7 +12,6 @@ from torch import Tensor
 from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.certificate import Certificate, certified, certify, compare_derivatives, speak_up_of_certificate
 from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
-from torchdeq_ep.jacobian import jvp
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import (
@@ -154,7 +153,7 @@ def connect(
 
 
 def connect_with_penalty(
-    layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording
+    layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording | None
 ) -> tuple[Tensor, Tensor]:
     """The same for a layer with a penalty on the asymmetry along its error vector.
 
@@ -163,7 +162,7 @@ def connect_with_penalty(
         free_state: Packed `z*`, detached.
         value: `f(z*)`, with its graph to parameters and inputs.
         returned: The tensor whose values the result has.
-        recording: Of the state at which `value` was taken.
+        recording: Of the state at which `value` was taken, if any.
 
     Returns:
         The new tensor; and a scalar of value 0, whose cotangent is the weight of the penalty.
@@ -233,15 +232,10 @@ class _Pass:
         if equilibrium.cotangent_size == 0.0:  # no loss, no error vector
             return (None,) * len(layer.penalty.leaves)
         with undisturbed(equilibrium.records):
-            rows, metric = equilibrium.independent_rows(), equilibrium.used.metric
-            if isinstance(layer.mode, Mode) and layer.mode.assumes_symmetry:
-                through = v - equilibrium.cotangent
-            else:
-                through = jvp(equilibrium.f, equilibrium.z)(v if metric is None else metric * v)
-                through = through if metric is None else through / metric
             if layer.controller is not None:
                 layer.controller(equilibrium, layer.mode, v)
-        return layer.penalty.gradients(v, through, metric, rows, layer.packing, weight)
+            follows = isinstance(layer.mode, Mode) and layer.mode.assumes_symmetry
+            return layer.penalty.gradients(equilibrium, v, follows, layer.autocast, weight)
 
     def take(self, cotangents: Sequence[Tensor]) -> None:
         """Make the certificate from `J^T v`, as the state has it."""

@@ -104,12 +104,12 @@ def depends_on_more(value: Tensor, recording: Recording | None) -> bool:
     return any(hasattr(node, "variable") or node.name() == _CHECKPOINT for node in _nodes([value], recording))
 
 
-def leaves_of(value: Tensor, recording: Recording) -> tuple[Tensor, ...]:
+def leaves_of(value: Tensor, recording: Recording | None) -> tuple[Tensor, ...]:
     """The leaves that a value depends on, without what the recording needed.
 
     Args:
         value: Of the map.
-        recording: Of the state.
+        recording: Of the state, if there is one.
 
     Returns:
         Parameters and inputs that require a gradient.
@@ -155,11 +155,11 @@ def reaches_state(value: Any, state: Any) -> bool:
     return True
 
 
-def _is_of(node: Any, recording: Recording) -> bool:
-    return getattr(node, "recording", None) is recording
+def _is_of(node: Any, recording: Recording | None) -> bool:
+    return recording is not None and getattr(node, "recording", None) is recording
 
 
-def _nodes(values: Sequence[Tensor], recording: Recording) -> Iterator[Any]:
+def _nodes(values: Sequence[Tensor], recording: Recording | None) -> Iterator[Any]:
     """The nodes of the graph of values, up to the recorded state."""
     waiting: list[Any] = [value.grad_fn for value in values]
     seen = set(waiting)

@@ -15,7 +15,7 @@ from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import NoGradientWarning
 from torchdeq_ep.modes import ModeLike, NudgeReport
 from torchdeq_ep.node import Layer, connect, connect_with_penalty
-from torchdeq_ep.recording import depends_on_more, reaches_state, recorded, recording_of
+from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
 from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, State, undisturbed
 
 Loss = Callable[[Any], Tensor]
@@ -140,10 +140,9 @@ class EquilibriumRule:
         value, recording = packing.pack(returned), recording_of(source)
         state, wanted = packing.pack(source, "the solver").detach(), self.slot.penalised
         self.slot.zero = None
-        if wanted is None or recording is None or not depends_on_more(value, recording):
+        if wanted is None or not depends_on_more(value, recording):
             return packing.restore(connect(layer, state, value, value, recording), like=returned)
-        tensors = [source] if isinstance(source, Tensor) else list(source)
-        layer.penalty = AsymmetryPenalty.of(value, tensors, recording, wanted.on_value)
+        layer.penalty = AsymmetryPenalty(leaves_of(value, recording), wanted.on_value)
         layer.controller = wanted.on_error_vector
         connected, self.slot.zero = connect_with_penalty(layer, state, value, value, recording)
         return packing.restore(connected, like=returned)

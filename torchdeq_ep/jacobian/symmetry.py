@@ -198,7 +198,18 @@ def pack_leniently(state: State, autocast: Autocast) -> tuple[Packing, Tensor]:
     return packing, packing.pack(state, "z").detach()
 
 
-def _linearize(f: Callable[[Tensor], Tensor], z: Tensor, autocast: Autocast, batched: bool) -> Linearization:
+def linearize(f: Callable[[Tensor], Tensor], z: Tensor, autocast: Autocast, batched: bool) -> Linearization:
+    """A map near a state, in full precision wherever it allows that.
+
+    Args:
+        f: The map, on packed states.
+        z: The state.
+        autocast: The autocast state in which `f` was evaluated.
+        batched: Whether to try `vmap`.
+
+    Returns:
+        Products with its Jacobian.
+    """
     # Autocast rounds J by as much as a small asymmetry: measure in full precision wherever f allows it.
     if autocast.enabled:
         try:
@@ -239,7 +250,7 @@ def probe_symmetry(
     packing, z = pack_leniently(state, autocast)
     packed = packing.map(f)
     with FrozenStatistics():
-        local = _linearize(packed, z, autocast, batched)
+        local = linearize(packed, z, autocast, batched)
         diagonal, _ = diagonal_metric(metric, packed, z)
     m = torch.ones((), dtype=z.dtype, device=z.device) if diagonal is None else diagonal.to(z.dtype)
     with autocast.restored(False):
