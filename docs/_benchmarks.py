@@ -44,10 +44,10 @@ implicit differentiation needs far fewer steps.
     "trained": """## Trained models
 
 [Ordinary models](ordinary.md) after three epochs of training by torchdeq, at the options that come by default, over
-torchdeq's implicit differentiation as the models are configured: thirty plain steps, whatever they reach. Samples
-differ there, and those whose free phase stopped early are left where that warrants no more; `residual` is that of the
-whole batch. The last two columns are the products with `J^T` to a residual of 1e-3, with weights for each sample and
-with one set for all.
+torchdeq's implicit differentiation as the models are configured: thirty plain steps, whatever they reach. The first
+passes, in which [more is measured](certificate.md#nudge-error), are left out. Samples differ there, and those whose
+free phase stopped early are left where that warrants no more; `residual` is that of the whole batch. The last two
+columns are the products with `J^T` to a residual of 1e-3, with weights for each sample and with one set for all.
 """,
     "overhead": """## Overhead
 

@@ -42,6 +42,7 @@ _STENCILS: dict[str, Callable[[], Stencil]] = {
 _RETRIES = 4
 _GAIN = 0.5
 _LARGEST_NUDGE_ERROR, _LARGEST_ROUNDING = 0.03, 0.0145
+_SPOILT = 0.01
 _MOST = 0.5
 _ONLINE_FLOOR = 1e-2
 
@@ -159,7 +160,7 @@ class EquilibriumPropagation(RelaxedMode):
             displacement, report = self._checked(problem, amplitude, displacement, report)
         if not (self._starts_at_limit and limit.is_usable):
             return displacement, report
-        spoilt = report.nudge_error > max(_LARGEST_NUDGE_ERROR, limit.residual)
+        spoilt = report.nudge_error > max(_SPOILT, limit.residual)
         problem.equilibrium.memory.prefers_limit = spoilt or not report.is_usable
         if not problem.equilibrium.memory.prefers_limit:
             return displacement, report
@@ -173,7 +174,8 @@ class EquilibriumPropagation(RelaxedMode):
         if memory.is_due(report.beta) or report.truncation > max(_LARGEST_NUDGE_ERROR, memory.nudge_error):
             found = measured_nudge_error(problem, used, displacement, report.residual, report.spread)
             report = replace(report, calls=report.calls + found.calls)
-            gains = self._chooses_amplitude and found.size > report.residual
+            # A nudge that began at its limit has that to fall back on.
+            gains = self._chooses_amplitude and not self._starts_at_limit and found.size > report.residual
             factor = smaller_factor(found.size, used, report.tol) if gains else 1.0
             if factor > 1:
                 smaller = used.divided(factor)
