@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.jacobian.symmetry import linearize
-from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows
+from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, norm, row_norms
 
 _TINY = 1e-30
 
@@ -72,8 +72,8 @@ class AsymmetryPenalty:
 def _scale(v: Tensor, rows: Rows | None) -> tuple[int, Tensor]:
     """The number of samples, and one over the norm of each, in the layout of the state."""
     if rows is None:
-        return 1, 1 / torch.linalg.vector_norm(v.float()).clamp(min=_TINY).to(v.dtype)
+        return 1, torch.full((), 1 / max(norm(v), _TINY), dtype=v.dtype, device=v.device)
     matrix = rows.split(v.unsqueeze(0))
-    sizes = torch.linalg.vector_norm(matrix.float(), dim=1, keepdim=True)
+    sizes = row_norms(matrix).unsqueeze(1)
     inverse = torch.where(sizes > _TINY, 1 / sizes, 0.0).to(v.dtype)
     return rows.count, rows.join(inverse.expand_as(matrix), v.unsqueeze(0))[0]

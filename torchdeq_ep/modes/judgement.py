@@ -21,6 +21,7 @@ from torchdeq_ep.state import (
     change_tolerance,
     norm,
     relative_difference,
+    row_norms,
 )
 
 UNCONVERGED_STATE = 1e-2
@@ -116,8 +117,7 @@ class FreeLimit:
         return enough
 
     def _sizes(self, tensor: Tensor, height: int) -> Tensor:
-        sizes: Tensor = torch.linalg.vector_norm(self._split(tensor.unsqueeze(0), height), dim=1)
-        return sizes
+        return row_norms(self._split(tensor.unsqueeze(0), height))
 
     def _split(self, stack: Tensor, height: int) -> Tensor:
         rows = self.equilibrium.rows
