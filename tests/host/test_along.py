@@ -131,11 +131,12 @@ def test_its_gradient_is_that_of_the_dense_jacobian(kind, mode):
     scalar = penalty_of(model, z, u, a) * 2.0 / 2 / count
     names = [name for name, p in model.named_parameters()]
     expected = torch.autograd.grad(scalar, list(model.parameters()), allow_unused=True)
+    whole = torch.cat([gradient.flatten() for gradient in expected if gradient is not None]).norm()
     for name, gradient in zip(names, expected, strict=True):
         if gradient is None or name not in added[2.0]:
             continue
         found = added[2.0][name] - added[0.0][name]
-        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-8)
+        assert (found - gradient).norm() < 1e-5 * whole
 
 
 def test_it_lowers_the_number_that_every_pass_reports():
