@@ -339,3 +339,70 @@ def test_training_holds_the_target():
             alignments.append(homeostasis.last.alignment["deq"])
     assert alignments[0] < 0.9
     assert alignments[-1] > 0.93
+
+
+def test_with_a_metric_it_is_the_asymmetry_that_the_metric_leaves():
+    metric = tep.ActivityMetric("tanh")
+
+    class Tanh(Model):
+        def f(self, z, x):
+            return torch.tanh(0.5 * self.layer[0](z) + x)
+
+    gradients = {}
+    for weight in (0.0, 2.0):
+        model = Tanh()
+        mode = tep.EquilibriumPropagation(metric=metric, tol=1e-11)
+        with (
+            tep.use_backward(model, mode),
+            register_homeostasis(model, weight=weight, estimator="error-vector") as homeostasis,
+        ):
+            ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+        gradients[weight] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model = Tanh()
+    z, jacobian, _ = pieces(model, "ep")
+    m, g = metric(z).flatten(), readout().expand(B, N).reshape(-1)
+    through = jacobian * m / m[:, None]
+    v = torch.linalg.solve(torch.eye(B * N, dtype=torch.float64) - through, g).reshape(B, -1)
+    u = (v / v.norm(dim=1, keepdim=True)).flatten()
+    a = through @ u - jacobian.T @ u
+    assert homeostasis.last.penalty == pytest.approx(float(a.square().sum()) / B, rel=1e-6)
+    x = model.stem(inputs())
+    point = z.detach().requires_grad_()
+    value = model.f(point, x).flatten()
+    rows = torch.stack([torch.autograd.grad(each, point, create_graph=True)[0].flatten() for each in value])
+    scalar = ((a / m) @ (rows @ (m * u)) - a @ (rows.T @ u)) / B
+    expected = torch.autograd.grad(scalar, list(model.parameters()), allow_unused=True)
+    expected = torch.cat([torch.zeros(0) if e is None else e.flatten() for e in expected])
+    assert relative_difference(gradients[2.0] - gradients[0.0], expected) < 1e-5
+
+
+def test_under_autocast_and_with_two_deqs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(N, N) for _ in range(2))
+            self.deqs = nn.ModuleList(torchdeq.get_deq(f_tol=1e-3, f_max_iter=50, ift=True) for _ in range(2))
+
+        def forward(self, x):
+            for layer, deq in zip(self.layers, self.deqs, strict=True):
+                x = self.solve(layer, deq, x)
+            return x
+
+        @staticmethod
+        def solve(layer, deq, x):
+            return deq(lambda z: 0.5 * torch.tanh(layer(z)) + x, torch.zeros_like(x))[0][-1]
+
+    model, x = Two(), torch.randn(8, N)
+    with (
+        tep.use_backward(model, "ep"),
+        register_homeostasis(model, weight={"deqs.1": 3.0, "deqs.0": 1.0}, estimator="error-vector") as homeostasis,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", EPWarning)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().mean()
+        (loss + homeostasis.penalty()).backward()
+    assert set(homeostasis.last.deqs) == {"deqs.0", "deqs.1"}
+    assert homeostasis.last.weights == {"deqs.0": 1.0, "deqs.1": 3.0}
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -77,7 +77,7 @@ class Equilibrium:
         """Norm of `f(z*) - z*` relative to that of `z*`, over the whole state."""
         return norm(self.value - self.z) / (self.size if self.size > MIN_NORM else 1.0)
 
-    @property
+    @cached_property
     def rounding(self) -> float:
         """Relative rounding error of one call of `f`: measured once in its dtype and precision, and remembered."""
         key: Key = (str(self.z.dtype), self.eps, *precision_settings())
@@ -88,7 +88,7 @@ class Equilibrium:
             self.memory.calls += calls
         return found
 
-    @property
+    @cached_property
     def resolution(self) -> float:
         """Relative difference of two values of `f` that may be rounding: `rounding`, or `eps` if that is more."""
         return max(self.rounding, self.eps)
