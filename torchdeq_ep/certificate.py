@@ -130,8 +130,8 @@ def speak_up_of_certificate(
             "v = J^T v + g, because the Jacobian of f is not symmetric, as that of an ordinary network is not"
         )
         advice = (
-            "Three ways on: homeostasis makes it more symmetric in training (tep.register_homeostasis), 'aep' corrects "
-            "for it, 'ift' does not need it. tep.diagnose(...) says how far the gradient is from the exact one."
+            "Three ways on: train with homeostasis (tep.use_backward(..., homeostasis='auto')), or take 'aep', which "
+            "corrects for it, or 'ift', which does not need it. tep.diagnose(...) says how far off the gradient is."
         )
         memory.warn(AsymmetryWarning, "asymmetry", finding, lambda: advice, residual)
 
