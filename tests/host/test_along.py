@@ -406,3 +406,16 @@ def test_under_autocast_and_with_two_deqs():
     assert set(homeostasis.last.deqs) == {"deqs.0", "deqs.1"}
     assert homeostasis.last.weights == {"deqs.0": 1.0, "deqs.1": 3.0}
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_an_automatic_weight_goes_on_where_it_stood():
+    model = Model()
+    with tep.use_backward(model, "ep", homeostasis="auto") as handle:
+        (model(inputs()) @ readout()).sum().backward()
+        state = handle.homeostasis.state_dict()
+    assert state["deq"]["passes"] == 1
+    with register_homeostasis(Model(), weight="auto", estimator="error-vector") as other:
+        other.load_state_dict(state)
+        assert other.state_dict() == state
+        with pytest.raises(InvalidOptionError, match="is one of"):
+            other.load_state_dict({})

@@ -123,6 +123,8 @@ class ErrorVectorRegulator:
     def ask(self, deq: DEQBase, _: Any) -> None:
         """Before a forward pass: the rule in force is to make the penalty."""
         rule = deq.produce_grad[-1]
+        if not deq.training:
+            return
         if not isinstance(rule, EquilibriumRule):
             raise NoDEQError(
                 f"homeostasis along the error vector needs the error vector, and {self.name or 'the DEQ'} has the "

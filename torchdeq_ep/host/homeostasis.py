@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -118,6 +118,34 @@ class HomeostasisHandle:
         """
         total, self._total, self._uncollected = self._total, None, 0
         return torch.zeros(()) if total is None else total
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Where automatic weights stand, for a run that is to be resumed.
+
+        Returns:
+            Plain numbers, by the name of the DEQ; empty without an automatic weight.
+        """
+        return {name: asdict(controller) for name, controller in self._controllers().items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from there.
+
+        Args:
+            state: As `state_dict` returned it.
+
+        Raises:
+            InvalidOptionError: If it is of other DEQs.
+        """
+        controllers = self._controllers()
+        if set(controllers) != set(state):
+            raise InvalidOptionError(f"the state is one of {sorted(state)}, and these are {sorted(controllers)}.")
+        for name, controller in controllers.items():
+            for field_name, value in state[name].items():
+                setattr(controller, field_name, value)
+
+    def _controllers(self) -> dict[str, WeightController]:
+        along = [r for r in self._regulators if isinstance(r, ErrorVectorRegulator)]
+        return {r.name: r.controller for r in along if r.controller is not None}
 
     def remove(self) -> None:
         """Stop measuring; a second call does nothing."""
