@@ -184,7 +184,7 @@ class Keeping(Mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.EPWarning")
 def test_few_products_solve_a_batch_whose_samples_differ(seed: int) -> None:
     """After 26 steps of `ep`, samples of the cnn have spectra of their own."""
     model, keeping = ordinary.make("cnn", seed), Keeping()
