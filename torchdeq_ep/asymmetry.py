@@ -34,14 +34,13 @@ class AsymmetryPenalty:
     on_value: Callable[[float], None]
 
     def gradients(
-        self, equilibrium: Equilibrium, v: Tensor, follows_values: bool, autocast: Autocast, weight: Tensor
+        self, equilibrium: Equilibrium, v: Tensor, autocast: Autocast, weight: Tensor
     ) -> tuple[Tensor | None, ...]:
         """What is added to the gradient of each leaf; `f` is evaluated once.
 
         Args:
-            equilibrium: The free equilibrium, and the metric that was used.
+            equilibrium: The free equilibrium, and what was used for it.
             v: The error vector, packed.
-            follows_values: Whether it solves `v = M^-1 J M v + g`, so that the product with `J` is known.
             autocast: The autocast state of the forward pass.
             weight: Factor of the penalty, a scalar.
 
@@ -55,7 +54,10 @@ class AsymmetryPenalty:
         m = torch.ones((), dtype=v.dtype, device=v.device) if metric is None else metric.to(v.dtype)
         with FrozenStatistics():
             local = linearize(equilibrium.f, equilibrium.z, autocast, batched=False)
-        through = v - equilibrium.cotangent if follows_values else local.forward((m * v).unsqueeze(0))[0] / m
+        if equilibrium.used.assumed_symmetry:  # v = M^-1 J M v + g: the product is known
+            through = v - equilibrium.cotangent
+        else:
+            through = local.forward((m * v).unsqueeze(0))[0] / m
         count, scale = _scale(v, rows)
         u, pushed = v * scale, through * scale
         with torch.enable_grad(), autocast.restored(False):

@@ -128,7 +128,7 @@ class Layer:
     loss_of_state: Callable[[], Map | None] = lambda: None
     memory: Memory = field(default_factory=Memory)
     penalty: AsymmetryPenalty | None = None
-    controller: Callable[[Equilibrium, ModeLike, Tensor], None] | None = None
+    controller: Callable[[Equilibrium, Tensor], None] | None = None
 
 
 def connect(
@@ -195,8 +195,7 @@ class _EquilibriumGradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         cotangent, weight = cotangents
         free_state, value = ctx.saved_tensors
-        backward = _Pass(ctx.layer, free_state, value.detach(), cotangent.detach())
-        added = backward.penalised(weight.detach())
+        backward = _Pass(ctx.layer, free_state, value.detach(), cotangent.detach(), weight.detach())
         if ctx.recording is None:
             backward.deliver()
         else:
@@ -205,16 +204,15 @@ class _EquilibriumGradient(torch.autograd.Function):
             # J^T v comes with the gradients of the parameters, after this; the report once all is done.
             ctx.recording.taker = backward.take
             torch.autograd.Variable._execution_engine.queue_callback(backward.deliver)
-        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None, *added
+        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None, *backward.added
 
 
 class _Pass:
     """One backward pass of a layer: its error vector now, its certificate when `J^T v` has come."""
 
-    def __init__(self, layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor) -> None:
+    def __init__(self, layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor, weight: Tensor) -> None:
         self._layer = layer
-        equilibrium, self.error_vector, self._report = _solve(layer, free_state, value, cotangent)
-        self._equilibrium: Equilibrium | None = equilibrium if layer.penalty is not None else None
+        equilibrium, self.error_vector, self._report, self.added = _solve(layer, free_state, value, cotangent, weight)
         self._certificate: Certificate | None = None
         self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
             self.error_vector,
@@ -222,20 +220,6 @@ class _Pass:
             equilibrium.used.metric,
             torch.finfo(layer.autocast.dtype).eps if layer.autocast.enabled else equilibrium.eps,
         )
-
-    def penalised(self, weight: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the penalty on the asymmetry along the error vector."""
-        layer, equilibrium, v = self._layer, self._equilibrium, self.error_vector
-        self._equilibrium = None
-        if layer.penalty is None or equilibrium is None:
-            return ()
-        if equilibrium.cotangent_size == 0.0:  # no loss, no error vector
-            return (None,) * len(layer.penalty.leaves)
-        with undisturbed(equilibrium.records):
-            if layer.controller is not None:
-                layer.controller(equilibrium, layer.mode, v)
-            follows = isinstance(layer.mode, Mode) and layer.mode.assumes_symmetry
-            return layer.penalty.gradients(equilibrium, v, follows, layer.autocast, weight)
 
     def take(self, cotangents: Sequence[Tensor]) -> None:
         """Make the certificate from `J^T v`, as the state has it."""
@@ -262,8 +246,9 @@ class _Pass:
 
 
 def _solve(
-    layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor
-) -> tuple[Equilibrium, Tensor, NudgeReport]:
+    layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor, weight: Tensor
+) -> tuple[Equilibrium, Tensor, NudgeReport, tuple[Tensor | None, ...]]:
+    """The equilibrium, its error vector, the report, and what the penalty of that weight adds to its leaves."""
     # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
     autocast, z = layer.autocast, free_state
     in_force, value_now, records = _evaluate(layer, z)
@@ -289,9 +274,21 @@ def _solve(
             error_vector, report = layer.mode.solve(equilibrium)
         else:
             error_vector, report = _solve_by_callable(layer.mode, equilibrium)
+        error_vector = error_vector.detach()
         with undisturbed(records):
             calls = compare_derivatives(layer.mode, equilibrium, error_vector)
-    return equilibrium, error_vector.detach(), replace(report, calls=report.calls + calls)
+            added = _penalised(layer, equilibrium, error_vector, weight)
+    return equilibrium, error_vector, replace(report, calls=report.calls + calls), added
+
+
+def _penalised(layer: Layer, equilibrium: Equilibrium, v: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    if layer.penalty is None:
+        return ()
+    if equilibrium.cotangent_size == 0.0:  # no loss, no error vector
+        return (None,) * len(layer.penalty.leaves)
+    if layer.controller is not None:
+        layer.controller(equilibrium, v)
+    return layer.penalty.gradients(equilibrium, v, layer.autocast, weight)
 
 
 def _solve_by_callable(mode: ModeLike, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:

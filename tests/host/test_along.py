@@ -84,8 +84,6 @@ def pieces(model, mode):
     with torch.no_grad():
         x = model.stem(inputs())
         z = torch.zeros_like(x)
-        model.deq.eval()
-        model.train()
         for _ in range(400):
             z = model.f(z, x)
     jacobian = dense_jacobian(lambda z: model.f(z, x.detach()), z).detach()
@@ -96,7 +94,7 @@ def pieces(model, mode):
 
 
 def penalty_of(model, z, u, a):
-    """`<a, J u> - <a, J^T u>` as a function of the parameters, by finite differences of nothing: a dense Jacobian."""
+    """`<a, J u> - <a, J^T u>` as a function of the parameters, by a dense Jacobian."""
     x = model.stem(inputs())
     point = z.detach().requires_grad_()
     value = model.f(point, x)
@@ -419,3 +417,47 @@ def test_an_automatic_weight_goes_on_where_it_stood():
         assert other.state_dict() == state
         with pytest.raises(InvalidOptionError, match="is one of"):
             other.load_state_dict({})
+
+
+def test_an_f_that_relies_on_the_autocast_of_the_forward_pass_is_measured_under_it():
+    deq, weight = torchdeq.get_deq(f_tol=1e-3, f_max_iter=50, ift=True), nn.Parameter(torch.randn(N, N) / 8)
+    deq.weight = weight
+    with (
+        tep.use_backward(deq, "ep", homeostasis="auto") as handle,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", EPWarning)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = weight.to(torch.bfloat16)  # z is float32: without autocast the product raises
+            loss = deq(lambda z: (z @ cast).float().tanh() + 1, torch.zeros(8, N))[0][-1].square().mean()
+        loss.backward()
+    assert math.isfinite(handle.homeostasis.last.alignment[""])
+    assert bool(torch.isfinite(weight.grad).all())
+    assert bool(weight.grad.any())
+
+
+def test_after_a_fallback_the_asymmetry_is_measured_along_the_vector_that_was_used():
+    model, kept = Model(), []
+
+    def keep(module, args, output):
+        output.retain_grad()
+        kept.append(output)
+
+    hook = model.stem.register_forward_hook(keep)
+    nn.init.constant_(model.layer[0].bias, 0.0)
+    with torch.no_grad():
+        model.layer[0].weight.mul_(3)
+    with (
+        tep.use_backward(model, "ep", max_iter=2, on_divergence="ift"),
+        register_homeostasis(model, weight=0.0, estimator="error-vector") as homeostasis,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+    hook.remove()
+    assert any("implicit differentiation took over" in str(each.message) for each in caught)
+    _, jacobian, _ = pieces(model, "ift")
+    v = kept[0].grad  # f is a function of z, plus x
+    u = v / v.norm(dim=1, keepdim=True)
+    a = (jacobian - jacobian.T) @ u.flatten()
+    assert homeostasis.last.penalty == pytest.approx(float(a.square().sum() / B), rel=1e-5)

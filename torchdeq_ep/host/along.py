@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torchdeq.core import DEQBase
 from torchdeq_ep.errors import EPError, NoDEQError
 from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.jacobian.linearization import row_dots
-from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP, Mode, ModeLike
-from torchdeq_ep.state import Equilibrium, Memory, norm
+from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
+from torchdeq_ep.state import Equilibrium, norm
 
 AUTO = "auto"
 TARGET = 0.9
@@ -63,25 +63,21 @@ class WeightController:
             factor = math.exp(_GAIN * (self.target - alignment))
             self.weight = min(max(self.weight * factor, _SMALLEST), _LARGEST)
 
-    def see(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+    def see(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Measure, every tenth time.
 
         Args:
-            equilibrium: The free equilibrium.
-            mode: That found the error vector.
+            equilibrium: The free equilibrium, and what was used for it.
             v: The error vector, packed.
         """
         due, self.passes = self.passes % _EVERY == 0, self.passes + 1
         if not due:
             return
         # What this solve warns of is no matter of the user's.
-        known = equilibrium.memory
-        unspoken = replace(equilibrium, memory=Memory(independent=known.independent, rounding=known.rounding))
         options = {"tol": _REFERENCE_TOL, "max_iter": _REFERENCE_STEPS, "on_divergence": "accept"}
-        symmetric_only = isinstance(mode, Mode) and mode.assumes_symmetry
-        other = ImplicitDifferentiation(**options) if symmetric_only else InfinitesimalEP(**options)  # type: ignore[arg-type]
+        other = (ImplicitDifferentiation if equilibrium.used.assumed_symmetry else InfinitesimalEP)(**options)  # type: ignore[arg-type]
         try:
-            reference, report = other.quietly(unspoken)
+            reference, report = other.quietly(equilibrium.afresh())
         except EPError:
             return
         if report.is_usable:
@@ -154,10 +150,10 @@ class ErrorVectorRegulator:
         """Told what the penalty was."""
         self.value = value
 
-    def on_error_vector(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+    def on_error_vector(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Shown each error vector."""
         if self.controller is not None:
-            self.controller.see(equilibrium, mode, v)
+            self.controller.see(equilibrium, v)
 
     def _weight_at(self, step: int) -> float:
         if isinstance(self._weight, WeightController):

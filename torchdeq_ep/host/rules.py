@@ -27,7 +27,7 @@ class Penalised(Protocol):
     def on_value(self, value: float) -> None:
         """Told the mean over the samples of `|(J - J^T) v|^2 / |v|^2`."""
 
-    def on_error_vector(self, equilibrium: Equilibrium, mode: ModeLike, v: Tensor) -> None:
+    def on_error_vector(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Shown each error vector, where calls of `f` leave no trace."""
 
 

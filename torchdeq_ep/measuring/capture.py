@@ -17,7 +17,7 @@ from torchdeq_ep.errors import InvalidOptionError, NonFiniteError
 from torchdeq_ep.host import deqs_of, use_backward
 from torchdeq_ep.jacobian import dense_jacobian
 from torchdeq_ep.modes import ImplicitDifferentiation, Mode, ModeLike, NudgeReport
-from torchdeq_ep.state import Autocast, Equilibrium, Memory, relative_difference, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, relative_difference, undisturbed
 
 LARGEST_DENSE = 4096
 """States with more entries than this have no dense reference: the Jacobian would not fit."""
@@ -201,7 +201,7 @@ class Capture:
 
     def anew(self) -> Capture:
         """The same for another mode, which is to be warned about by itself."""
-        return replace(self, equilibrium=_unspoken(self.equilibrium))
+        return replace(self, equilibrium=self.equilibrium.afresh())
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,12 +277,6 @@ def _numbered(captures: Sequence[Capture]) -> tuple[Capture, ...]:
     return tuple(numbered)
 
 
-def _unspoken(equilibrium: Equilibrium) -> Equilibrium:
-    """The same, as if nothing had been said of it: what one solve warns of must not silence the next."""
-    known = equilibrium.memory
-    return replace(equilibrium, memory=Memory(independent=known.independent, rounding=known.rounding))
-
-
 def exact_adjoint(equilibrium: Equilibrium, tol: float | None = None, max_iter: int = REFERENCE_STEPS) -> Adjoint:
     """The exact adjoint as well as it can be had: it is said how, and never raised.
 
@@ -310,7 +304,7 @@ def exact_adjoint(equilibrium: Equilibrium, tol: float | None = None, max_iter: 
         if equilibrium.z.numel() <= LARGEST_DENSE:
             return _dense(equilibrium)
         mode = ImplicitDifferentiation(max_iter=max_iter, tol=tol or 10 * equilibrium.eps, on_divergence="accept")
-        vector, report = mode.solve(_unspoken(equilibrium))
+        vector, report = mode.solve(equilibrium.afresh())
     except Exception as error:  # the others' figures do not depend on it
         nothing = torch.full_like(equilibrium.z, torch.nan, dtype=torch.float64)
         return Adjoint(nothing, "none", torch.nan, short(error))

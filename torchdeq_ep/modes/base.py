@@ -90,6 +90,7 @@ class Mode(ABC):
             NudgeDivergedError: If the relaxation diverges.
         """
         equilibrium.memory.passes += 1
+        equilibrium.used.assumed_symmetry = self.assumes_symmetry
         equilibrium.require_finite()
         if equilibrium.residual > UNCONVERGED_STATE:
             speak_up_of_free_phase(equilibrium)

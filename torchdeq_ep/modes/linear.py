@@ -157,5 +157,6 @@ def fall_back(
     finding = f"implicit differentiation took over, because {what} stopped at a residual of {report.residual:.1e}"
     advice = "The gradient is that of 'ift', and as good as its own residual."
     equilibrium.memory.warn(FallbackWarning, "nudge", finding, lambda: advice, report.residual)
+    equilibrium.used.assumed_symmetry = False
     adjoint = ImplicitDifferentiation(max_iter=mode.max_iter, tol=mode.tol, on_divergence="accept")
     return adjoint._solve(equilibrium)

@@ -184,7 +184,7 @@ class EquilibriumPropagation(RelaxedMode):
                 report = replace(report, calls=report.calls + again.calls + closer.calls)
                 if again.is_usable and closer.size < found.size:
                     memory.refinement *= factor
-                    displacement, found, used = other, closer, smaller.at(again.beta)
+                    displacement, found = other, closer
                     report = replace(report + again, calls=report.calls, residual=again.residual, solved=again.solved)
             memory.measured(report.beta, found.size)
         return displacement, replace(report, nudge_error=memory.nudge_error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -23,9 +23,11 @@ class Used:
 
     Args:
         metric: Diagonal of `M`, or `None` for the identity.
+        assumed_symmetry: Whether its equation has `J` where the exact one has `J^T`.
     """
 
     metric: Tensor | None = None
+    assumed_symmetry: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ class Equilibrium:
             found = self.memory.independent[key] = are_independent(self.f, self.z, self.value, self.rows)
             self.memory.calls += 2 if found else 1
         return self.rows if found else None
+
+    def afresh(self) -> Equilibrium:
+        """The same, as if nothing had been used for it or said of it: one solve of it must not tell on another.
+
+        Returns:
+            A copy that knows what was measured of `f`.
+        """
+        known = self.memory
+        return replace(self, memory=Memory(independent=known.independent, rounding=known.rounding), used=Used())
 
     def rows_below(self, share: float) -> int:
         """How many samples have a cotangent, but less than a share of that of the batch.
