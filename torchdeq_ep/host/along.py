@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase
 
 from torchdeq_ep.errors import EPError, NoDEQError
+from torchdeq_ep.host.injection import Nothing, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
-from torchdeq_ep.jacobian.linearization import row_dots
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
-from torchdeq_ep.state import Equilibrium, norm
+from torchdeq_ep.state import Equilibrium, cosine, row_dots
 
 AUTO = "auto"
 TARGET = 0.9
@@ -73,11 +72,10 @@ class WeightController:
         due, self.passes = self.passes % _EVERY == 0, self.passes + 1
         if not due:
             return
-        # What this solve warns of is no matter of the user's.
         options = {"tol": _REFERENCE_TOL, "max_iter": _REFERENCE_STEPS, "on_divergence": "accept"}
         other = (ImplicitDifferentiation if equilibrium.used.assumed_symmetry else InfinitesimalEP)(**options)  # type: ignore[arg-type]
         try:
-            reference, report = other.quietly(equilibrium.afresh())
+            reference, report = other.solve(equilibrium.afresh(silent=True))
         except EPError:
             return
         if report.is_usable:
@@ -87,7 +85,7 @@ class WeightController:
 def _mean_cosine(v: Tensor, other: Tensor, equilibrium: Equilibrium) -> float:
     rows = equilibrium.independent_rows()
     if rows is None:
-        return float((v * other).sum()) / max(norm(v) * norm(other), 1e-30)
+        return cosine(v, other)
     one, two = (rows.split(t.float().unsqueeze(0)) for t in (v, other))
     sizes = (row_dots(one, one) * row_dots(two, two)).sqrt()
     cosines = row_dots(one, two)[sizes > 0] / sizes[sizes > 0]
@@ -162,47 +160,3 @@ class ErrorVectorRegulator:
 
     def __reduce__(self) -> Any:
         return Nothing, ()
-
-
-class Nothing:
-    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-    ask = __call__
-
-
-def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
-    """A state whose backward pass also starts one from a penalty.
-
-    Args:
-        state: A tensor, or a list or tuple of them.
-        term: The penalty, weighted.
-        factor: What its gradient is multiplied by; asked in the backward pass.
-
-    Returns:
-        The same values.
-    """
-    if isinstance(state, Tensor):
-        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
-    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
-
-
-class _Inject(torch.autograd.Function):
-    """The identity on a state, whose backward pass also starts one from a penalty.
-
-    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
-        ctx.factor = factor
-        ctx.like = term.detach()
-        ctx.set_materialize_grads(False)
-        # A view of several tensors could not be written to by its user.
-        return tuple(tensor.clone() for tensor in state)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents

@@ -18,10 +18,10 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep._options import check_choice, check_count, check_metric
 from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
-from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, Nothing, WeightController, with_gradient
+from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController
+from torchdeq_ep.host.deqs import deqs_of, fixed_point
 from torchdeq_ep.host.hooks import FixedPointHandle
-from torchdeq_ep.host.rules import fixed_point
-from torchdeq_ep.host.switching import deqs_of
+from torchdeq_ep.host.injection import Nothing, with_gradient
 from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
 

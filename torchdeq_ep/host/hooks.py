@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.host.rules import fixed_point
-from torchdeq_ep.host.switching import deqs_of
+from torchdeq_ep.host.deqs import deqs_of, fixed_point
 
 FixedPointHook = Callable[[Callable[[Any], Any], Any, DEQBase], object]
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import NoGradientWarning
+from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.modes import ModeLike, NudgeReport
 from torchdeq_ep.node import Layer, connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, State, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, undisturbed
 
 Loss = Callable[[Any], Tensor]
 
@@ -191,47 +193,16 @@ def solver_statistics(report: NudgeReport) -> SolverStat:
     )
 
 
-def fixed_point(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Callable[[Any], Any], State]:
-    """The map of a call of a DEQ, and its equilibrium, detached; both in the form that the DEQ returns.
-
-    Args:
-        args: Positional arguments of the call.
-        kwargs: Its keyword arguments.
-        output: What it returned: states and solver statistics.
-
-    Returns:
-        `f`, from a state to a state, and `z*`.
-    """
-    func = args[0] if args else kwargs["func"]
-    state = output[0][-1]
-    if isinstance(state, Tensor):
-        return func, state.detach()
-    detached = [tensor.detach() for tensor in state]
-    if isinstance(state, tuple):
-        return _SequenceMap(func, tuple), tuple(detached)
-    return _SequenceMap(func, list), detached
-
-
-@dataclass(frozen=True, eq=False)
-class _SequenceMap:
-    """A map of several tensors, `f(*state)`, as a map of one list or tuple of them."""
-
-    func: Callable[..., Any]
-    container: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-    def __call__(self, state: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.container(self.func(*state))
-
-
 @dataclass(frozen=True, eq=False)
 class EvaluationHook:
     """A forward hook that speaks up once if a gradient is expected in evaluation mode, where torchdeq gives none."""
 
     rule: EquilibriumRule
 
-    def __call__(self, deq: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory = self.rule.memory
-        if deq.training or memory.seen_in_evaluation or not torch.is_grad_enabled():
+        is_in_force = deq.produce_grad[-1] is self.rule
+        if deq.training or memory.seen_in_evaluation or not is_in_force or not torch.is_grad_enabled():
             return
         memory.seen_in_evaluation = True
         f, z = fixed_point(args, kwargs, output)

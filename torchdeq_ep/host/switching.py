@@ -5,19 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase, DEQIndexing
 
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+from torchdeq_ep.host.deqs import deqs_of
+from torchdeq_ep.host.homeostasis import HomeostasisHandle, register_homeostasis
 from torchdeq_ep.host.rules import CompleteTrajectory, EquilibriumRule, EvaluationHook, Loss, PhantomGradient
 from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.state import Memory
-
-if TYPE_CHECKING:
-    from torchdeq_ep.host.homeostasis import HomeostasisHandle
 
 DEFAULT_BACKWARD = "ep"
 
@@ -145,7 +144,7 @@ def _accuracy(report: NudgeReport, memory: Memory) -> list[str]:
         total, largest = memory.adjoint_residuals
         mean = total / memory.certified
         lines.append(f"residual of the error vector in v = J^T v + g: {mean:.1e} in the mean, {largest:.1e} at most")
-    if report.beta:
+    if report.beta and report.is_usable:
         lines.append(f"the finite nudge adds {report.nudge_error:.1e} to it, f rounds by {report.rounding:.1e}")
     return lines
 
@@ -196,44 +195,8 @@ def use_backward(
     names = {part: name for name, part in module.named_modules()}
     handle = BackwardHandle([(deq, switch(deq, mode, certificate)) for deq in deqs], [names[deq] for deq in deqs])
     if homeostasis is not None:
-        from torchdeq_ep.host.homeostasis import register_homeostasis  # which needs deqs_of from here
-
         handle.homeostasis = register_homeostasis(module, homeostasis, estimator="error-vector", inject=True)
     return handle
-
-
-def deqs_of(module: nn.Module) -> list[DEQBase]:
-    """The DEQs of a module whose backward can be switched.
-
-    Args:
-        module: A model, or a DEQ.
-
-    Returns:
-        At least one DEQ, in the order of `module.modules()`.
-
-    Raises:
-        NoDEQError: If there is none.
-
-    Example:
-        >>> import torch, torchdeq
-        >>> len(deqs_of(torch.nn.ModuleList([torchdeq.get_deq(), torchdeq.get_deq()])))
-        2
-    """
-    if not isinstance(module, nn.Module):
-        raise NoDEQError(f"expected a torch.nn.Module that contains torchdeq DEQs, got {type(module).__name__}.")
-    deqs = [part for part in module.modules() if isinstance(part, DEQBase)]
-    for deq in deqs:
-        if not isinstance(getattr(deq, "produce_grad", None), list):
-            raise NoDEQError(
-                f"{type(deq).__name__} has no list 'produce_grad' of gradient rules, so its backward cannot be "
-                "switched. Derive it from DEQSliced or DEQIndexing, or call tep.attach(f, z_star) in its forward."
-            )
-    if not deqs:
-        raise NoDEQError(
-            f"there is no torchdeq DEQ inside {type(module).__name__}. Make one with torchdeq.get_deq(...) and store "
-            "it as an attribute of the module; a hand-written implicit layer takes tep.attach(f, z_star) instead."
-        )
-    return deqs
 
 
 def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedRules:

@@ -1,0 +1,53 @@
+"""A penalty that reaches the parameters by itself, in each backward pass that comes through a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Nothing:
+    """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+    ask = __call__
+
+
+def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
+    """A state whose backward pass also starts one from a penalty.
+
+    Args:
+        state: A tensor, or a list or tuple of them.
+        term: The penalty, weighted.
+        factor: What its gradient is multiplied by; asked in the backward pass.
+
+    Returns:
+        The same values.
+    """
+    if isinstance(state, Tensor):
+        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
+    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
+
+
+class _Inject(torch.autograd.Function):
+    """The identity on a state, whose backward pass also starts one from a penalty.
+
+    One node for all tensors of the state, so that the penalty's gradient is added once, whichever of them are used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, factor: Callable[[], float], *state: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor
+        ctx.like = term.detach()
+        ctx.set_materialize_grads(False)
+        # A view of several tensors could not be written to by its user.
+        return tuple(tensor.clone() for tensor in state)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return torch.full_like(ctx.like, ctx.factor()), None, *cotangents
