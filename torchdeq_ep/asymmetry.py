@@ -60,12 +60,15 @@ class AsymmetryPenalty:
             through = local.forward((m * v).unsqueeze(0))[0] / m
         count, scale = _scale(v, rows)
         u, pushed = v * scale, through * scale
+        is_weighed = float(weight) != 0.0
         with torch.enable_grad(), autocast.restored(False):
-            pulled = local.adjoint(u.unsqueeze(0), create_graph=True)[0]
+            pulled = local.adjoint(u.unsqueeze(0), create_graph=is_weighed)[0]
             a = pushed - pulled.detach()
+            self.on_value(float(a.float().square().sum()) / count)
+            if not is_weighed:
+                return (None,) * len(self.leaves)
             left = local.adjoint((a / m).unsqueeze(0), create_graph=True)[0]
             bilinear = ((left * (m * u)).sum() - (pulled * a).sum()) / count
-        self.on_value(float(a.float().square().sum()) / count)
         if not bilinear.requires_grad:
             return (None,) * len(self.leaves)
         return torch.autograd.grad(bilinear, self.leaves, weight.to(bilinear), retain_graph=True, allow_unused=True)

@@ -148,24 +148,23 @@ def connect(
     """
     if not depends_on_more(value, recording):
         return returned.detach()
-    connected: Tensor = _EquilibriumGradient.apply(layer, recording, free_state, value, returned.detach())[0]  # type: ignore[no-untyped-call]
-    return connected
+    return connect_with_penalty(layer, free_state, value, returned, recording)[0]
 
 
 def connect_with_penalty(
     layer: Layer, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording | None
 ) -> tuple[Tensor, Tensor]:
-    """The same for a layer with a penalty on the asymmetry along its error vector.
+    """The same, for a value that depends on something, and what a penalty on the asymmetry is weighed by.
 
     Args:
-        layer: The layer; its `penalty` is not `None`.
+        layer: The layer.
         free_state: Packed `z*`, detached.
         value: `f(z*)`, with its graph to parameters and inputs.
         returned: The tensor whose values the result has.
         recording: Of the state at which `value` was taken, if any.
 
     Returns:
-        The new tensor; and a scalar of value 0, whose cotangent is the weight of the penalty.
+        The new tensor; and a scalar of value 0, whose cotangent is the weight of the layer's penalty, if it has one.
     """
     leaves = () if layer.penalty is None else layer.penalty.leaves
     arguments = layer, recording, free_state, value, returned.detach(), *leaves

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import ConvergenceWarning, LawMismatchError
-from torchdeq_ep.state import norm
+from torchdeq_ep.state import norm, row_dots
 
 MISMATCH = 0.1
 """The part of the added force that may be missing in the law without an error."""
@@ -208,9 +208,9 @@ class Phases:
         size, along, lost = 0.0, 0.0, 0.0
         for deviations, effects, freedom in self._scatter(error, systematic):
             room = _SIGMAS * (1 + _SIGMAS / freedom) / math.sqrt(freedom)
-            mixed = weight * (_dots(effects, path) + _dots(deviations, total + square * p))
+            mixed = weight * (row_dots(effects, path) + row_dots(deviations, total + square * p))
             size = max(size, room * norm(effects))
-            along = max(along, room * weight * norm(_dots(effects, p)))
+            along = max(along, room * weight * norm(row_dots(effects, p)))
             lost = max(lost, room * norm(mixed + weight**2 * (effects * deviations).flatten(1).sum(1)))
         return replace(
             first,
@@ -263,7 +263,3 @@ def _or_infinite(value: float) -> float:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum())
-
-
-def _dots(several: Tensor, b: Tensor) -> Tensor:
-    return (several * b).flatten(1).sum(1)

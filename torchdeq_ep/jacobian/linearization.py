@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import JacobianProductError
-from torchdeq_ep.state import Map, Packing, State
+from torchdeq_ep.state import Map, Packing, State, row_dots
 
 Product = Callable[[Tensor], Tensor]
 
@@ -302,12 +301,6 @@ def gaussian_probes(z: Tensor, probes: int, generator: torch.Generator | None) -
     """
     check_count("probes", probes)
     return torch.randn(probes, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
-
-
-def row_dots(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of each row of two stacks, in single precision at least: half precision would overflow."""
-    wide = torch.promote_types(one.dtype, torch.float32)
-    return (one.to(wide) * other.to(wide)).reshape(len(one), math.prod(one.shape[1:])).sum(1)
 
 
 def packed_map(f: Callable[..., Any], z: State) -> tuple[Map, Tensor]:

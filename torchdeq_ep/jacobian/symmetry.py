@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice
-from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes, row_dots
+from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
-from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only, tensors_of
+from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only, row_dots, tensors_of
 
 Estimator = Literal["antisymmetric", "paper"]
 

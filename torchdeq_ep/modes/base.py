@@ -6,7 +6,6 @@ share: the checks, the choice of a solver, and the judgement on where it stopped
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
-from torchdeq_ep.errors import EPWarning, FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
+from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import Run, Solver, check_solver, relax
@@ -112,19 +111,6 @@ class Mode(ABC):
     def assumes_symmetry(self) -> bool:
         """Whether the limit of the mode is the exact error vector only where `J` (or `J M`) is symmetric."""
         return False
-
-    def quietly(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-        """The same without a word: what is not as it should be is in the report alone.
-
-        Args:
-            equilibrium: The free state and its cotangent.
-
-        Returns:
-            As `solve`.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EPWarning)
-            return self.solve(equilibrium)
 
     @abstractmethod
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:

@@ -14,6 +14,7 @@ from torchdeq_ep.state.norms import in_the_middle as in_the_middle
 from torchdeq_ep.state.norms import largest_row_norm as largest_row_norm
 from torchdeq_ep.state.norms import norm as norm
 from torchdeq_ep.state.norms import relative_difference as relative_difference
+from torchdeq_ep.state.norms import row_dots as row_dots
 from torchdeq_ep.state.norms import row_norms as row_norms
 from torchdeq_ep.state.packing import Packing as Packing
 from torchdeq_ep.state.packing import State as State

@@ -110,14 +110,18 @@ class Equilibrium:
             self.memory.calls += 2 if found else 1
         return self.rows if found else None
 
-    def afresh(self) -> Equilibrium:
+    def afresh(self, silent: bool = False) -> Equilibrium:
         """The same, as if nothing had been used for it or said of it: one solve of it must not tell on another.
+
+        Args:
+            silent: Whether what a solve of the copy warns of is no matter of the user's.
 
         Returns:
             A copy that knows what was measured of `f`.
         """
         known = self.memory
-        return replace(self, memory=Memory(independent=known.independent, rounding=known.rounding), used=Used())
+        memory = Memory(silent=silent, independent=known.independent, rounding=known.rounding)
+        return replace(self, memory=memory, used=Used())
 
     def rows_below(self, share: float) -> int:
         """How many samples have a cotangent, but less than a share of that of the batch.

@@ -39,6 +39,7 @@ class Memory:
 
     Args:
         lasting: Whether it is kept from one pass to the next.
+        silent: Whether nothing is to be said: of a solve that the user did not ask for.
         passes: Backward passes so far.
         independent: Whether rows were found independent, by their layout and by whether `f` records statistics.
         rounding: What `f` was found to round by, by dtype and precision.
@@ -70,6 +71,7 @@ class Memory:
     """
 
     lasting: bool = False
+    silent: bool = False
     passes: int = 0
     independent: dict[Key, bool] = field(default_factory=dict)
     rounding: dict[Key, float] = field(default_factory=dict)
@@ -129,6 +131,8 @@ class Memory:
     ) -> None:
         """Warn at the first time, once there were more than a hundred, and whenever that number has grown tenfold.
 
+        One that is silent does nothing.
+
         Args:
             category: Class of the warning.
             about: What the finding is about: counts are kept by category and this.
@@ -136,6 +140,8 @@ class Memory:
             advice: What may be the cause and what to do, in sentences; asked only if the warning is issued.
             size: How bad it is; of the worst finding the text is kept.
         """
+        if self.silent:
+            return
         tally = self.tallies.setdefault((category.__name__, about), Tally())
         tally.count += 1
         if not size <= tally.size:

@@ -74,6 +74,23 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.where((norms > _smallest(wide)) & norms.isfinite(), norms, scaled)
 
 
+def row_dots(stack: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each row of a stack with that of another, in single precision at least.
+
+    Args:
+        stack: Real, of shape `(R, *shape)`.
+        other: Of the same shape, or of one that is broadcast to it.
+
+    Returns:
+        Tensor of shape `(R,)`.
+
+    Example:
+        >>> row_dots(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([1.0, 2.0]))
+        tensor([11.,  2.])
+    """
+    return (_widened(stack) * _widened(other)).reshape(len(stack), math.prod(stack.shape[1:])).sum(1)
+
+
 def in_the_middle(tensor: Tensor) -> tuple[Tensor, float]:
     """A tensor scaled by a power of two, so that sums of squares of its entries stay within range.
 
