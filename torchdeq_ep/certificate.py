@@ -77,7 +77,7 @@ def certify(
     # Where J v is next to nothing beside v, it has no direction that could be compared.
     scale = of_v * of_forth if of_through > _NOTHING * of_v else 0.0
     inconsistency = abs(first - second) / scale if scale > 0 else 0.0
-    left = (report.residual + report.nudge_error) * of_g / max(of_through, _TINY)
+    left = report.inexactness * of_g / max(of_through, _TINY)
     explained = _MARGIN * (left + rounding * of_v / max(of_through, _TINY))
     return Certificate(of_residual / max(of_g, _TINY), inconsistency, inconsistency - explained)
 
@@ -123,7 +123,7 @@ def speak_up_of_certificate(
     if certificate is None:
         return
     residual = certificate.adjoint_residual
-    explained = _MARGIN * (report.residual + report.nudge_error)
+    explained = _MARGIN * report.inexactness
     if memory.lasting and _is_symmetric_only(mode) and residual > max(_LARGEST_ADJOINT_RESIDUAL, explained):
         finding = (
             f"the error vector leaves a residual of {residual:.2g} of the cotangent in the exact equation "

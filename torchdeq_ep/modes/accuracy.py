@@ -67,26 +67,27 @@ def measured_nudge_error(
     own = amplitude.relative * min(abs(node) for node in amplitude.stencil.unit_nodes)
     beta = _checked_at(own, reach, amplitude.noise)
     nudge = beta * problem.unit
-    total: Tensor | None = None
-    for node in (nudge, -nudge):
-        nudged = NudgedMap(
-            problem.equilibrium,
-            (node,),
-            problem.force,
-            correction=problem.correction,
-            state_force=problem.state_force,
-        )
-        states = nudged.states(displacement.unsqueeze(0))
-        change = nudged.displacements(nudged(states)) - displacement
-        total = change if total is None else total + change
-    found = norm(total) / 2 / problem.force_size if total is not None else math.nan
+    mean = (_moved_once(problem, nudge, displacement) + _moved_once(problem, -nudge, displacement)) / 2
+    found = norm(mean - displacement) / problem.force_size
     blur = _EXPLAINED * amplitude.noise / beta
     explained = math.hypot(residual, blur)
     # Of the rounding in the estimate a larger nudge than its own tells, down to its own blur.
     unseen = amplitude.expected_rounding if beta < _ALIKE * own else min(amplitude.expected_rounding, blur)
     if blur > _BLURRED and spread > _BENT:
         unseen = max(unseen, _OF_SPREAD * spread)
-    return NudgeError(math.hypot(math.sqrt(max(found**2 - explained**2, 0.0)), unseen), 2)
+    error = math.hypot(math.sqrt(max(found**2 - explained**2, 0.0)), unseen)
+    return NudgeError(error, calls=2 * problem.calls_of_a_step)
+
+
+def _moved_once(problem: NudgedProblem, nudge: float, displacement: Tensor) -> Tensor:
+    nudged = NudgedMap(
+        problem.equilibrium,
+        (nudge,),
+        problem.force,
+        correction=problem.correction,
+        state_force=problem.state_force,
+    )
+    return nudged.displacements(nudged(nudged.states(displacement.unsqueeze(0))))[0]
 
 
 def _checked_at(own: float, reach: float, noise: float) -> float:

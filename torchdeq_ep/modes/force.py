@@ -45,6 +45,11 @@ class NudgedProblem:
     state_force: Callable[[Tensor], Tensor] | None
     unit: float
 
+    @property
+    def calls_of_a_step(self) -> int:
+        """Calls of `f`, and products with its Jacobian, that one evaluation of the nudged map takes."""
+        return 1 if self.correction is None else 3
+
     @classmethod
     def pose(
         cls,

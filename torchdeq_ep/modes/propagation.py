@@ -158,6 +158,8 @@ class EquilibriumPropagation(RelaxedMode):
             displacement, report = self._at_the_amplitude_of_the_way(problem, amplitude, displacement, report)
         if report.is_usable:
             displacement, report = self._checked(problem, amplitude, displacement, report)
+        else:
+            report = replace(report, nudge_error=math.nan)
         if not (self._starts_at_limit and limit.is_usable):
             return displacement, report
         spoilt = report.nudge_error > max(_SPOILT, limit.residual)
@@ -180,7 +182,7 @@ class EquilibriumPropagation(RelaxedMode):
             if factor > 1:
                 smaller = used.divided(factor)
                 other, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
-                closer = measured_nudge_error(problem, smaller.at(again.beta), other, again.residual)
+                closer = measured_nudge_error(problem, smaller.at(again.beta), other, again.residual, again.spread)
                 report = replace(report, calls=report.calls + again.calls + closer.calls)
                 if again.is_usable and closer.size < found.size:
                     memory.refinement *= factor

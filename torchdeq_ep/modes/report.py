@@ -38,7 +38,8 @@ class NudgeReport:
         radius: Estimate of the relative amplitude at which they would cease to decay, the radius of convergence of
             [eq. (15)][eq-15]; NaN likewise.
         nudge_error: What the finite amplitude adds to the error vector, relative to the force: its residual in the
-            equation of vanishing nudges, as it was last measured, and rounding; 0 for modes without a nudge.
+            equation of vanishing nudges, as it was last measured, and rounding; 0 for modes without a nudge, NaN for
+            an estimate that is not usable, of which it is not measured.
         rounding: Relative rounding error of one call of `f`, as measured; NaN for a mode that did not need it.
         adjoint_residual: `|v - J^T v - g| / |g|`, the residual of the error vector in the exact equation: asymmetry and
             all other errors together. NaN where the backward pass did not reach the state.
@@ -82,6 +83,11 @@ class NudgeReport:
     def is_usable(self) -> bool:
         """Whether the estimate is one: not diverged, with a residual of 0.1 at most but for samples that were left."""
         return not self.diverged and self.solved <= MEANINGLESS
+
+    @property
+    def inexactness(self) -> float:
+        """What the solve and the finite nudge leave in the equation of the mode; infinite where it is not usable."""
+        return self.residual + self.nudge_error if self.is_usable else math.inf
 
     def __add__(self, later: NudgeReport) -> NudgeReport:
         """Two phases of one solve together: counts add up, the worse residual counts, the rest is the later's."""

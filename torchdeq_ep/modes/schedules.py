@@ -180,9 +180,9 @@ class NudgedPhases:
         return displacements, report
 
     def _count(self, nodes: int, steps: int, trace: tuple[float, ...]) -> NudgeReport:
-        products = 2 if self.problem.correction is not None else 0
+        calls = self.problem.calls_of_a_step * nodes * steps
         batching = "vmap" if nodes > 1 else "loop"
-        return NudgeReport("", calls=(1 + products) * nodes * steps, iterations=steps, batching=batching, trace=trace)
+        return NudgeReport("", calls=calls, iterations=steps, batching=batching, trace=trace)
 
 
 def _groups(nodes: tuple[Node, ...], stacked: bool) -> list[tuple[Node, ...]]:

@@ -90,7 +90,7 @@ def _statistics(deq: nn.Module, statistics: Any) -> dict[str, float]:
             "shrunk": float(report.retries > 0),
             "fallback": float(report.backward.startswith(ImplicitDifferentiation.__name__)),
         }
-    if report.beta:
+    if report.beta and report.is_usable:
         values["error"] = report.nudge_error
     for name in ("truncation", "adjoint_residual", "inconsistency"):
         if math.isfinite(getattr(report, name)):
