@@ -375,7 +375,7 @@ def test_the_automatic_amplitude_of_a_contour_is_as_good_as_any():
 @pytest.mark.parametrize("mode", ["ep", "aep", "ep-one-sided"])
 @pytest.mark.parametrize("seed", range(4))
 def test_kinks_are_measured(mode, seed):
-    """Many units with biases near zero: finite nudges cross kinks, whatever they are."""
+    """Four hundred units next to their kinks, which any nudge crosses: even then the number is within a factor of 6."""
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(400, N, generator=generator, dtype=torch.float64)
     down = torch.randn(N, 400, generator=generator, dtype=torch.float64)
@@ -389,11 +389,11 @@ def test_kinks_are_measured(mode, seed):
     g = drive(seed=seed + 7)
     low = lambda t: t.float()  # noqa: E731
     f32 = lambda z: low(x) + float(scale) * torch.relu((z - low(pivot)) @ low(up).T + low(near)) @ low(down).T  # noqa: E731
-    v, report, said = attached(f32, low(z), mode, low(g))
+    v, report, _ = attached(f32, low(z), mode, low(g))
     jacobian = dense_jacobian(f, z)
     system = torch.eye(len(jacobian)) - (jacobian.T if mode == "aep" else jacobian)
-    error = relative_difference(v.double().flatten(), torch.linalg.solve(system, g.flatten()))
-    assert error < 0.1 or said or report.nudge_error > 0.05
+    left = float((system @ v.double().flatten() - g.flatten()).norm() / g.norm())
+    assert left < 6 * math.hypot(report.nudge_error, report.residual)
 
 
 def test_an_amplitude_that_was_too_large_is_remembered():
