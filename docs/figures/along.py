@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchdeq.loss import jac_reg
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import EPError
@@ -36,6 +37,7 @@ RESULTS, FIGURE, PAGE = (
 )
 OPENING, CLOSING = "<!-- The table is written by `make along`. -->\n", "\n<!-- End of the table. -->"
 WEIGHTS = (3.0, 10.0, 30.0, 100.0, 300.0)
+NORM_WEIGHTS = ("0.1", "1", "10")
 EPOCHS = {"cnn": 20, "cnn-gelu": 20, "pre-norm": 30, "two-scale": 20}
 
 
@@ -46,9 +48,10 @@ class Run:
     Args:
         kind: Of `ordinary.MODELS`.
         mode: The backward mode, `"torchdeq"` for its own.
-        estimator: Of homeostasis, or an empty text for none.
-        weight: Its weight, a number as text or `"auto"`.
+        estimator: Of homeostasis, `"jac_reg"` for torchdeq's penalty on the norm of the Jacobian, or an empty text.
+        weight: Its weight, a number as text, `"auto"`, or `"auto:0.9"` with its target.
         seed: Of weights and batches.
+        epochs: If not those of `EPOCHS`.
     """
 
     kind: str
@@ -56,26 +59,37 @@ class Run:
     estimator: str = ""
     weight: str = ""
     seed: int = 0
+    epochs: int = 0
 
     @property
     def key(self) -> str:
         """Its name in the results."""
-        return "/".join((self.kind, self.mode, self.estimator, self.weight, str(self.seed)))
+        parts = [self.kind, self.mode, self.estimator, self.weight, str(self.seed)]
+        return "/".join([*parts, f"{self.epochs} epochs"] if self.epochs else parts)
+
+    def regularised(self, model: nn.Module) -> tep.HomeostasisHandle | _JacobianNorm | None:
+        """What has a penalty to be added to the loss."""
+        if not self.estimator:
+            return None
+        name, _, target = self.weight.partition(":")
+        if self.estimator == "jac_reg":
+            return _JacobianNorm(model, float(name))
+        options: dict[str, Any] = {"target": float(target)} if target else {}
+        weight: Any = name if name == "auto" else float(name)
+        return tep.register_homeostasis(model, weight, 1, self.estimator, **options)  # type: ignore[arg-type]
 
     def train(self) -> dict[str, Any]:
         """Train, and measure what came out."""
         model = ordinary.make(self.kind, self.seed)
         if self.mode != "torchdeq":
             tep.use_backward(model, self.mode)
-        weight: Any = self.weight if self.weight == "auto" else float(self.weight or 0)
-        options: dict[str, Any] = {"weight": weight, "estimator": self.estimator, "probes": 1}
-        homeostasis = tep.register_homeostasis(model, **options) if self.estimator else None
+        homeostasis = self.regularised(model)
         start = time.process_time()
         optimizer = torch.optim.Adam(model.parameters(), lr=ordinary.RATES.get(self.kind, 1e-3))
         model.train()
         failed = ""
         try:
-            for images, labels in ordinary.digits().batches(self.seed, EPOCHS[self.kind]):
+            for images, labels in ordinary.digits().batches(self.seed, self.epochs or EPOCHS[self.kind]):
                 optimizer.zero_grad()
                 loss = functional.cross_entropy(model(images), labels)
                 (loss if homeostasis is None else loss + homeostasis.penalty()).backward()
@@ -83,14 +97,31 @@ class Run:
         except EPError as error:
             failed = type(error).__name__
         seconds = time.process_time() - start
-        last = None if homeostasis is None else homeostasis.last
+        last = homeostasis.last if isinstance(homeostasis, tep.HomeostasisHandle) else None
         return {
             "accuracy": ordinary.accuracy(model),
+            "free_residual": free_residual(model),
             "alignment": alignment(model),
             "seconds": seconds,
             "weight_at_the_end": None if last is None else max(last.weights.values()),
             "failed": failed,
         }
+
+
+class _JacobianNorm:
+    """torchdeq's `jac_reg` at each equilibrium: `E |J^T e|^2 / n` for one Gaussian `e`."""
+
+    def __init__(self, model: nn.Module, weight: float) -> None:
+        self._weight, self._term = weight, torch.zeros(())
+        tep.register_fixed_point_hook(model, self._measure)
+
+    def _measure(self, f: Any, z: Any, _: nn.Module) -> None:
+        state = z.requires_grad_()
+        self._term = jac_reg(f(state), state)
+
+    def penalty(self) -> Tensor:
+        """The weighted penalty of the last forward pass."""
+        return self._weight * self._term
 
 
 @dataclass(frozen=True)
@@ -102,34 +133,43 @@ class _Kept(tep.ImplicitDifferentiation):
         return super().solve(equilibrium)
 
 
-def alignment(model: nn.Module) -> float:
-    """The mean over the samples of the cosine of the two error vectors, on the batch that comes next."""
+def free_residual(model: nn.Module) -> float:
+    """`|f(z) - z| / |z|` where the model's own solver stops, on the batch that comes next."""
+    return _at_next_batch(model).residual
+
+
+def _at_next_batch(model: nn.Module) -> Equilibrium:
     mode = _Kept()
     images, labels = next(ordinary.digits().batches(seed=100, epochs=1))
     with tep.use_backward(model, mode):
         functional.cross_entropy(model(images), labels).backward()
-    kept: Equilibrium = replace(vars(mode)["kept"], memory=Memory())
+    return replace(vars(mode)["kept"], memory=Memory())
+
+
+def alignment(model: nn.Module) -> float:
+    """The mean over the samples of the cosine of the two error vectors, on the batch that comes next."""
+    kept = _at_next_batch(model)
     options: dict[str, Any] = {"tol": 1e-3, "max_iter": 200}
-    vectors = [m(**options).solve(kept)[0].reshape(len(images), -1) for m in (_Kept, tep.InfinitesimalEP)]
+    vectors = [m(**options).solve(kept)[0].reshape(ordinary.BATCH, -1) for m in (_Kept, tep.InfinitesimalEP)]
     return float(torch.cosine_similarity(*vectors, dim=1).mean())
 
 
 def plan() -> list[Run]:
     """The most telling first."""
     runs = []
+    for seed in (0, 1, 2):
+        for kind, mode in (("cnn", "ep"), ("pre-norm", "ep"), ("cnn-gelu", "hep"), ("two-scale", "ep")):
+            runs += [Run(kind, "torchdeq", seed=seed), Run(kind, mode, "error-vector", "auto", seed)]
+        runs += [Run("cnn", "torchdeq", seed=seed, epochs=3), Run("cnn", "ep", "error-vector", "auto", seed, 3)]
     for kind in ("cnn", "pre-norm"):
-        runs += [Run(kind, "torchdeq"), Run(kind, "ep"), Run(kind, "ep", "error-vector", "auto")]
-    for kind in ("cnn", "pre-norm"):
+        runs.append(Run(kind, "ep"))
         for weight in WEIGHTS:
             runs += [Run(kind, "ep", "error-vector", f"{weight:g}"), Run(kind, "ep", "antisymmetric", f"{weight:g}")]
-    for seed in (1, 2):
-        for kind in ("cnn", "pre-norm"):
-            runs += [Run(kind, "torchdeq", seed=seed), Run(kind, "ep", "error-vector", "auto", seed)]
-    for seed in (0, 1, 2):
-        for kind, mode in (("cnn-gelu", "hep"), ("two-scale", "ep"), ("cnn-gelu", "ep")):
-            runs += [Run(kind, "torchdeq", seed=seed), Run(kind, mode, "error-vector", "auto", seed)]
-    runs += [Run(kind, "ift", "error-vector", "auto") for kind in ("cnn", "pre-norm")]
-    return list(dict.fromkeys(runs))
+    for kind in ("pre-norm", "cnn"):
+        runs += [Run(kind, "ift", "jac_reg", weight) for weight in NORM_WEIGHTS]
+        runs.append(Run(kind, "ift", "error-vector", "auto"))
+        runs += [Run(kind, "ep", "error-vector", "auto:0.9", seed) for seed in (0, 1, 2)]
+    return runs
 
 
 def picture(results: dict[str, dict[str, Any]]) -> None:

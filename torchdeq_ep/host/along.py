@@ -18,7 +18,7 @@ from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.state import Equilibrium, cosine, row_dots
 
 AUTO = "auto"
-TARGET = 0.9
+TARGET = 0.95
 _FIRST_WEIGHT = 10.0
 _SMALLEST, _LARGEST = 0.1, 1000.0
 _EVERY = 10
@@ -40,7 +40,7 @@ class WeightController:
         alignment: As last measured; NaN before.
 
     Example:
-        >>> controller = WeightController(target=0.9)
+        >>> controller = WeightController(target=0.95)
         >>> controller.steer(0.5)
         >>> controller.weight > 30
         True
