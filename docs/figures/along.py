@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdeq.loss import jac_reg
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import EPError
 from torchdeq_ep.extend import Equilibrium
+from torchdeq_ep.host import HomeostasisHandle
 from torchdeq_ep.measuring import COLOURS, dress, new_figure, save
 from torchdeq_ep.state import Memory
 
@@ -67,7 +69,7 @@ class Run:
         parts = [self.kind, self.mode, self.estimator, self.weight, str(self.seed)]
         return "/".join([*parts, f"{self.epochs} epochs"] if self.epochs else parts)
 
-    def regularised(self, model: nn.Module) -> tep.HomeostasisHandle | _JacobianNorm | None:
+    def regularised(self, model: nn.Module) -> HomeostasisHandle | _JacobianNorm | None:
         """What has a penalty to be added to the loss."""
         if not self.estimator:
             return None
@@ -97,7 +99,7 @@ class Run:
         except EPError as error:
             failed = type(error).__name__
         seconds = time.process_time() - start
-        last = homeostasis.last if isinstance(homeostasis, tep.HomeostasisHandle) else None
+        last = homeostasis.last if isinstance(homeostasis, HomeostasisHandle) else None
         return {
             "accuracy": ordinary.accuracy(model),
             "free_residual": free_residual(model),
@@ -117,7 +119,8 @@ class _JacobianNorm:
 
     def _measure(self, f: Any, z: Any, _: nn.Module) -> None:
         state = z.requires_grad_()
-        self._term = jac_reg(f(state), state)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            self._term = jac_reg(f(state), state)
 
     def penalty(self) -> Tensor:
         """The weighted penalty of the last forward pass."""
