@@ -122,9 +122,8 @@ def test_a_wrong_finding_costs_calls_and_no_accuracy(mode: str, coupled: bool) -
     vectors = []
     for claim in (True, False):
         told = replace(equilibrium, memory=Memory(independent={(6, 30, False): claim}))
-        vector, report = tep.get_backward(mode, tol=1e-6, max_iter=400).solve(told)
+        vector, report = tep.get_backward(mode, tol=1e-6, max_iter=2000).solve(told)
         assert report.converged
-        print(mode, coupled, claim, report.calls)
         vectors.append(vector)
     assert not torch.equal(*vectors)  # the claim was heeded
     amplified = float(vectors[0].norm() / equilibrium.cotangent.norm())
