@@ -19,7 +19,7 @@ from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
-from torchdeq_ep.relaxation import Run, Solver, check_solver, relax
+from torchdeq_ep.relaxation import GMRES, Run, Solver, check_solver, relax
 from torchdeq_ep.state import (
     Equilibrium,
     Packing,
@@ -145,6 +145,8 @@ class RelaxedMode(Mode):
     tol: float | None = field(default=None, kw_only=True)
     on_divergence: OnDivergence = field(default="shrink", kw_only=True)
 
+    linear: ClassVar[bool] = False
+    """Whether its equation is linear in the error vector."""
     worth_saying: ClassVar[float] = 0.01
     """A smaller residual is reported and not warned about, unless a `tol` was asked for and missed."""
 
@@ -155,7 +157,13 @@ class RelaxedMode(Mode):
             raise InvalidOptionError(
                 f"tol must lie between 0 and 1, not be {self.tol!r}: it is relative to the norm of the cotangent."
             )
-        check_solver(self.solver)
+        if self.solver == GMRES and not self.linear:
+            raise InvalidOptionError(
+                f"solver={GMRES!r} is for modes whose equation is linear ('ift', 'ep-infinitesimal'): a finite nudge "
+                "moves the state along f itself. Leave solver out, or take 'anderson' or 'broyden'."
+            )
+        if self.solver != GMRES:
+            check_solver(self.solver)
         check_choice("on_divergence", self.on_divergence, get_args(OnDivergence))
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:

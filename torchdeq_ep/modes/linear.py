@@ -8,6 +8,7 @@ symmetric, or with a metric or a correction that makes up for it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,16 +16,18 @@ from torchdeq_ep._options import check_metric
 from torchdeq_ep.errors import FallbackWarning
 from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
 from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
-from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
+from torchdeq_ep.modes.base import DEFAULT_MAX_ITER, Correction, Derivative, RelaxedMode, check_correction
 from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
-from torchdeq_ep.relaxation import relax_linear
+from torchdeq_ep.relaxation import GMRES, gmres, relax_linear
 from torchdeq_ep.state import Equilibrium
 
 
 @dataclass(frozen=True)
 class LinearMode(RelaxedMode):
     """A mode whose map is affine in the error vector, so that one relaxation of one vector solves it."""
+
+    linear: ClassVar[bool] = True
 
     @property
     def derivative(self) -> Derivative:
@@ -36,7 +39,12 @@ class LinearMode(RelaxedMode):
         tol = self.tol or default_tolerance(10 * equilibrium.resolution, equilibrium.residual)
         floor = 100 * equilibrium.resolution
         enough = FreeLimit(equilibrium, force) if self.tol is None else None
-        relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force, enough)
+        if self.solver == GMRES:
+            budget = self.max_iter or DEFAULT_MAX_ITER
+            rows = equilibrium.independent_rows
+            relaxation = gmres(product, force, tol=tol, max_iter=budget, floor=floor, rows=rows, enough=enough)
+        else:
+            relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force, enough)
         vector = relaxation.value[0].to(force.dtype)
         report = NudgeReport(
             repr(self),
@@ -61,7 +69,8 @@ class ImplicitDifferentiation(LinearMode):
     It solves [eq. (3)][eq-3] of the theory page.
 
     Args:
-        solver: Name of a torchdeq solver or a callable; `None` for the package's own.
+        solver: Name of a torchdeq solver or a callable; `"gmres"` for a Krylov space of each sample; `None` for the
+            package's own.
         max_iter: Largest number of VJPs, by default 100.
         tol: Residual relative to the cotangent at which to stop; by default 10 times the rounding error of the dtype,
             or a tenth of the residual of the free phase if that is more.
@@ -96,7 +105,8 @@ class InfinitesimalEP(LinearMode):
             [`ActivityMetric`][torchdeq_ep.jacobian.ActivityMetric]; the result is `M^-1 (I - J)^-1 M g`. `"auto"` fits
             one to the Jacobian, see [`automatic_metric`][torchdeq_ep.jacobian.automatic_metric].
         correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
-        solver: Name of a torchdeq solver or a callable; `None` for the package's own.
+        solver: Name of a torchdeq solver or a callable; `"gmres"` for a Krylov space of each sample; `None` for the
+            package's own.
         max_iter: Largest number of JVPs, by default 100.
         tol: Residual relative to the force at which to stop; by default 10 times the rounding error of the dtype, or a
             tenth of the residual of the free phase if that is more.

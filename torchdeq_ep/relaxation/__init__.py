@@ -1,6 +1,8 @@
 """From a map of a stack of nodes to its fixed point, by the loop of this package or any solver of torchdeq."""
 
 from torchdeq_ep.relaxation.driven import Solver as Solver
+from torchdeq_ep.relaxation.krylov import GMRES as GMRES
+from torchdeq_ep.relaxation.krylov import gmres as gmres
 from torchdeq_ep.relaxation.loop import FindRows as FindRows
 from torchdeq_ep.relaxation.loop import Relaxation as Relaxation
 from torchdeq_ep.relaxation.loop import Step as Step

@@ -22,7 +22,7 @@ from torchdeq_ep.state import Rows, norm, row_norms
 Enough = Callable[[Tensor, Tensor], Tensor]
 
 _UNSEEN = 4
-_NOTABLE = 0.1
+NOTABLE = 0.1
 _FEW = 4
 _SMALLEST = 1e-300
 
@@ -188,7 +188,7 @@ class Mixing(Phase):
         self._left = enough, kept
         left = norms[enough]
         self.left_residual = norm(left)
-        self.rows_left = int((left >= _NOTABLE * left.max()).sum())
+        self.rows_left = int((left >= NOTABLE * left.max()).sum())
         return residuals.masked_fill(enough.unsqueeze(1), 0.0)
 
     def _with_rows_left(self, point: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torchdeq_ep.relaxation.loop import FindRows, Relaxation, Step, iterate
 from torchdeq_ep.relaxation.phases import Enough
 from torchdeq_ep.state import in_the_middle, norm
 
+Product = Callable[[Tensor], Tensor]
 Run = Callable[..., Relaxation]
 """`relax` with its options: what is left to give is the map, the first guess and the scale."""
 
@@ -89,9 +90,7 @@ def relax(
     return replace(result, value=torch.view_as_complex(result.value)) if start.is_complex() else result
 
 
-def relax_linear(
-    run: Run, product: Callable[[Tensor], Tensor], force: Tensor, enough: Enough | None = None
-) -> Relaxation:
+def relax_linear(run: Run, product: Product, force: Tensor, enough: Enough | None = None) -> Relaxation:
     """Solve `v = product(v) + force`, as a stack of one, in single precision at least.
 
     Args:
@@ -114,7 +113,7 @@ def relax_linear(
     if not 1 / _ORDINARY < size < _ORDINARY:
         scaled, factor = in_the_middle(wide)  # inner products of residuals leave the range long before they do
         if factor != 1:
-            inner = None if enough is None else _in_units(enough, factor)
+            inner = None if enough is None else in_units(enough, factor)
             found = relax_linear(run, lambda v: product(v.to(force.dtype)).to(v.dtype), scaled, inner)
             return replace(found, value=found.value * factor)
 
@@ -125,7 +124,8 @@ def relax_linear(
     return relaxation.after(norm(relaxation.value), size)
 
 
-def _in_units(enough: Enough, unit: float) -> Enough:
+def in_units(enough: Enough, unit: float) -> Enough:
+    """Which rows are left, by points and residuals that are given as multiples of a unit."""
     return lambda points, norms: enough(points * unit, norms * unit)
 
 
