@@ -50,12 +50,17 @@ def sequences(rows: int = 16, batch: int = 4) -> DataLoader:
 
 
 def fit(
-    module: LightningModule, folder: Path, *callbacks: object, loader: DataLoader | None = None, **options
+    module: LightningModule,
+    folder: Path,
+    *callbacks: object,
+    loader: DataLoader | None = None,
+    ckpt_path: Path | None = None,
+    **options,
 ) -> Trainer:
     settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     settings |= {"enable_model_summary": False, "accelerator": "cpu", "devices": 1}
     trainer = Trainer(default_root_dir=folder, callbacks=list(callbacks), **settings | options)
-    trainer.fit(module, loader or sequences())
+    trainer.fit(module, loader or sequences(), ckpt_path=ckpt_path)
     return trainer
 
 

@@ -237,6 +237,104 @@ def test_homeostasis_by_a_descent_of_its_own(tmp_path, accumulate, rates):
     assert torch.allclose(module.weight, weight, atol=0.05 * float((weight - start).abs().max()))
 
 
+class ScheduledTask(LinearTask):
+    """The same under another optimiser and schedule."""
+
+    def __init__(self, optimizer, schedule):
+        super().__init__()
+        self.make = optimizer, schedule
+
+    def configure_optimizers(self):
+        optimizer = self.make[0](self.parameters())
+        schedule = self.make[1]
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+
+
+SCHEDULES = {
+    "one cycle, from a 25th of its peak": (
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=5, cycle_momentum=False),
+        0.1,
+    ),
+    "cyclic, above its first rate": (
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2, step_size_up=2, cycle_momentum=False),
+        0.2,
+    ),
+    "warm-up from 0": (
+        lambda p: torch.optim.SGD(p, 0.1),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: step / 3),
+        0.1,
+    ),
+    "a first group that does not move": (
+        lambda p: torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr": 0.0}, {"params": p}], 0.1),
+        None,
+        0.1,
+    ),
+    "no group that moves": (lambda p: torch.optim.SGD(p, 0.0), None, 1.0),
+    "several evaluations of the loss for a step": (
+        lambda p: torch.optim.LBFGS(p, 0.1, max_iter=4, tolerance_grad=-1.0, tolerance_change=-1.0),
+        None,
+        0.1,
+    ),
+}
+
+
+class Rates(Callback):
+    """The rate of each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.optimizers[0].param_groups[-1]["lr"])
+
+
+@pytest.mark.parametrize(("optimizer", "schedule", "peak"), SCHEDULES.values(), ids=SCHEDULES)
+def test_a_descent_follows_the_schedule_and_moves_once_a_step(tmp_path, optimizer, schedule, peak):
+    module, rates = ScheduledTask(optimizer, schedule), Rates()
+    start = module.weight.detach().clone()
+    fit(module, tmp_path, Homeostasis(0.025, descent=True, probes=5000), rates)
+    expected = start.clone()
+    assert len(rates.seen) == 4
+    for rate in rates.seen:
+        expected -= 0.025 * (rate / peak) * 2 * (expected - expected.T)
+    error = float((module.weight.detach() - expected).abs().max())
+    assert error <= 0.05 * float((expected - start).abs().max())
+
+
+class Resumed(Callback):
+    """What the automatic weight is at the end."""
+
+    def on_train_end(self, trainer, pl_module):
+        (self.controller,) = trainer.callbacks[0]._registered.state_dict().values()
+
+
+def test_automatic_homeostasis_goes_on_where_a_run_was_stopped(tmp_path):
+    def callbacks():
+        return Homeostasis("auto", estimator="error-vector"), SwapBackward("ep"), Resumed()
+
+    torch.manual_seed(0)
+    whole = callbacks()
+    fit(TransformerTask(), tmp_path, *whole, max_epochs=4)
+    torch.manual_seed(0)
+    module, first, then = TransformerTask(), callbacks(), callbacks()
+    fit(module, tmp_path, *first, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    fit(module, tmp_path, *then, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert whole[2].controller == then[2].controller
+    assert whole[2].controller["passes"] == 2 * first[2].controller["passes"]
+    assert whole[2].controller["weight"] != 10.0
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(InvalidOptionError, match="error-vector"):
+        Homeostasis("auto")
+    with pytest.raises(InvalidOptionError, match="descent"):
+        Homeostasis(1.0, estimator="error-vector", descent=True)
+
+
 class SaveWeight(Callback):
     """Each process saves the weight it ends with."""
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchdeq_ep import register_homeostasis
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.extend import Estimator, check_count, deqs_of, fixed_point
+from torchdeq_ep.extend import AUTO, TARGET, Direction, check_count, deqs_of, fixed_point
 from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import loss_scale, named
 from torchdeq_ep_lightning.callbacks.means import Measuring
@@ -30,16 +30,19 @@ class Homeostasis(Measuring, Attached):
 
     Args:
         weight: Factor of the gradient of the penalty, or a dict of factors by the epoch or step from which they hold.
-            With 0 the symmetry is measured and logged, and nothing changes.
+            With 0 the symmetry is measured and logged, and nothing changes. `"auto"`, along the error vector, finds it;
+            where it stands is saved with the run.
         descent: `False`: the weighted penalty is added to the loss, as in the papers, and the optimiser mixes the two
-            gradients. `True`: beside each step of the optimisers the parameters take a step of plain gradient descent
+            gradients. `True`: after each step of the optimisers the parameters take a step of plain gradient descent
             on the penalty. `weight` is then its learning rate for each entry of the state of one sample, by whose
-            number the penalty is divided, times what the schedule of the first optimiser has left of its own. The
+            number the penalty is divided, times the share of its highest rate at which the first optimiser goes. The
             state then has one row for each sample.
         by: Whether the keys of a dict count epochs or steps.
         every: Penalise at every so many batches.
         probes: Gaussian probes each time.
-        estimator: `"antisymmetric"` or `"paper"`, see [`register_homeostasis`][torchdeq_ep.register_homeostasis].
+        estimator: `"antisymmetric"`, `"paper"`, or `"error-vector"`, for DEQs whose backward is switched; see
+            [`register_homeostasis`][torchdeq_ep.register_homeostasis].
+        target: Of `weight="auto"`.
         metric: Dotted path of a metric in the LightningModule.
         seed: Seed of the probes.
         enabled: `False` makes this callback do nothing.
@@ -54,12 +57,13 @@ class Homeostasis(Measuring, Attached):
 
     def __init__(
         self,
-        weight: float | dict[int, float] = 0.1,
+        weight: float | dict[int, float] | Literal["auto"] = 0.1,
         descent: bool = False,
         by: Unit = "epoch",
         every: int = 1,
         probes: int = 5,
-        estimator: Estimator = "antisymmetric",
+        estimator: Direction = "antisymmetric",
+        target: float = TARGET,
         metric: str | None = None,
         seed: int = 0,
         enabled: bool = True,
@@ -67,17 +71,27 @@ class Homeostasis(Measuring, Attached):
         check_unit(by)
         check_count("every", every)
         check_count("probes", probes)
-        self.schedule = read_schedule("weight", weight)
+        if estimator == "error-vector" and descent:
+            raise InvalidOptionError(
+                "descent=True takes the gradient of the penalty before the backward pass of the loss, in which the "
+                "error vector is found: use estimator='antisymmetric', or descent=False."
+            )
+        self.is_automatic = weight == AUTO
+        if self.is_automatic and estimator != "error-vector":
+            raise InvalidOptionError("weight='auto' goes with estimator='error-vector'.")
+        self.schedule = read_schedule("weight", 0.0 if weight == AUTO else weight)
         for value in self.schedule.values():
             if not 0 <= value < math.inf:
                 raise InvalidOptionError(f"weight must be a number of at least 0, not {value!r}.")
         self.by, self.every, self.seed, self.enabled = by, every, seed, enabled
         self.metric, self.descent = metric, descent
-        self.options: dict[str, Any] = {"probes": probes, "estimator": estimator}
+        self.options: dict[str, Any] = {"probes": probes, "estimator": estimator, "target": target}
         self._registered: Any = None
         super().__init__()
         self._handles: list[RemovableHandle] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._share: float | None = None
+        self._remembered: dict[str, Any] = {}
 
     def weight_at(self, epoch: int, step: int) -> float:
         """The weight at an epoch and step."""
@@ -88,20 +102,32 @@ class Homeostasis(Measuring, Attached):
         named(pl_module, self.metric)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.is_automatic and self._registered is not None:
+            return
         self._remove()
-        if not self.enabled or batch_idx % self.every:
+        if not self.enabled or (batch_idx % self.every and not self.is_automatic):
             return
         # One registration for each batch: its probes then follow from the step, without a state to be saved.
         key = repr((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
         weight = self.weight_at(trainer.current_epoch, trainer.global_step)
         self._registered = register_homeostasis(
             pl_module,
-            self._rates(pl_module, weight) if self.descent else weight,
+            AUTO if self.is_automatic else self._rates(pl_module, weight) if self.descent else weight,
             metric=named(pl_module, self.metric),
             inject=False if self.descent else partial(loss_scale, trainer),
             seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"),
             **self.options,
         )
+        if self.is_automatic and self._remembered:
+            self._registered.load_state_dict(self._remembered)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where automatic weights stand."""
+        return self._remembered if self._registered is None else dict(self._registered.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Used at the next batch."""
+        self._remembered = state_dict
 
     def _rates(self, pl_module: LightningModule, weight: float) -> dict[str, Callable[[int], float]]:
         """For each DEQ the weight times the entries of its state, which is known when the penalty is asked for."""
@@ -123,7 +149,8 @@ class Homeostasis(Measuring, Attached):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         penalty = self._registered.penalty() if self._registered is not None and self.descent else None
-        if penalty is None or not penalty.requires_grad:
+        # LBFGS evaluates the loss several times for one step: the first tells where the step began.
+        if penalty is None or not penalty.requires_grad or self._share is not None:
             return
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         # The backward pass of the loss may need what the two have in common.
@@ -136,27 +163,51 @@ class Homeostasis(Measuring, Attached):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        groups = trainer.optimizers[0].param_groups
-        left = groups[0]["lr"] / groups[0].get("initial_lr", groups[0]["lr"])
-        with torch.no_grad():
-            for parameter, gradient in self._gradients.items():
-                parameter.sub_(trainer.strategy.reduce(gradient, reduce_op="mean"), alpha=left)
-        self._gradients = {}
+        # Of the step that comes: schedules go on before the batch ends.
+        self._share = _share_of_rate(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._share is not None:
+            self._descend(trainer, self._share)
         last = None if self._registered is None else self._registered.last
-        self._remove()
+        if not self.is_automatic:
+            self._remove()
         if last is not None:
             values = {"penalty": last.penalty, "weighted": last.weighted, "symmetry": last.symmetry}
-            self._means.add({f"homeostasis/{name}": value for name, value in values.items()})
+            if last.alignment:
+                values |= {"alignment": min(last.alignment.values()), "weight": max(last.weights.values())}
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._means.add({f"homeostasis/{name}": value for name, value in finite.items()})
         self._means.end_batch(trainer, batch_idx)
+
+    def _descend(self, trainer: Trainer, share: float) -> None:
+        with torch.no_grad():
+            for parameter, gradient in self._gradients.items():
+                parameter.sub_(trainer.strategy.reduce(gradient, reduce_op="mean"), alpha=share)
+        self._gradients, self._share = {}, None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._means.end_epoch(pl_module)
 
     def _remove(self) -> None:
+        self._remembered = self.state_dict()
         for handle in [*self._handles, *([] if self._registered is None else [self._registered])]:
             handle.remove()
         self._handles, self._registered = [], None
+
+
+def _share_of_rate(trainer: Trainer) -> float:
+    """At which share of its highest learning rate the first optimiser goes, by its group of the highest rate.
+
+    That is the initial rate of a schedule that falls or multiplies it. One-cycle schedules leave a higher one in the
+    group, and cyclic ones have it themselves. No share is above 1.
+    """
+    groups = trainer.optimizers[0].param_groups
+    peaks = [max(group.get("initial_lr", group["lr"]), group.get("max_lr", 0.0)) for group in groups]
+    for config in trainer.lr_scheduler_configs:
+        if config.scheduler.optimizer is trainer.optimizers[0]:
+            peaks = [max(pair) for pair in zip(peaks, getattr(config.scheduler, "max_lrs", peaks), strict=True)]
+    highest, present = max((float(peak), float(group["lr"])) for peak, group in zip(peaks, groups, strict=True))
+    return min(present / highest, 1.0) if highest > 0 else 0.0
