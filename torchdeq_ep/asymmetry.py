@@ -5,6 +5,10 @@ asymmetry touches the gradient. With `u = v / |v|` for each sample, the penalty 
 `|a|^2`, `a = (J - J^T) u`. With `u` and `a` held fixed its differential is `<a, dJ u> - <a, dJ^T u>`, so its gradient
 is that of `<J^T a, u> - <J^T u, a>`: two products with `J^T`, differentiated once. With a metric `a` is
 `M^-1 J M u - J^T u`, and the first product that of `M^-1 a` with `M u`. Eq. (23) of the theory page.
+
+An error vector that is amplified lies along the slow directions of `J`, so `|J^T u|` tells where the spectral radius
+nears 1, and beyond. The guard is half the mean over the samples of the square of what `|J^T u|` has above 0.95; its
+gradient comes with the same products, eq. (24).
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.jacobian.symmetry import linearize
-from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, norm, row_norms
+from torchdeq_ep.modes.judgement import NEAR_ONE
+from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms
 
 _TINY = 1e-30
+_MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,15 @@ class AsymmetryPenalty:
     """The penalty of one call of a layer, as its autograd node remembers it.
 
     Args:
-        leaves: What the gradient is wanted for: all leaves that the value of the map depends on.
-        on_value: Called with the value of the penalty, before any weight and without the half.
+        leaves: What the gradient is wanted for, of the leaves that the value of the map depends on.
+        on_value: Called with the value of the penalty, before any weight and without the half, and with `|J^T u|` where
+            nine of ten samples have less.
+        guard: Weight of the guard, relative to that of the asymmetry.
     """
 
     leaves: tuple[Tensor, ...]
-    on_value: Callable[[float], None]
+    on_value: Callable[[float, float], None]
+    guard: float = 0.0
 
     def gradients(
         self, equilibrium: Equilibrium, v: Tensor, autocast: Autocast, weight: Tensor
@@ -58,27 +67,48 @@ class AsymmetryPenalty:
             through = v - equilibrium.cotangent
         else:
             through = local.forward((m * v).unsqueeze(0))[0] / m
-        count, scale = _scale(v, rows)
+        samples = _Samples(rows, v)
+        scale = samples.spread(_inverse(samples.norms(v)))
         u, pushed = v * scale, through * scale
         is_weighed = float(weight) != 0.0
         with torch.enable_grad(), autocast.restored(False):
             pulled = local.adjoint(u.unsqueeze(0), create_graph=is_weighed)[0]
-            a = pushed - pulled.detach()
-            self.on_value(float(a.float().square().sum()) / count)
+            a, rates = pushed - pulled.detach(), samples.norms(pulled.detach())
+            self.on_value(float(a.float().square().sum()) / samples.count, float(rates.quantile(_MOST)))
             if not is_weighed:
                 return (None,) * len(self.leaves)
             left = local.adjoint((a / m).unsqueeze(0), create_graph=True)[0]
-            bilinear = ((left * (m * u)).sum() - (pulled * a).sum()) / count
+            excess = samples.spread((rates - NEAR_ONE).clamp(min=0) * _inverse(rates))
+            away = self.guard * excess * pulled.detach()
+            bilinear = ((left * (m * u)).sum() - (pulled * (a - away)).sum()) / samples.count
         if not bilinear.requires_grad:
             return (None,) * len(self.leaves)
         return torch.autograd.grad(bilinear, self.leaves, weight.to(bilinear), retain_graph=True, allow_unused=True)
 
 
-def _scale(v: Tensor, rows: Rows | None) -> tuple[int, Tensor]:
-    """The number of samples, and one over the norm of each, in the layout of the state."""
-    if rows is None:
-        return 1, torch.full((), 1 / max(norm(v), _TINY), dtype=v.dtype, device=v.device)
-    matrix = rows.split(v.unsqueeze(0))
-    sizes = row_norms(matrix).unsqueeze(1)
-    inverse = torch.where(sizes > _TINY, 1 / sizes, 0.0).to(v.dtype)
-    return rows.count, rows.join(inverse.expand_as(matrix), v.unsqueeze(0))[0]
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a state, or all of it as one where they are coupled."""
+
+    rows: Rows | None
+    like: Tensor
+
+    @property
+    def count(self) -> int:
+        return 1 if self.rows is None else self.rows.count
+
+    def norms(self, state: Tensor) -> Tensor:
+        """The norm of each sample."""
+        return row_norms(state.reshape(1, -1) if self.rows is None else self.rows.split(state.unsqueeze(0)))
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """A number for each sample, in the layout of the state."""
+        numbers = numbers.to(self.like.dtype)
+        if self.rows is None:
+            return numbers.reshape(())
+        matrix = numbers.unsqueeze(1).expand(-1, self.like.numel() // self.count)
+        return self.rows.join(matrix, self.like.unsqueeze(0))[0]
+
+
+def _inverse(sizes: Tensor) -> Tensor:
+    return torch.where(sizes > _TINY, 1 / sizes, 0.0)

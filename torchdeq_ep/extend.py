@@ -4,7 +4,8 @@ Everything else inside may change between minor versions. [Extend it](extend.md)
 
 A mode of one's own: [`Mode`][torchdeq_ep.extend.Mode] with `solve`, which is handed an
 [`Equilibrium`][torchdeq_ep.extend.Equilibrium] and returns the error vector with a
-[`NudgeReport`][torchdeq_ep.NudgeReport]. Callbacks of a trainer: `deqs_of`, `fixed_point`, `EquilibriumRule`. Measuring
+[`NudgeReport`][torchdeq_ep.NudgeReport]. Callbacks of a trainer: `deqs_of`, `fixed_point`, `EquilibriumRule`, and of
+homeostasis `Direction`, `AUTO`, `TARGET`. Measuring
 beside training: `Reference`, `Capture`, `left_as_found`. Commands: `require`, `write_text`, `write_whole`. Figures in
 the package's look: `new_figure`, `dress`, `COLOURS`, `SHAPES`, `save`.
 """
@@ -12,7 +13,10 @@ the package's look: `new_figure`, `dress`, `COLOURS`, `SHAPES`, `save`.
 from torchdeq_ep._options import check_choice as check_choice
 from torchdeq_ep._options import check_count as check_count
 from torchdeq_ep.errors import unknown_name as unknown_name
+from torchdeq_ep.host import AUTO as AUTO
+from torchdeq_ep.host import TARGET as TARGET
 from torchdeq_ep.host import BackwardHandle as BackwardHandle
+from torchdeq_ep.host import Direction as Direction
 from torchdeq_ep.host import EquilibriumRule as EquilibriumRule
 from torchdeq_ep.host import deqs_of as deqs_of
 from torchdeq_ep.host import fixed_point as fixed_point

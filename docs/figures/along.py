@@ -210,23 +210,29 @@ def _auto(kind: str) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Automatic homeostasis beside exact gradients, for each model and mode."""
+    """Automatic homeostasis beside exact gradients and torchdeq's regulariser, for each model and mode."""
     lines = [
-        "| model | mode | homeostasis | test accuracy by seed, % | alignment after training | seconds |",
+        "| model | epochs | mode | penalty | test accuracy by seed, % | alignment after training |",
         "|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[Run, list[dict[str, Any]]] = {}
     for run in plan():
-        if run.key in results and run.weight in ("", "auto"):
-            groups.setdefault((run.kind, run.mode, "automatic" if run.weight else "none"), []).append(results[run.key])
-    for (kind, mode, homeostasis), rows in sorted(groups.items()):
-        accuracies, alignments, seconds = (
-            ", ".join(format(scale * row[name], form) for row in rows)
-            for name, scale, form in (("accuracy", 100, ".1f"), ("alignment", 1, ".2f"), ("seconds", 1, ".0f"))
-        )
-        name = "torchdeq's IFT" if mode == "torchdeq" else f"`{mode}`"
-        lines.append(f"| `{kind}` | {name} | {homeostasis} | {accuracies} | {alignments} | {seconds} |")
+        if run.key in results and (run.weight.startswith("auto") or run.estimator in ("", "jac_reg")):
+            groups.setdefault(replace(run, seed=0), []).append(results[run.key])
+    for run, rows in sorted(groups.items(), key=lambda item: (item[0].kind, item[0].epochs, item[0].key)):
+        accuracies = ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
+        alignments = ", ".join(f"{row['alignment']:.2f}" for row in rows)
+        name = "torchdeq's IFT" if run.mode == "torchdeq" else f"`{run.mode}`"
+        cells = f"`{run.kind}`", run.epochs or EPOCHS[run.kind], name, _penalty_of(run), accuracies, alignments
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _penalty_of(run: Run) -> str:
+    if run.estimator == "jac_reg":
+        return f"torchdeq's `jac_reg`, {run.weight}"
+    target = run.weight.partition(":")[2]
+    return f"automatic, target {target}" if target else "automatic" if run.weight else "none"
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:

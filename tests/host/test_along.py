@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 import torchdeq_ep as tep
+from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError
 from torchdeq_ep.host.along import WeightController
 from torchdeq_ep.host.homeostasis import register_homeostasis
 from torchdeq_ep.jacobian import dense_jacobian
-from torchdeq_ep.state import relative_difference
+from torchdeq_ep.state import Autocast, Equilibrium, Rows, relative_difference
 
 B, N = 3, 6
 TIGHT = {"f_max_iter": 300, "f_tol": 1e-12, "ift": True}
@@ -461,3 +462,88 @@ def test_after_a_fallback_the_asymmetry_is_measured_along_the_vector_that_was_us
     u = v / v.norm(dim=1, keepdim=True)
     a = (jacobian - jacobian.T) @ u.flatten()
     assert homeostasis.last.penalty == pytest.approx(float(a.square().sum() / B), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_the_guard_is_half_the_square_of_what_the_rate_has_above_its_limit(kind):
+    model = Model(kind)
+    x, z, v, g = (torch.randn(B, N, dtype=torch.float64) for _ in range(4))
+    f = lambda state: 20.0 * model.layer(state) + x  # noqa: E731
+    equilibrium = Equilibrium(f, z, f(z).detach(), g, 1e-15, rows=Rows(B, (N,)))
+    leaves, weight, seen = tuple(model.layer.parameters()), torch.tensor(2.0), []
+    gradients = [
+        AsymmetryPenalty(leaves, lambda *numbers: seen.append(numbers), guard).gradients(
+            equilibrium, v, Autocast.current("cpu"), weight
+        )
+        for guard in (0.0, 0.7)
+    ]
+    samples = 1 if equilibrium.independent_rows() is None else B
+    u = v.reshape(samples, -1) / v.reshape(samples, -1).norm(dim=1, keepdim=True)
+    point = z.clone().requires_grad_()
+    (pulled,) = torch.autograd.grad(f(point), point, u.reshape(B, N), create_graph=True)
+    rates = pulled.reshape(samples, -1).norm(dim=1)
+    assert rates.max() > 1  # some samples are beyond the limit
+    guard = (rates - 0.95).clamp(min=0).square().sum() / (2 * samples)
+    expected = torch.autograd.grad(guard, leaves, allow_unused=True)
+    for plain, guarded, added in zip(*gradients, expected, strict=True):
+        found = or_zero(guarded) - or_zero(plain)
+        torch.testing.assert_close(found, 2.0 * 0.7 * or_zero(added) + torch.zeros_like(found))
+    assert seen[0] == seen[1] == pytest.approx((seen[0][0], float(rates.detach().quantile(0.9))))
+
+
+def or_zero(gradient):
+    return torch.zeros((), dtype=torch.float64) if gradient is None else gradient
+
+
+def test_the_guard_grows_where_the_map_does_not_contract_and_rests_where_it_does():
+    controller = WeightController(0.95)
+    for _ in range(50):
+        controller.stabilise(1.1)
+    grown = controller.guard
+    for _ in range(20):
+        controller.stabilise(0.5)
+    assert grown > 5
+    assert controller.guard < 1
+    controller.stabilise(math.nan)
+    assert math.isfinite(controller.guard)
+
+
+def test_the_guard_holds_a_map_that_its_task_drives_beyond_one():
+    """The loss rewards a state that is as long as can be: without the guard the Jacobian grows through 1."""
+    rates = []
+    for is_guarded in (True, False):
+        model = Model("relu", f_max_iter=100, f_tol=1e-6, f_solver="anderson")
+        handle = tep.use_backward(model, "ep", homeostasis="auto")
+        (regulator,) = handle.homeostasis._regulators
+        if not is_guarded:
+            regulator.controller.guard, regulator.controller.stabilise = 0.0, lambda rate: None
+        optimizer = torch.optim.Adam(model.layer.parameters(), lr=0.02)
+        rates.append([])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EPWarning)
+            for _ in range(80):
+                optimizer.zero_grad()
+                (-torch.log(model(inputs()).norm())).backward()
+                optimizer.step()
+                rates[-1].append(regulator.rate)
+    guarded, bare = rates
+    assert max(guarded[-20:]) < 1.1 < max(bare[-20:])
+
+
+@pytest.mark.parametrize("name", ["layer.0.weight", "layer.0.bias"])
+def test_the_penalty_reaches_the_parameters_that_it_is_given_and_no_others(name):
+    changed = []
+    for is_chosen in (False, True):
+        model = Model()
+        tep.use_backward(model, "ep")
+        parameters = [dict(model.named_parameters())[name]] if is_chosen else None
+        homeostasis = register_homeostasis(model, 3.0, estimator="error-vector", parameters=parameters)
+        (model(inputs()) @ readout()).sum().backward()
+        plain = [parameter.grad.clone() for parameter in model.parameters()]
+        homeostasis.penalty()
+        model.zero_grad()
+        ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+        pairs = zip(model.named_parameters(), plain, strict=True)
+        changed.append({each for (each, p), before in pairs if relative_difference(p.grad, before) > 1e-6})
+    assert changed[0] >= {"layer.0.weight", "layer.0.bias"}
+    assert changed[1] == {name}

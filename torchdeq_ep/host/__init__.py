@@ -1,10 +1,13 @@
 """Everything that touches torchdeq: switching the backward of its DEQs, cores, a solver, hooks, homeostasis."""
 
+from torchdeq_ep.host.along import AUTO as AUTO
+from torchdeq_ep.host.along import TARGET as TARGET
 from torchdeq_ep.host.cores import EPIndexing as EPIndexing
 from torchdeq_ep.host.cores import EPSliced as EPSliced
 from torchdeq_ep.host.cores import add_ep_args as add_ep_args
 from torchdeq_ep.host.deqs import deqs_of as deqs_of
 from torchdeq_ep.host.deqs import fixed_point as fixed_point
+from torchdeq_ep.host.homeostasis import Direction as Direction
 from torchdeq_ep.host.homeostasis import HomeostasisHandle as HomeostasisHandle
 from torchdeq_ep.host.homeostasis import HomeostasisReport as HomeostasisReport
 from torchdeq_ep.host.homeostasis import register_homeostasis as register_homeostasis

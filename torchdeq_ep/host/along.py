@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -15,14 +15,15 @@ from torchdeq_ep.errors import EPError, NoDEQError
 from torchdeq_ep.host.injection import Nothing, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
+from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.state import Equilibrium, cosine, row_dots
 
-AUTO = "auto"
+AUTO: Final = "auto"
 TARGET = 0.95
 _FIRST_WEIGHT = 10.0
 _SMALLEST, _LARGEST = 0.1, 1000.0
 _EVERY = 10
-_GAIN = 3.0
+_GAIN, _GUARD_GAIN = 3.0, 0.3
 _REFERENCE_TOL, _REFERENCE_STEPS = 3e-2, 50
 
 
@@ -31,13 +32,16 @@ class WeightController:
     """Holds the alignment of error vectors at a target with the least weight.
 
     A residual is no cosine, so every tenth backward pass the exact error vector is solved for as well, to 3 %; the
-    weight then grows or falls by the factor `exp(3 (target - alignment))`.
+    weight then grows or falls by the factor `exp(3 (target - alignment))`. The guard of stability does so in every
+    pass, by `exp(0.3 (rate - 0.95))`, with the rate by which `J^T` changes an error vector.
 
     Args:
         target: The mean over the samples of the cosine between the error vector of equilibrium propagation and the
             exact one.
         weight: The present weight.
         alignment: As last measured; NaN before.
+        passes: Backward passes so far.
+        guard: The present weight of the guard.
 
     Example:
         >>> controller = WeightController(target=0.95)
@@ -50,6 +54,16 @@ class WeightController:
     weight: float = _FIRST_WEIGHT
     alignment: float = math.nan
     passes: int = 0
+    guard: float = 1.0
+
+    def stabilise(self, rate: float) -> None:
+        """Change the weight of the guard.
+
+        Args:
+            rate: `|J^T v| / |v|`, of nine samples in ten at most.
+        """
+        if math.isfinite(rate):
+            self.guard = _within_bounds(self.guard * math.exp(_GUARD_GAIN * min(rate - NEAR_ONE, 1.0)))
 
     def steer(self, alignment: float) -> None:
         """Change the weight by what was measured.
@@ -59,8 +73,7 @@ class WeightController:
         """
         self.alignment = alignment
         if math.isfinite(alignment):
-            factor = math.exp(_GAIN * (self.target - alignment))
-            self.weight = min(max(self.weight * factor, _SMALLEST), _LARGEST)
+            self.weight = _within_bounds(self.weight * math.exp(_GAIN * (self.target - alignment)))
 
     def see(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Measure, every tenth time.
@@ -82,6 +95,10 @@ class WeightController:
             self.steer(_mean_cosine(v, reference, equilibrium))
 
 
+def _within_bounds(weight: float) -> float:
+    return min(max(weight, _SMALLEST), _LARGEST)
+
+
 def _mean_cosine(v: Tensor, other: Tensor, equilibrium: Equilibrium) -> float:
     rows = equilibrium.independent_rows()
     if rows is None:
@@ -101,9 +118,11 @@ class ErrorVectorRegulator:
         deq: DEQBase,
         weight: float | Callable[[int], float] | WeightController,
         factor: Callable[[], float] | None,
+        parameters: frozenset[Tensor] | None = None,
     ) -> None:
         self.name, self.deq, self.last_weight = name, deq, 0.0
-        self.value = math.nan
+        self.value, self.rate = math.nan, math.nan
+        self._parameters = parameters
         self.collect: Callable[[Tensor], None]
         self.controller = weight if isinstance(weight, WeightController) else None
         self._weight, self._factor = weight, factor
@@ -144,9 +163,20 @@ class ErrorVectorRegulator:
         states, info = output
         return [*states[:-1], with_gradient(states[-1], term, self._factor)], info
 
-    def on_value(self, value: float) -> None:
-        """Told what the penalty was."""
-        self.value = value
+    def acts_on(self, leaf: Tensor) -> bool:
+        """Whether the penalty is to reach a parameter."""
+        return self._parameters is None or leaf in self._parameters
+
+    @property
+    def guard(self) -> float:
+        """Weight of the guard of stability, relative to that of the asymmetry."""
+        return 0.0 if self.controller is None else self.controller.guard
+
+    def on_value(self, value: float, rate: float) -> None:
+        """Told what the penalty was, and the rate of most error vectors."""
+        self.value, self.rate = value, rate
+        if self.controller is not None:
+            self.controller.stabilise(rate)
 
     def on_error_vector(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Shown each error vector."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
@@ -199,6 +199,7 @@ def register_homeostasis(
     inject: Inject = False,
     seed: int = 0,
     target: float = TARGET,
+    parameters: Iterable[nn.Parameter] | None = None,
 ) -> HomeostasisHandle:
     """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
 
@@ -229,6 +230,8 @@ def register_homeostasis(
         seed: Seed of the probes, and of the draws of a probability.
         target: Of `weight="auto"`: the mean over the samples of the cosine between the error vector of equilibrium
             propagation and the exact one, between 0 and 1.
+        parameters: Along the error vector: those that the penalty reaches, for instance the weights on the way back;
+            by default all that the map depends on.
 
     Returns:
         A handle with `penalty()`, `last` and `remove()`, which is also a context manager.
@@ -256,7 +259,11 @@ def register_homeostasis(
     check_metric(metric)
     deqs = deqs_of(module)
     if estimator == "error-vector":
-        return HomeostasisHandle(_along(weight, {n: d for n, d in module.named_modules() if d in deqs}, inject, target))
+        chosen = None if parameters is None else frozenset(parameters)
+        named = {name: part for name, part in module.named_modules() if part in deqs}
+        return HomeostasisHandle(_along(weight, named, inject, target, chosen))
+    if parameters is not None:
+        raise InvalidOptionError("parameters= goes with estimator='error-vector': random probes reach all of them.")
     if weight == AUTO:
         raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
     weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
@@ -264,14 +271,18 @@ def register_homeostasis(
     return HomeostasisHandle([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
 
 
-def _along(weight: Weight, deqs: dict[str, DEQBase], inject: Inject, target: float) -> list[ErrorVectorRegulator]:
-    factor = _factor(inject)
+def _along(
+    weight: Weight, deqs: dict[str, DEQBase], inject: Inject, target: float, parameters: frozenset[Tensor] | None
+) -> list[ErrorVectorRegulator]:
+    weights: dict[str, float | Schedule | WeightController]
     if weight == AUTO:
         if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
             raise InvalidOptionError(f"target must be a cosine between 0 and 1, not {target!r}.")
-        return [ErrorVectorRegulator(n, d, WeightController(target), factor) for n, d in deqs.items()]
-    weights = _weights_by_name(weight, deqs)
-    return [ErrorVectorRegulator(name, deq, value, factor) for name, (deq, value) in weights.items()]
+        weights = {name: WeightController(target) for name in deqs}
+    else:
+        weights = {name: value for name, (_, value) in _weights_by_name(weight, deqs).items()}
+    factor = _factor(inject)
+    return [ErrorVectorRegulator(name, deqs[name], value, factor, parameters) for name, value in weights.items()]
 
 
 def _weights_by_name(weight: Weight, deqs: dict[str, DEQBase]) -> dict[str, tuple[DEQBase, float | Schedule]]:

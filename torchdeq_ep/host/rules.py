@@ -26,8 +26,15 @@ Loss = Callable[[Any], Tensor]
 class Penalised(Protocol):
     """Who is told what the penalty was, and shown the error vector."""
 
-    def on_value(self, value: float) -> None:
-        """Told the mean over the samples of `|(J - J^T) v|^2 / |v|^2`."""
+    def acts_on(self, leaf: Tensor) -> bool:
+        """Whether the penalty is to reach a parameter."""
+
+    @property
+    def guard(self) -> float:
+        """Weight of the guard of stability, relative to that of the asymmetry."""
+
+    def on_value(self, value: float, rate: float) -> None:
+        """Told the mean over the samples of `|(J - J^T) v|^2 / |v|^2`, and what most have less of `|J^T v| / |v|`."""
 
     def on_error_vector(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Shown each error vector, where calls of `f` leave no trace."""
@@ -144,7 +151,8 @@ class EquilibriumRule:
         self.slot.zero = None
         if wanted is None or not depends_on_more(value, recording):
             return packing.restore(connect(layer, state, value, value, recording), like=returned)
-        layer.penalty = AsymmetryPenalty(leaves_of(value, recording), wanted.on_value)
+        leaves = tuple(leaf for leaf in leaves_of(value, recording) if wanted.acts_on(leaf))
+        layer.penalty = AsymmetryPenalty(leaves, wanted.on_value, wanted.guard)
         layer.controller = wanted.on_error_vector
         connected, self.slot.zero = connect_with_penalty(layer, state, value, value, recording)
         return packing.restore(connected, like=returned)
