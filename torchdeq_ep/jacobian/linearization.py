@@ -12,9 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import JacobianProductError
+from torchdeq_ep.relaxation import Product as Product
 from torchdeq_ep.state import Map, Packing, State, row_dots
-
-Product = Callable[[Tensor], Tensor]
 
 _NO_PRODUCT = (
     "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "

@@ -8,6 +8,7 @@ from torchdeq_ep.relaxation.loop import Relaxation as Relaxation
 from torchdeq_ep.relaxation.loop import Step as Step
 from torchdeq_ep.relaxation.loop import iterate as iterate
 from torchdeq_ep.relaxation.phases import Enough as Enough
+from torchdeq_ep.relaxation.solvers import Product as Product
 from torchdeq_ep.relaxation.solvers import Run as Run
 from torchdeq_ep.relaxation.solvers import check_solver as check_solver
 from torchdeq_ep.relaxation.solvers import find_solver as find_solver

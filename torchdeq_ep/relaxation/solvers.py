@@ -15,6 +15,7 @@ from torchdeq_ep.relaxation.phases import Enough
 from torchdeq_ep.state import in_the_middle, norm
 
 Product = Callable[[Tensor], Tensor]
+"""A linear map of one vector."""
 Run = Callable[..., Relaxation]
 """`relax` with its options: what is left to give is the map, the first guess and the scale."""
 
