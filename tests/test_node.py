@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -389,3 +390,31 @@ def test_maps_that_break_the_contract_fail_in_the_forward_pass(f, message):
 def test_unknown_mode_fails_in_the_forward_pass():
     with pytest.raises(UnknownBackwardError, match="Did you mean 'ep-richardson'"):
         tep.attach(lambda z: z, torch.zeros(2), backward="ep-richardsen")
+
+
+class _Pair(NamedTuple):
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@pytest.mark.parametrize("by_one_argument", [False, True])
+def test_a_namedtuple_comes_back_as_one(by_one_argument):
+    weight = torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def f(a, b):
+        return _Pair(0.5 * torch.tanh(b) + weight, 0.5 * torch.tanh(a))
+
+    state = _Pair(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    with torch.no_grad():
+        for _ in range(100):
+            state = f(*state)
+    attached = tep.attach((lambda pair: f(*pair)) if by_one_argument else f, state, "ift")
+    assert type(attached) is _Pair
+    attached.a.sum().backward()
+    assert weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("state", [None, 1.0, (t for t in [torch.zeros(2)]), {"z": torch.zeros(2)}, {}, "z"])
+def test_what_is_no_state_is_refused_by_name(state):
+    with pytest.raises(MapContractError, match="a state is a tensor, or a tuple or list of tensors"):
+        tep.attach(lambda z: z, state)

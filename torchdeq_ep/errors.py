@@ -79,6 +79,10 @@ class DoubleBackwardError(EPError, RuntimeError):
     """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
 
 
+class TransformError(EPError, RuntimeError):
+    """A transform of `torch.func`, or a forward derivative, was asked of an equilibrium that cannot serve it."""
+
+
 class SolverError(EPError, RuntimeError):
     """A black-box solver failed: it raised, or did what one of the derived classes names.
 

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.asymmetry import AsymmetryPenalty
-from torchdeq_ep.certificate import Certificate, certified, certify, compare_derivatives, speak_up_of_certificate
-from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
-from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
+from torchdeq_ep.certificate import Certificate, certified, certify, speak_up_of_certificate
+from torchdeq_ep.closing import has_tangent, is_transforming, may_have_tangents
+from torchdeq_ep.compiling import not_compiled
+from torchdeq_ep.errors import DoubleBackwardError
+from torchdeq_ep.layer import Layer, solve
+from torchdeq_ep.linear_solve import Linear, in_batch, is_in_batch, linear_solve
+from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
-from torchdeq_ep.state import (
-    STATEFUL,
-    Autocast,
-    Equilibrium,
-    Map,
-    Memory,
-    Packing,
-    change_tolerance,
-    first_derivative_only,
-    norm,
-    relative_difference,
-    tensors_of,
-    undisturbed,
-)
+from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, tensors_of
+from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
+from torchdeq_ep.transformed import connect_transformed
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 
 
+@not_compiled
 def attach(
     f: Callable[..., Any],
     z_star: AnyState,
@@ -77,21 +69,24 @@ def attach(
     """
     mode = get_backward(backward)
     first, *_ = tensors_of(z_star)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() or may_have_tangents()):
         return z_star
     autocast = Autocast.current(first.device.type)
     packing = Packing.of(z_star, lenient=autocast.enabled)
     map_of_states = packing.map(f)
     free_state = packing.pack(z_star, "z_star").detach()
-    value, recording = _value_at(map_of_states, free_state, certificate)
     layer = Layer(map_of_states, mode, autocast, packing, writer)
-    connected = connect(layer, free_state, value, free_state, recording)
+    if is_transforming():
+        connected = connect_transformed(layer, free_state, free_state)
+    else:
+        value, recording = _value_at(map_of_states, free_state, certificate)
+        connected = connect(layer, free_state, value, free_state, recording)
     return cast(AnyState, packing.restore(connected, like=z_star))
 
 
 def _value_at(f: Map, z: Tensor, certificate: bool) -> tuple[Tensor, Recording | None]:
     """`f(z)`, recorded at a state that asks for a gradient where `f` allows it."""
-    if certificate:
+    if certificate and not may_have_tangents():
         state = recorded(z)
         try:
             value = f(state)
@@ -101,34 +96,6 @@ def _value_at(f: Map, z: Tensor, certificate: bool) -> tuple[Tensor, Recording |
             if reaches_state(value, state):
                 return value, recording_of(state)
     return f(z), None
-
-
-@dataclass
-class Layer:
-    """One call of an implicit layer, as its autograd node remembers it.
-
-    Args:
-        f: The map, on packed states.
-        mode: The backward mode.
-        autocast: The autocast state of the forward pass.
-        packing: What the packed state stands for.
-        writer: Called with the report of each backward pass.
-        loss_of_state: A function that returns the loss as a function of the packed state, for loss nudging, or `None`;
-            asked at backward time.
-        memory: What is remembered of the layer's earlier passes.
-        penalty: The asymmetry along the error vector, if that is to be penalised.
-        controller: What is shown each error vector with its equilibrium, beside the penalty.
-    """
-
-    f: Map
-    mode: ModeLike
-    autocast: Autocast
-    packing: Packing
-    writer: Callable[[NudgeReport], None] | None = None
-    loss_of_state: Callable[[], Map | None] = lambda: None
-    memory: Memory = field(default_factory=Memory)
-    penalty: AsymmetryPenalty | None = None
-    controller: Callable[[Equilibrium, Tensor], None] | None = None
 
 
 def connect(
@@ -146,7 +113,7 @@ def connect(
     Returns:
         A new tensor.
     """
-    if not depends_on_more(value, recording):
+    if not (has_tangent(value) or depends_on_more(value, recording)):
         return returned.detach()
     return connect_with_penalty(layer, free_state, value, returned, recording)[0]
 
@@ -167,7 +134,8 @@ def connect_with_penalty(
         The new tensor; and a scalar of value 0, whose cotangent is the weight of the layer's penalty, if it has one.
     """
     leaves = () if layer.penalty is None else layer.penalty.leaves
-    arguments = layer, recording, free_state, value, returned.detach(), *leaves
+    anchor = value.reshape(-1)[:0].clone()
+    arguments = layer, recording, anchor, free_state, value, returned.detach(), *leaves
     connected, zero = _EquilibriumGradient.apply(*arguments)  # type: ignore[no-untyped-call]
     return connected, zero
 
@@ -178,22 +146,33 @@ class _EquilibriumGradient(torch.autograd.Function):
         ctx: Any,
         layer: Layer,
         recording: Recording | None,
+        anchor: Tensor,
         free_state: Tensor,
         value: Tensor,
         returned: Tensor,
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.layer, ctx.recording = layer, recording
-        ctx.save_for_backward(free_state, value.clone())  # f may return a buffer that its next call overwrites
+        ctx.layer, ctx.recording, ctx.has_tangent = layer, recording, False
+        # v depends on whatever the anchor does, also where the loss is linear.
+        ctx.save_for_backward(anchor, free_state, value.clone())  # f may return a buffer that its next call overwrites
+        ctx.save_for_forward(free_state, value)
         zero = returned.new_zeros(())
         if layer.penalty is None:
             ctx.mark_non_differentiable(zero)
         return returned.clone(), zero
 
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         cotangent, weight = cotangents
-        free_state, value = ctx.saved_tensors
+        anchor, free_state, value = ctx.saved_tensors
+        if ctx.has_tangent and may_have_tangents():
+            raise DoubleBackwardError(NO_SECOND_DERIVATIVE)
+        if is_in_batch(cotangent):
+            problem = Linear(ctx.layer, ctx.layer.f, closed=False)
+            value = value + anchor.sum()
+            v = in_batch(lambda g: linear_solve(problem, g, free_state, value), cotangent)
+            return None, None, None, None, v, None, *(None for _ in ctx.needs_input_grad[6:])
         backward = _Pass(ctx.layer, free_state, value.detach(), cotangent.detach(), weight.detach())
         if ctx.recording is None:
             backward.deliver()
@@ -203,7 +182,20 @@ class _EquilibriumGradient(torch.autograd.Function):
             # J^T v comes with the gradients of the parameters, after this; the report once all is done.
             ctx.recording.taker = backward.take
             torch.autograd.Variable._execution_engine.queue_callback(backward.deliver)
-        return None, None, None, first_derivative_only(backward.error_vector, cotangent), None, *backward.added
+        source = cotangent.sum() + anchor.sum() if torch.is_grad_enabled() else cotangent
+        v = first_derivative_only(backward.error_vector, source)
+        return None, None, None, None, v, None, *backward.added
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
+        free_state, value = ctx.saved_tensors
+        force = tangents[4]
+        if force is None:
+            return None, None
+        ctx.has_tangent = True
+        problem = Linear(ctx.layer, ctx.layer.f, adjoint=False, closed=False)
+        value_now = value.detach().clone()
+        return in_batch(lambda h: linear_solve(problem, h, free_state, value_now), force), None
 
 
 class _Pass:
@@ -211,7 +203,7 @@ class _Pass:
 
     def __init__(self, layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor, weight: Tensor) -> None:
         self._layer = layer
-        equilibrium, self.error_vector, self._report, self.added = _solve(layer, free_state, value, cotangent, weight)
+        equilibrium, self.error_vector, self._report, self.added = solve(layer, free_state, value, cotangent, weight)
         self._certificate: Certificate | None = None
         self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
             self.error_vector,
@@ -242,90 +234,3 @@ class _Pass:
         if layer.writer is not None:
             layer.writer(report)
         speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory)
-
-
-def _solve(
-    layer: Layer, free_state: Tensor, value: Tensor, cotangent: Tensor, weight: Tensor
-) -> tuple[Equilibrium, Tensor, NudgeReport, tuple[Tensor | None, ...]]:
-    """The equilibrium, its error vector, the report, and what the penalty of that weight adds to its leaves."""
-    # Autocast rounds f far more coarsely than the state's dtype: nudge in full precision wherever f allows it.
-    autocast, z = layer.autocast, free_state
-    in_force, value_now, records = _evaluate(layer, z)
-    eps_then = torch.finfo(autocast.dtype if autocast.enabled else z.dtype).eps
-    eps_now = torch.finfo(autocast.dtype if in_force else z.dtype).eps
-    with autocast.restored(in_force):
-        if torch.equal(value, value_now):
-            value_now = value  # one state less in memory
-        else:
-            _require_same_function(layer.f, z, value, value_now, change_tolerance(eps_then))
-        equilibrium = Equilibrium(
-            layer.f,
-            z,
-            value_now,
-            cotangent,
-            eps_now,
-            records,
-            layer.loss_of_state(),
-            layer.packing.rows,
-            layer.memory,
-        )
-        if isinstance(layer.mode, Mode):
-            error_vector, report = layer.mode.solve(equilibrium)
-        else:
-            error_vector, report = _solve_by_callable(layer.mode, equilibrium)
-        error_vector = error_vector.detach()
-        with undisturbed(records):
-            calls = compare_derivatives(layer.mode, equilibrium, error_vector)
-            added = _penalised(layer, equilibrium, error_vector, weight)
-    return equilibrium, error_vector, replace(report, calls=report.calls + calls), added
-
-
-def _penalised(layer: Layer, equilibrium: Equilibrium, v: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    if layer.penalty is None:
-        return ()
-    if equilibrium.cotangent_size == 0.0:  # no loss, no error vector
-        return (None,) * len(layer.penalty.leaves)
-    if layer.controller is not None:
-        layer.controller(equilibrium, v)
-    return layer.penalty.gradients(equilibrium, v, layer.autocast, weight)
-
-
-def _solve_by_callable(mode: ModeLike, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
-    equilibrium.require_finite()
-    with undisturbed(equilibrium.records):
-        error_vector = mode(equilibrium.f, equilibrium.z, equilibrium.cotangent)
-    shape = tuple(equilibrium.z.shape)
-    if not isinstance(error_vector, Tensor) or error_vector.shape != equilibrium.z.shape:
-        got = tuple(error_vector.shape) if isinstance(error_vector, Tensor) else type(error_vector).__name__
-        raise MapContractError(f"the backward {mode!r} must return a tensor of shape {shape}, not {got}.")
-    return error_vector, NudgeReport(repr(mode))
-
-
-def _evaluate(layer: Layer, z: Tensor) -> tuple[bool, Tensor, bool]:
-    """Whether `f` needs the autocast of the forward pass, a copy of `f(z*)`, and whether `f` records statistics."""
-    with undisturbed() as guard:
-        if layer.autocast.enabled:
-            try:
-                with layer.autocast.restored(False):
-                    return False, layer.f(z).clone(), guard.withheld
-            except RuntimeError:  # mixed dtypes: inputs were cast in the forward pass, and f relies on it
-                pass
-        with layer.autocast.restored(True):
-            return layer.autocast.enabled, layer.f(z).clone(), guard.withheld
-
-
-def _require_same_function(f: Map, z: Tensor, then: Tensor, now: Tensor, tolerance: float) -> None:
-    if not norm(then - now) > tolerance * norm(then):
-        return
-    difference = relative_difference(now, then)
-    with undisturbed():
-        again = f(z)
-    if norm(again - now) > tolerance * norm(now):
-        raise StochasticMapError(
-            f"f gives different answers for the same state (by {difference:.1e}), so it has no fixed point. {STATEFUL}"
-        )
-    raise MapChangedError(
-        f"f(z*) differs by {difference:.1e} from its value in the forward pass, so f was changed in between and the "
-        "gradient would be that of another model. Call backward() before reset_deq(), optimizer.step() or "
-        "train()/eval(), and do not write into tensors that f uses."
-    )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
 from torchdeq_ep._options import check_choice, check_count, check_metric
-from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
+from torchdeq_ep.closing import is_transforming
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, TransformError, unknown_name
 from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController
 from torchdeq_ep.host.deqs import deqs_of, fixed_point
 from torchdeq_ep.host.hooks import FixedPointHandle
@@ -361,6 +362,11 @@ class _Regulator:
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not deq.training:
             return None
+        if is_transforming():
+            raise TransformError(
+                "homeostasis is a term of a training loss that its hook adds, and a transform of torch.func would "
+                "differentiate that too. Remove the homeostasis first: handle.remove()."
+            )
         step, self._calls = self._calls, self._calls + 1
         options = self._options
         if isinstance(options.every, int) and step % options.every:

@@ -51,3 +51,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return torch.full_like(ctx.like, ctx.factor()), None, *cotangents
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tangents[2:]

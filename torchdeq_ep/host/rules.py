@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -13,12 +13,16 @@ from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.asymmetry import AsymmetryPenalty
-from torchdeq_ep.errors import NoGradientWarning
+from torchdeq_ep.closing import is_followed, is_transforming, may_have_tangents
+from torchdeq_ep.compiling import not_compiled
+from torchdeq_ep.errors import NoGradientWarning, TransformError
 from torchdeq_ep.host.deqs import fixed_point
+from torchdeq_ep.layer import Layer
 from torchdeq_ep.modes import ModeLike, NudgeReport
-from torchdeq_ep.node import Layer, connect, connect_with_penalty
+from torchdeq_ep.node import connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, tensors_of, undisturbed
+from torchdeq_ep.transformed import connect_transformed
 
 Loss = Callable[[Any], Tensor]
 
@@ -99,12 +103,19 @@ class EquilibriumRule:
     slot: Slot = field(default_factory=Slot)
     memory: Memory = field(default_factory=_lasting)
 
+    @not_compiled
     def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
-        return [self._connect(func, returned, source, writer) for returned, source in self._visited(func, z_pred)]
+        visited = self._followed(func, z_pred) if is_transforming() else self._visited(func, z_pred)
+        return [self._connect(func, returned, source, writer) for returned, source in visited]
+
+    def _followed(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
+        """The states of the rule under a transform, which makes a graph of its own."""
+        with undisturbed():
+            return self.steps.visit(func, z_pred, detach=func.detach)
 
     def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule, recorded at their sources where `func` allows it: found out once."""
-        if self.certificate and self.memory.recordable and torch.is_grad_enabled():
+        if self.certificate and self.memory.recordable and torch.is_grad_enabled() and not may_have_tangents():
             try:
                 visited = self.steps.visit(func, z_pred, detach=lambda z: recorded(func.detach(z)))
             except RuntimeError:  # f writes into its state, or takes it out of autograd's hands
@@ -146,9 +157,12 @@ class EquilibriumRule:
             loss_of_packed_state,
             self.memory,
         )
-        value, recording = packing.pack(returned), recording_of(source)
-        state, wanted = packing.pack(source, "the solver").detach(), self.slot.penalised
+        value, state, wanted = packing.pack(returned), packing.pack(source, "the solver").detach(), self.slot.penalised
         self.slot.zero = None
+        if is_transforming():
+            connected = connect_transformed(layer, state, value, is_penalised=wanted is not None)
+            return packing.restore(connected, like=returned)
+        recording = recording_of(source)
         if wanted is None or not depends_on_more(value, recording):
             return packing.restore(connect(layer, state, value, value, recording), like=returned)
         leaves = tuple(leaf for leaf in leaves_of(value, recording) if wanted.acts_on(leaf))
@@ -161,22 +175,6 @@ class EquilibriumRule:
         self.slot.report = report
         if writer is not None:
             writer(solver_statistics(report))
-
-
-@dataclass(frozen=True)
-class CompleteTrajectory:
-    """A solver that returns as many trajectory states as it was asked for, also if it converges before the last.
-
-    torchdeq's solvers stop with the indices they have reached, and `DEQIndexing` then drops the gradient rules of the
-    rest, the one of the equilibrium first. The states after convergence are the converged one.
-    """
-
-    solver: Callable[..., Any]
-
-    def __call__(self, func: Any, x0: Any, *args: Any, indexing: Sequence[int] | None = None, **kwargs: Any) -> Any:
-        state, trajectory, info = self.solver(func, x0, *args, indexing=indexing, **kwargs)
-        missing = len(indexing or ()) - len(trajectory)
-        return state, [*trajectory, *([state] * missing)], info
 
 
 def solver_statistics(report: NudgeReport) -> SolverStat:
@@ -203,14 +201,17 @@ def solver_statistics(report: NudgeReport) -> SolverStat:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationHook:
-    """A forward hook that speaks up once if a gradient is expected in evaluation mode, where torchdeq gives none."""
+    """A forward hook that speaks up once if a gradient is expected in evaluation mode: torchdeq gives none."""
 
     rule: EquilibriumRule
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory = self.rule.memory
-        is_in_force = deq.produce_grad[-1] is self.rule
-        if deq.training or memory.seen_in_evaluation or not is_in_force or not torch.is_grad_enabled():
+        if deq.training or deq.produce_grad[-1] is not self.rule:
+            return
+        if may_have_tangents():
+            self._refuse_derivative(args, kwargs, output)
+        if memory.seen_in_evaluation or not torch.is_grad_enabled() or is_transforming():
             return
         memory.seen_in_evaluation = True
         f, z = fixed_point(args, kwargs, output)
@@ -226,4 +227,14 @@ class EvaluationHook:
                     "To train, call model.train(), and freeze single layers by their own eval(). To evaluate, use "
                     "torch.no_grad()."
                 ),
+            )
+
+    def _refuse_derivative(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        f, z = fixed_point(args, kwargs, output)
+        with undisturbed(), torch.enable_grad():
+            value = f(z)
+        if any(is_followed(tensor) for tree in (value, output[0][-1]) for tensor in tensors_of(tree)):
+            raise TransformError(
+                "the DEQ was called in evaluation mode, where torchdeq gives it no derivative, and a transform asks "
+                "for one. Call model.train(), and freeze single layers by their own eval()."
             )

@@ -13,8 +13,9 @@ from torchdeq.core import DEQBase, DEQIndexing
 
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.host.deqs import deqs_of
+from torchdeq_ep.host.free_phase import FreePhase
 from torchdeq_ep.host.homeostasis import HomeostasisHandle, register_homeostasis
-from torchdeq_ep.host.rules import CompleteTrajectory, EquilibriumRule, EvaluationHook, Loss, PhantomGradient
+from torchdeq_ep.host.rules import EquilibriumRule, EvaluationHook, Loss, PhantomGradient
 from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
 from torchdeq_ep.state import Memory
 
@@ -127,7 +128,7 @@ class BackwardHandle:
             while isinstance(deq.produce_grad, _SwitchedRules) and deq.produce_grad.removed:
                 top = deq.produce_grad
                 deq.produce_grad = top.below
-                if isinstance(deq.f_solver, CompleteTrajectory) and top.solver_below is not None:
+                if isinstance(deq.f_solver, FreePhase) and top.solver_below is not None:
                     deq.f_solver = top.solver_below
 
     def __enter__(self) -> BackwardHandle:
@@ -205,8 +206,8 @@ def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedR
     *earlier, last = [_picklable(rule) for rule in below]
     steps = last if isinstance(last, PhantomGradient) else PhantomGradient()
     solver_below = None
-    if isinstance(deq, DEQIndexing) and not isinstance(deq.f_solver, CompleteTrajectory):
-        solver_below, deq.f_solver = deq.f_solver, CompleteTrajectory(deq.f_solver)
+    if not isinstance(deq.f_solver, FreePhase):
+        solver_below, deq.f_solver = deq.f_solver, FreePhase(deq.f_solver, completes=isinstance(deq, DEQIndexing))
     rule = EquilibriumRule(mode, steps, certificate)
     rules = _SwitchedRules([*earlier, rule], below, solver_below)
     rules.hook = deq.register_forward_hook(EvaluationHook(rule), with_kwargs=True)

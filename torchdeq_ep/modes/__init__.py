@@ -16,3 +16,4 @@ from torchdeq_ep.modes.registry import register_backward as register_backward
 from torchdeq_ep.modes.report import NudgeReport as NudgeReport
 from torchdeq_ep.modes.schedules import Online as Online
 from torchdeq_ep.modes.stencils import Stencil as Stencil
+from torchdeq_ep.modes.tangents import tangent_mode as tangent_mode

@@ -66,6 +66,9 @@ class FrozenStatistics(TorchFunctionMode):
                 self.withheld = True
                 return func(**{**call, "running_mean": None, "running_var": None})
         if func in _COUNTING and args[0].dim() == 0 and args[0].dtype == torch.int64:
+            if torch._C._are_functorch_transforms_active():  # which refuse to write into what a map holds
+                self.withheld = True
+                return args[0]
             self._counters.setdefault(id(args[0]), (args[0], args[0].clone()))
         return func(*args, **kwargs)
 

@@ -11,7 +11,8 @@ from torchdeq_ep.errors import DoubleBackwardError
 
 NO_SECOND_DERIVATIVE = (
     "a second derivative was asked of an equilibrium, but its backward pass (a nudged or adjoint solve) defines the "
-    "first one only. Drop create_graph=True, or unroll a solver if you need higher derivatives."
+    "first one only. Drop create_graph=True. Higher derivatives come from torch.func (grad, jvp, hessian), with 'ift' "
+    "or 'aep'; of a black box there are none."
 )
 
 

@@ -80,7 +80,7 @@ class Packing:
     `dL/dRe z + i dL/dIm z`, the gradient with respect to exactly these pairs.
 
     Args:
-        container: `list`, `tuple`, or `None` for a bare tensor.
+        container: `list`, `tuple`, a namedtuple, or `None` for a bare tensor.
         shapes: Shape of each tensor.
         dtypes: Dtype of each tensor.
         lenient: The forward pass runs under autocast: keep states in float32 at least, and cast values of `f` in
@@ -115,6 +115,8 @@ class Packing:
         """
         tensors = tensors_of(state)
         container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
+        if isinstance(state, tuple) and hasattr(state, "_fields"):
+            container = type(state)
         dtypes = tuple(torch.float32 if lenient and t.dtype in _COARSE else t.dtype for t in tensors)
         return cls(container, tuple(t.shape for t in tensors), dtypes, lenient)
 
@@ -219,7 +221,9 @@ class Packing:
         return len(self.shapes) == 1 and not self.dtypes[0].is_complex
 
     def _wrap(self, tensors: list[Tensor]) -> State:
-        return tensors[0] if self.container is None else self.container(tensors)
+        if self.container is None:
+            return tensors[0]
+        return self.container(*tensors) if hasattr(self.container, "_fields") else self.container(tensors)
 
     def map(self, f: Callable[..., Any]) -> Map:
         """`f` as a map of packed states.
