@@ -6,7 +6,9 @@ from torchdeq_ep import errors as errors
 from torchdeq_ep import holomorphic as holomorphic
 from torchdeq_ep import nn as nn
 from torchdeq_ep.black_box import EquilibriumReport as EquilibriumReport
+from torchdeq_ep.black_box import Sensitivities as Sensitivities
 from torchdeq_ep.black_box import attach_equilibrium as attach_equilibrium
+from torchdeq_ep.black_box import sensitivities as sensitivities
 from torchdeq_ep.host import add_ep_args as add_ep_args
 from torchdeq_ep.host import nudge_loss as nudge_loss
 from torchdeq_ep.host import register_fixed_point_hook as register_fixed_point_hook

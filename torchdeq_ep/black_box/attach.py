@@ -14,23 +14,37 @@ force is `b M g` and `v = M^-1 K^-1 M g`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep._options import check_choice, check_count
+from torchdeq_ep.black_box.containers import kept, of_other_tensors
 from torchdeq_ep.black_box.instrument import Instrument, Measurement, Solve
 from torchdeq_ep.black_box.report import EquilibriumReport
-from torchdeq_ep.black_box.system import ForceLaw, System
-from torchdeq_ep.errors import InvalidOptionError, MapContractError, NotHolomorphicError
-from torchdeq_ep.modes import EquilibriumPropagation, ForceScale, Stencil
-from torchdeq_ep.state import first_derivative_only
+from torchdeq_ep.black_box.system import ForceLaw, System, require_shape
+from torchdeq_ep.closing import (
+    count_differentiating,
+    is_transforming,
+    may_have_tangents,
+    outside_transforms,
+    plain,
+    refuse_tracing,
+    without_tangent,
+)
+from torchdeq_ep.compiling import not_compiled
+from torchdeq_ep.errors import (
+    DoubleBackwardError,
+    TransformError,
+)
+from torchdeq_ep.linear_solve import in_batch
+from torchdeq_ep.modes import ForceScale, Stencil
+from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
 
 
+@not_compiled
 def attach_equilibrium(
     solve: Solve,
     force: ForceLaw,
@@ -65,7 +79,9 @@ def attach_equilibrium(
         force: The local force law `F(z, theta, x)`, differentiable in `theta` and `x`, in the units of the current. It
             is differentiated at the free state only. `f(z) - z` for a map `f`. With `check=False` it may be the part
             of the law that depends on what is trained.
-        theta: The parameters: a tensor, or tensors in lists, tuples and dictionaries. They are handed to `force`.
+        theta: The parameters: a tensor, or tensors in lists, tuples, dictionaries, dataclasses and modules, also those
+            of torch (`ParameterList`, `ParameterDict`). They are handed to `force` as they are; a generator or a view
+            of a dictionary as a list.
         x: The input, of any such form, or `None`.
         stencil: A [`Stencil`][torchdeq_ep.Stencil] with real nodes, or the name of one with `beta="auto"`:
             `"one-sided"`, `"symmetric"` or `"richardson"`. The automatic amplitude balances truncation and noise.
@@ -98,6 +114,7 @@ def attach_equilibrium(
     Raises:
         InvalidOptionError: If an option is not acceptable.
         NotHolomorphicError: If the stencil has complex nodes.
+        TransformError: If a transform of `torch.func` batches the system, traces it, or asks for its second derivative.
         SolverError: If the solver fails, here or in the backward pass, more often than `retries` allows:
             `SolverTimeoutError`, `SolverNonFiniteError` and `SolverShapeError` say how.
         MapContractError: If `force` does not return the shape of the state.
@@ -123,28 +140,21 @@ def attach_equilibrium(
         Traceback (most recent call last):
         torchdeq_ep.errors.LawMismatchError: ... Likeliest: force has the wrong sign. ...
     """
-    chosen = cast(Stencil, EquilibriumPropagation(stencil).stencil)
-    if not chosen.is_real:
-        raise NotHolomorphicError(
-            f"the {chosen.name} stencil nudges by complex forces, which a black box cannot be given. Use "
-            "Stencil.richardson for a high order."
+    refuse_tracing()
+    if count_differentiating() > 1:
+        raise TransformError(
+            "a second derivative was asked of an equilibrium that a black box finds, and its nudges give the first. "
+            "Leave out one of the transforms."
         )
-    if not callable(force):
-        raise InvalidOptionError(f"force must be a function force(z, theta, x), not {force!r}.")
-    check_choice("scale", scale, ("relative", "absolute", "response"))
-    if metric is not None and not isinstance(metric, Tensor) and not callable(metric):
-        raise InvalidOptionError(f"metric must be a tensor, a function of the state, or None, not {metric!r}.")
-    if noise is not None and not (isinstance(noise, (int, float)) and 0 < noise < math.inf):
-        raise InvalidOptionError(f"noise must be a positive number or None, not {noise!r}.")
-    check_count("repeats", repeats, 1)
-    if not isinstance(check, bool):
-        check_choice("check", check, ("reciprocity",))
+    theta, x = kept(theta, "theta"), kept(x, "x")
+    # Under a transform the solver and the checks have the numbers alone.
+    numbers = [of_other_tensors(tree, plain) if is_transforming() else tree for tree in (theta, x)]
     system = System(
         Instrument(solve, batched, timeout, retries, executor, workers),
         force,
-        theta,
-        x,
-        chosen,
+        numbers[0],
+        numbers[1],
+        stencil,
         scale,
         metric,
         repeats,
@@ -152,37 +162,92 @@ def attach_equilibrium(
         check,
         writer,
     )
-    free = system.free_phase(None if shape is None else torch.Size(shape))
-    like = system.like
-    state = torch.stack(free.states).mean(0).to(like.device, like.dtype)
-    if not torch.is_grad_enabled():
+    with outside_transforms():
+        free = system.free_phase(None if shape is None else torch.Size(shape))
+        like = system.like
+        state = torch.stack(free.states).mean(0).to(like.device, like.dtype)
+    if not (torch.is_grad_enabled() or may_have_tangents()):
         return state
     value = force(state, theta, x)
-    _require_shape(value, state)
-    if not value.requires_grad:
+    require_shape(value, state)
+    if not (value.requires_grad or may_have_tangents()):
         return state
-    attached: Tensor = _MeasuredGradient.apply(system, free, value, state)  # type: ignore[no-untyped-call]
+    attached: Tensor = _Measured.apply(system, free, value, state)  # type: ignore[no-untyped-call]
     return attached
 
 
-class _MeasuredGradient(torch.autograd.Function):
+class _Measured(torch.autograd.Function):
+    """The state as a function of the force at it: `dz = K^-1 dF`."""
+
     @staticmethod
-    def forward(ctx: Any, system: System, free: Measurement, value: Tensor, state: Tensor) -> Tensor:
-        ctx.system, ctx.free = system, free
+    def forward(system: System, free: Measurement, value: Tensor, state: Tensor) -> Tensor:
         return state.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.system, ctx.free, value, _ = inputs
+        ctx.save_for_backward(value)
+        ctx.save_for_forward(value)
+
+    @staticmethod
+    @not_compiled
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, None]:
-        (cotangent,) = cotangents
-        error_vector = ctx.system.error_vector(ctx.free, cotangent.detach())
-        return None, None, first_derivative_only(error_vector, cotangent), None
+        (value,) = ctx.saved_tensors
+        return None, None, in_batch(lambda g: _answer(ctx.system, ctx.free, True, g, value), cotangents[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        (value,) = ctx.saved_tensors
+        change = tangents[2]
+        if change is None:
+            return None
+        # The derivative of the result is refused, so it need not be made of tangents.
+        return in_batch(lambda h: _answer(ctx.system, ctx.free, False, h, without_tangent(value)), change)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, system: System, free: Measurement, value: Tensor, state: Tensor) -> Any:
+        return plain(value), None  # where the force law brings in a batch that theta and x have not
 
 
-def _require_shape(value: object, state: Tensor) -> None:
-    if isinstance(value, Tensor) and value.shape == state.shape:
-        return
-    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise MapContractError(
-        f"force returned {got} where the state has shape {tuple(state.shape)}: it is the force on each of its entries. "
-        "If the solver makes its state in the shape of the current, give shape=."
-    )
+def _answer(system: System, free: Measurement, adjoint: bool, force: Tensor, value: Tensor) -> Tensor:
+    answer: Tensor = _Answer.apply(system, free, adjoint, force, value)  # type: ignore[no-untyped-call]
+    return answer
+
+
+class _Answer(torch.autograd.Function):
+    """`K^-T g` or `K^-1 h`, of one force or a stack of them. `value` stands for what it depends on beside the force."""
+
+    @staticmethod
+    def forward(system: System, free: Measurement, adjoint: bool, force: Tensor, value: Tensor) -> Tensor:
+        force = force.detach()
+        is_stack = force.dim() > value.dim()
+        forces = list(force) if is_stack else [force]
+        if adjoint:
+            answers = [system.error_vector(free, each) for each in forces]
+        else:
+            responses, _ = system.tangents(free, forces)
+            answers = [torch.zeros_like(force[0] if is_stack else force)] * len(forces)
+            answers = [a if r is None else r.displacement.to(a) for a, r in zip(answers, responses, strict=True)]
+        return torch.stack(answers) if is_stack else answers[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
+        raise DoubleBackwardError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        raise DoubleBackwardError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, system: System, free: Measurement, adjoint: bool, *tensors: Tensor) -> Any:
+        if in_dims[3] is None:
+            raise TransformError("vmap batches a black box, which is one system. Call it in a loop.")
+        force = tensors[0].movedim(in_dims[3], 0)
+        if force.dim() - 1 > tensors[1].dim():  # a stack of stacks
+            answers = [_answer(system, free, adjoint, each, tensors[1]) for each in force]
+            return torch.stack(answers), 0
+        return _answer(system, free, adjoint, force, tensors[1]), 0

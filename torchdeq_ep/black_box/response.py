@@ -64,6 +64,29 @@ class Response:
         return torch.einsum("k,kr...->...", weights, self.shifts) / len(self.free)
 
     @property
+    def standard_error(self) -> Tensor | None:
+        """That of the displacement, entry by entry, from the scatter of the repeats; `None` if there are none."""
+        if len(self.free) < 2:
+            return None
+        variance = sum(weight**2 * each.var(0) for weight, each in self.scatter) / len(self.free)
+        return cast(Tensor, variance).sqrt()
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Of the standard errors, by Welch and Satterthwaite; NaN if there are none."""
+        repeats, squares = len(self.free), [weight**2 for weight, _ in self.scatter]
+        return (repeats - 1) * sum(squares) ** 2 / sum(square**2 for square in squares) if repeats > 1 else math.nan
+
+    @property
+    def scatter(self) -> list[tuple[float, Tensor]]:
+        """What the displacement is a sum of: a weight and the repeats of each phase, where it counts."""
+        # The free state is subtracted from each; in stencils that are symmetric about it, it cancels.
+        weights = self.weights
+        phases = [*zip(weights, self.shifts, strict=True), (sum(weights), self.free - self.rest)]
+        largest = max(abs(weight) for weight, _ in phases)
+        return [(weight, shift) for weight, shift in phases if abs(weight) > 1e-9 * largest]
+
+    @property
     def moved(self) -> float:
         """How far the largest nudge moved the state."""
         return max(norm(shift.mean(0)) for shift in self.shifts)

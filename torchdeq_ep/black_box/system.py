@@ -14,14 +14,23 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from torchdeq_ep.black_box.containers import map_tensors, tensors_of
+from torchdeq_ep._options import check_choice, check_count
+from torchdeq_ep.black_box.containers import map_tensors, of_other_tensors, tensors_of
 from torchdeq_ep.black_box.instrument import Instrument, Measurement, Nudge
 from torchdeq_ep.black_box.law_check import LawCheck, Phases, rounding_of_a_solve
 from torchdeq_ep.black_box.reciprocity import Reciprocity, measure_reciprocity
 from torchdeq_ep.black_box.report import EquilibriumReport
 from torchdeq_ep.black_box.response import Response, size_of
-from torchdeq_ep.errors import InvalidOptionError, MapChangedError, NonFiniteError, SolverError, TruncationWarning
-from torchdeq_ep.modes import ForceScale, Stencil
+from torchdeq_ep.errors import (
+    InvalidOptionError,
+    MapChangedError,
+    MapContractError,
+    NonFiniteError,
+    NotHolomorphicError,
+    SolverError,
+    TruncationWarning,
+)
+from torchdeq_ep.modes import EquilibriumPropagation, ForceScale, Stencil
 from torchdeq_ep.state import norm
 
 ForceLaw = Callable[[Tensor, Any, Any], Tensor]
@@ -35,6 +44,14 @@ _AFTER_A_FAILURE = 1e-2
 
 
 @dataclass(frozen=True)
+class Nudged:
+    """What the nudged phases took: solves, and solves that failed and were repeated."""
+
+    calls: int
+    failures: int
+
+
+@dataclass(frozen=True)
 class System:
     """One call of `attach_equilibrium`, as its autograd node remembers it."""
 
@@ -42,17 +59,34 @@ class System:
     force: ForceLaw
     theta: Any
     x: Any
-    stencil: Stencil
+    stencil: Stencil | str
     scale: ForceScale | Literal["response"]
     metric: Tensor | Callable[[Tensor], Tensor] | None
     repeats: int
     noise: float | None
     check: bool | Literal["reciprocity"]
     writer: Callable[[EquilibriumReport], None] | None
-    versions: list[int] = field(init=False)
+    seen: list[tuple[Tensor, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", self._versions())
+        chosen = cast(Stencil, EquilibriumPropagation(self.stencil).stencil)
+        if not chosen.is_real:
+            raise NotHolomorphicError(
+                f"the {chosen.name} stencil nudges by complex forces, which a black box cannot be given. Use "
+                "Stencil.richardson for a high order."
+            )
+        if not callable(self.force):
+            raise InvalidOptionError(f"force must be a function force(z, theta, x), not {self.force!r}.")
+        check_choice("scale", self.scale, ("relative", "absolute", "response"))
+        if self.metric is not None and not isinstance(self.metric, Tensor) and not callable(self.metric):
+            raise InvalidOptionError(f"metric must be a tensor, a function of the state, or None, not {self.metric!r}.")
+        if self.noise is not None and not (isinstance(self.noise, (int, float)) and 0 < self.noise < math.inf):
+            raise InvalidOptionError(f"noise must be a positive number or None, not {self.noise!r}.")
+        check_count("repeats", self.repeats, 1)
+        if not isinstance(self.check, bool):
+            check_choice("check", self.check, ("reciprocity",))
+        object.__setattr__(self, "stencil", chosen)
+        object.__setattr__(self, "seen", self._seen())
 
     @property
     def like(self) -> Tensor:
@@ -65,28 +99,17 @@ class System:
         return self._measure([(0.0, zero)], shape)
 
     def error_vector(self, free: Measurement, cotangent: Tensor) -> Tensor:
+        """What the gradient is the VJP of the law with: `K^-T g`, if the system is reciprocal."""
         self._require_usable(cotangent)
         if norm(cotangent) == 0.0:
             return torch.zeros_like(cotangent)
-        samples = torch.stack(free.states)
-        rest = samples.mean(0)
-        noise = self._noise(samples, free.eps)
-        stencil = self.stencil.resolve(noise / self.repeats**0.5)
-        metric = self._metric(rest)
-        direction = (cotangent if metric is None else metric * cotangent).to(rest.dtype)
-        unit, pilots = self._unit(rest, direction, stencil, noise)
-        amplitudes = [unit * cast(float, node) for node in stencil.nodes]
-        forces = [(node, b * direction) for node, b in zip(stencil.nodes, amplitudes, strict=True)]
-        nudged = self._measure(forces, rest.shape)
-        states = torch.stack(nudged.states).reshape(-1, self.repeats, *rest.shape)
-        response = Response(samples, states, stencil, amplitudes, direction, metric, noise)
-        cut_off = self.scale == "response" and self._warn_of_saturation(response)
-        law = self._check_law(response, free.eps) if self.check else None
-        named = cut_off and law is not None and law.may_be_cut_off  # the warning says so
+        metric = self._metric(torch.stack(free.states).mean(0))
+        (response,), nudged = self.responses(free, [cotangent if metric is None else metric * cotangent], metric)
+        law, named = self._judge(response, free.eps)
         agrees = law is None or not law.is_wrong or named
         mutual = self._reciprocity(response, cotangent) if self.check == "reciprocity" and agrees else None
         if self.writer is not None:
-            calls = len(samples) + pilots + len(nudged.states) + (2 * self.repeats if mutual else 0)
+            calls = len(free.states) + nudged.calls + (2 * self.repeats if mutual else 0)
             self.writer(self._report(response, law, mutual, calls, free.failures + nudged.failures))
         if law is not None and not named:
             law.require_agreement()
@@ -95,13 +118,66 @@ class System:
         displacement = response.displacement
         return (displacement if metric is None else displacement / metric).to(cotangent)
 
-    def _require_usable(self, cotangent: Tensor) -> None:
+    def tangents(self, free: Measurement, forces: Sequence[Tensor]) -> tuple[list[Response | None], Nudged]:
+        """How the state follows forces, `K^-1 h` each: what a change of the parameters does. No symmetry is needed.
+
+        Args:
+            free: The free phase.
+            forces: What the changes of the parameters would push by.
+
+        Returns:
+            A response for each, or `None` if it pushes nothing; and what it took.
+        """
+        for force in forces:
+            self._require_usable(force, "the change of the force, dF/dtheta dtheta,")
+        pushing = [force for force in forces if norm(force) > 0.0]
+        responses, nudged = self.responses(free, pushing, None) if pushing else ([], Nudged(0, 0))
+        for response in responses:
+            law, named = self._judge(response, free.eps)
+            if law is not None and not named:
+                law.require_agreement()
+        found = iter(responses)
+        return [next(found) if norm(force) > 0.0 else None for force in forces], nudged
+
+    def responses(
+        self, free: Measurement, directions: Sequence[Tensor], metric: Tensor | None
+    ) -> tuple[list[Response], Nudged]:
+        """The nudged phases of several forces, all of them at once."""
+        samples = torch.stack(free.states)
+        rest = samples.mean(0)
+        noise = self._noise(samples, free.eps)
+        stencil = cast(Stencil, self.stencil).resolve(noise / self.repeats**0.5)
+        amplitudes: list[list[float]] = []
+        forces: list[tuple[complex, Tensor]] = []
+        calls = 0
+        for direction in directions:
+            unit, pilots = self._unit(rest, direction.to(rest.dtype), stencil, noise)
+            calls += pilots
+            amplitudes.append([unit * cast(float, node) for node in stencil.nodes])
+            forces += [
+                (node, b * direction.to(rest.dtype)) for node, b in zip(stencil.nodes, amplitudes[-1], strict=True)
+            ]
+        nudged = self._measure(forces, rest.shape)
+        states = torch.stack(nudged.states).reshape(len(directions), -1, self.repeats, *rest.shape)
+        responses = [
+            Response(samples, own, stencil, factors, direction.to(rest.dtype), metric, noise)
+            for own, factors, direction in zip(states, amplitudes, directions, strict=True)
+        ]
+        return responses, Nudged(calls + len(nudged.states), nudged.failures)
+
+    def _judge(self, response: Response, answered: float) -> tuple[LawCheck | None, bool]:
+        """The check of the law, if it is wanted, and whether a warning of saturation has said what there is to say."""
+        cut_off = self.scale == "response" and self._warn_of_saturation(response)
+        law = self._check_law(response, answered) if self.check else None
+        return law, cut_off and law is not None and law.may_be_cut_off
+
+    def _require_usable(self, cotangent: Tensor, name: str = "the cotangent dL/dz*") -> None:
         if not bool(torch.isfinite(cotangent).all()):
             raise NonFiniteError(
-                f"the cotangent dL/dz* has {int((~torch.isfinite(cotangent)).sum())} of {cotangent.numel()} entries "
-                "that are NaN or infinite, so there is nothing to nudge by. Look for overflow in the loss."
+                f"{name} has {int((~torch.isfinite(cotangent)).sum())} of {cotangent.numel()} entries that are NaN or "
+                "infinite, so there is nothing to nudge by. Look for overflow in the loss."
             )
-        if self._versions() != self.versions:
+        if not self._is_unchanged():
             raise MapChangedError(
                 "theta or x was written into after the free phase, so the nudged phases would be those of another "
                 "system. Call backward() before optimizer.step()."
@@ -241,19 +317,15 @@ class System:
         if self.repeats < 2:
             return (None, None), math.nan
         theta, x = (
-            map_tensors(tree, lambda t: t.detach().requires_grad_(t.requires_grad)) for tree in (self.theta, self.x)
+            of_other_tensors(tree, lambda t: t.detach().requires_grad_(t.requires_grad))
+            for tree in (self.theta, self.x)
         )
         leaves = [t for t in (*tensors_of(theta), *tensors_of(x)) if t.requires_grad]
-        # The free state is subtracted from each; in stencils that are symmetric about it, it cancels.
-        weights = response.weights
-        scatter = [*zip(weights, response.shifts, strict=True), (sum(weights), response.free - response.rest)]
-        largest = max(abs(weight) for weight, _ in scatter)
-        kept = [(weight, shift) for weight, shift in scatter if abs(weight) > 1e-9 * largest]
         variances: dict[int, Tensor] = {}
         if leaves:
             with torch.enable_grad():
                 value = self.force(response.rest.to(self.like.dtype), theta, x)
-            for weight, shift in kept:
+            for weight, shift in response.scatter:
                 for sample in weight * (shift - shift.mean(0)):
                     vector = (sample if response.metric is None else sample / response.metric).to(value)
                     parts = torch.autograd.grad(value, leaves, vector, retain_graph=True, allow_unused=True)
@@ -264,9 +336,30 @@ class System:
         errors = (
             map_tensors(tree, lambda t: variances[id(t)].sqrt() if id(t) in variances else None) for tree in (theta, x)
         )
-        squares = [weight**2 for weight, _ in kept]
-        freedom = (self.repeats - 1) * sum(squares) ** 2 / sum(square**2 for square in squares)
-        return cast(tuple[Any, Any], tuple(errors)), freedom
+        return cast(tuple[Any, Any], tuple(errors)), response.degrees_of_freedom
 
-    def _versions(self) -> list[int]:
-        return [t._version for t in (*tensors_of(self.theta), *tensors_of(self.x))]
+    def _seen(self) -> list[tuple[Tensor, int]]:
+        tensors = [*tensors_of(self.theta), *tensors_of(self.x)]
+        return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def _is_unchanged(self) -> bool:
+        now = self._seen()
+        return len(now) == len(self.seen) and all(
+            tensor is before and version == then
+            for (tensor, version), (before, then) in zip(now, self.seen, strict=True)
+        )
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def require_shape(value: object, state: Tensor) -> None:
+    """Raise MapContractError unless a value of the law has the shape of the state."""
+    if isinstance(value, Tensor) and value.shape == state.shape:
+        return
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise MapContractError(
+        f"force returned {got} where the state has shape {tuple(state.shape)}: it is the force on each of its entries. "
+        "If the solver makes its state in the shape of the current, give shape=."
+    )

@@ -246,6 +246,27 @@ def test_the_gradient_through_ngspice_is_that_of_the_twin():
 
 
 @needs_ngspice
+def test_sensitivities_through_ngspice_are_its_finite_differences():
+    """The diode circuit has amplifiers, so it is not reciprocal, and a gradient by nudges is off."""
+    network, x = circuit(1.0)
+    theta = {name: value.detach() for name, value in network.physical().items()}
+    columns = [0, 40, theta["conductance"].numel()]  # the last is a transconductance
+    found = tep.sensitivities(
+        physics.Ngspice(network, x, theta), network.force, theta, x, columns=columns, scale="response", noise=1e-10
+    )
+    flat = torch.cat([theta["conductance"], theta["transconductance"]])
+    for column, entry in zip(found.columns, columns, strict=True):
+        shift = torch.zeros_like(flat)
+        shift[entry] = 1e-4 * flat[entry]
+        states = []
+        for sign in (1, -1):
+            moved = dict(zip(theta, torch.split(flat + sign * shift, [len(v) for v in theta.values()]), strict=True))
+            states.append(physics.Ngspice(network, x, moved)(torch.zeros(())))
+        difference = (states[0] - states[1]) / (2 * shift[entry])
+        assert error(column, difference) < 1e-4
+
+
+@needs_ngspice
 def test_ngspice_says_in_words_what_is_wrong(monkeypatch):
     network = physics.ResistiveNetwork(1, 1, [(0, 1)], torch.tensor([1e-3]))
     spice = physics.Ngspice(network, torch.ones(2, 1))
