@@ -1,6 +1,7 @@
 """The nudged map, at real and complex nodes, of maps and models that were written for real numbers."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -250,3 +251,40 @@ def test_error_comes_within_one_call_of_the_backward_mode():
     with pytest.raises(NotHolomorphicError, match="relu"):
         mode(holomorphic.holomorphic_map(f), torch.ones(3), torch.ones(3))
     assert calls == 1
+
+
+# --- code for real states, at complex ones ---------------------------------------------------------------------------
+
+
+_ADVICE = "the state must be real. Convert it: z.to(torch.float64)."
+
+
+def _asserting(z):
+    assert z.dtype == torch.float64
+    return 0.5 * z
+
+
+def _looking_up(z):
+    return {torch.float64: 0.5}[z.dtype] * z
+
+
+def _checking(z):
+    if z.dtype != torch.float64:
+        raise ValueError(_ADVICE)
+    return 0.5 * z
+
+
+_RECURRENT = {name: getattr(torch.nn, name)(4, 4, batch_first=True).double() for name in ("LSTM", "GRU", "RNN")}
+REAL_ONLY = {"assertion": _asserting, "look-up": _looking_up, "check": _checking} | {
+    name: (lambda z, cell=cell: 0.3 * cell(z.reshape(1, 1, 4))[0].reshape(4)) for name, cell in _RECURRENT.items()
+}
+
+
+@pytest.mark.parametrize("name", REAL_ONLY)
+def test_what_code_for_real_states_raises_has_a_name_and_a_place(name):
+    f = REAL_ONLY[name]
+    z = solve(f, torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(NotHolomorphicError, match=r"test_nudged_map\.py:\d+") as caught:
+        tep.get_backward("hep")(f, z, torch.ones_like(z))
+    message = str(caught.value)
+    assert not re.search(r"\.to\(|\.real\b|\.float\(|convert", message, re.IGNORECASE), message

@@ -6,6 +6,7 @@ import functools
 import linecache
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -323,21 +324,38 @@ def _display_name(func: Operation, policy: Policy | None) -> str:
 
 def _location() -> str:
     """Where the operation was called: the module, and the first line outside PyTorch and this package."""
-    frame: FrameType | None = sys._getframe(1)
+    place = _place(traceback.walk_stack(sys._getframe(1)))
+    return f"It was called {place}."
+
+
+def location_of(error: BaseException) -> str:
+    """Where an error was raised: the module, and the innermost line outside PyTorch and this package.
+
+    Args:
+        error: As it was caught.
+
+    Returns:
+        A sentence.
+    """
+    place = _place(reversed(list(traceback.walk_tb(error.__traceback__))))
+    return f"It was raised {place}." if place else ""
+
+
+def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """The place that frames lie in, the innermost first."""
     modules: list[nn.Module] = []
     line = ""
-    while frame is not None:
+    for frame, number in frames:
         code = frame.f_code
         if not line and not code.co_filename.startswith((*_PACKAGES, "<frozen")):
-            source = linecache.getline(code.co_filename, frame.f_lineno).strip()
-            line = f"{code.co_filename}:{frame.f_lineno}" + (f" ({source})" if source else "")
+            source = linecache.getline(code.co_filename, number).strip()
+            line = f"at {code.co_filename}:{number}" + (f" ({source})" if source else "")
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module) and (not modules or modules[-1] is not owner):
                 modules.append(owner)
-        frame = frame.f_back
-    where = f"in module {_module_path(modules)}, " if modules else ""
-    return f"It was called {where}at {line}." if line else f"It was called {where.rstrip(', ')}."
+    where = f"in module {_module_path(modules)}" if modules else ""
+    return ", ".join(filter(None, (where, line)))
 
 
 def _module_path(modules: list[nn.Module]) -> str:

@@ -13,6 +13,7 @@ with a metric eq. (13), with the asymmetric correction eq. (19).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import EPError, NotHolomorphicError
-from torchdeq_ep.holomorphic.context import Crossing, Piecewise, mode
+from torchdeq_ep.holomorphic.context import Crossing, Piecewise, location_of, mode
 from torchdeq_ep.jacobian import Product, products
 from torchdeq_ep.jacobian.metric import scaled_adjoint
 from torchdeq_ep.modes.stencils import Node
 from torchdeq_ep.state import Equilibrium
 
 Force = Callable[[Tensor], Tensor]
+_END_OF_SENTENCE = re.compile(r"[.!?]\s|\n")
 _HOLOMORPHIC_ADVICE = (
     "Use a stencil with real nodes ('ep', or 'ep-richardson' for high order), or teach the operation with "
     "torchdeq_ep.holomorphic.register_rule."
@@ -132,11 +134,12 @@ class NudgedMap:
         with self._holomorphic:
             try:
                 value = self._evaluate(states)
-            except EPError:
+            except (EPError, MemoryError, torch.OutOfMemoryError):
                 raise
-            except (RuntimeError, TypeError, NotImplementedError) as error:
+            except Exception as error:  # an assertion, a look-up by dtype: whatever code for real states does
                 raise NotHolomorphicError(
-                    f"f cannot be evaluated at a complex state: {error}. {_HOLOMORPHIC_ADVICE}"
+                    f"f cannot be evaluated at a complex state: {_first_sentence(error)}. {location_of(error)} "
+                    f"{_HOLOMORPHIC_ADVICE}"
                 ) from error
         if not value.is_complex():
             raise NotHolomorphicError(
@@ -144,6 +147,12 @@ class NudgedMap:
                 f"extension) drops the imaginary part. {_HOLOMORPHIC_ADVICE}"
             )
         return value
+
+
+def _first_sentence(error: Exception) -> str:
+    """What happened, without the advice that follows: to cast to a real dtype would drop the imaginary part."""
+    said = _END_OF_SENTENCE.split(str(error).strip())[0].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _multiply_add(base: Tensor, factor: Node | Tensor, d: Tensor) -> Tensor:
