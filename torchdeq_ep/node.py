@@ -36,7 +36,8 @@ def attach(
 
     `f` is called once now, to record how it depends on its parameters and inputs, and again in the backward pass, where
     the mode finds the error vector `v`; the gradients are `(df/dtheta)^T v` and `(df/dx)^T v`, [eq. (2)][eq-2] of the
-    theory page.
+    theory page. Transforms of `torch.func` and forward-mode automatic differentiation go through it as well: a tangent
+    takes plain nudges or products, and needs no symmetry.
 
     Args:
         f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors
@@ -56,6 +57,7 @@ def attach(
         MapContractError: If `z_star` is no state, or `f` does not return one of the same shapes and dtypes.
         MapChangedError: In the backward pass, if `f` is no longer the same function.
         StochasticMapError: In the backward pass, if `f` gives different answers for the same state.
+        TransformError: If a transform of `torch.func` asks for what an equilibrium cannot serve.
 
     Example:
         >>> import torch
