@@ -75,6 +75,10 @@ class JacobianProductError(EPError, RuntimeError):
     """A mode needs products with the Jacobian of a map that offers none."""
 
 
+class MissingHistoryError(EPError, RuntimeError):
+    """A mode needs what another solver, or a loop of this package, would have kept of the forward pass."""
+
+
 class DoubleBackwardError(EPError, RuntimeError):
     """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
 

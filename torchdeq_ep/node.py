@@ -11,8 +11,9 @@ from torch import Tensor
 
 from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.certificate import Certificate, certified, certify, compare_derivatives, speak_up_of_certificate
-from torchdeq_ep.errors import MapChangedError, MapContractError, StochasticMapError
-from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, get_backward
+from torchdeq_ep.errors import InvalidOptionError, MapChangedError, MapContractError, StochasticMapError
+from torchdeq_ep.following import follow
+from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, Path, StepwiseMode, get_backward
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import (
     STATEFUL,
@@ -118,6 +119,7 @@ class Layer:
         memory: What is remembered of the layer's earlier passes.
         penalty: The asymmetry along the error vector, if that is to be penalised.
         controller: What is shown each error vector with its equilibrium, beside the penalty.
+        history: What the solver left for a mode that needs it.
     """
 
     f: Map
@@ -129,6 +131,7 @@ class Layer:
     memory: Memory = field(default_factory=Memory)
     penalty: AsymmetryPenalty | None = None
     controller: Callable[[Equilibrium, Tensor], None] | None = None
+    history: object = None
 
 
 def connect(
@@ -148,6 +151,9 @@ def connect(
     """
     if not depends_on_more(value, recording):
         return returned.detach()
+    if isinstance(layer.mode, StepwiseMode):
+        path = Path(layer.f, free_state, value, layer.history)
+        return follow(path, returned, layer.mode, layer.packing, layer.memory, recording, layer.writer)
     return connect_with_penalty(layer, free_state, value, returned, recording)[0]
 
 
@@ -165,7 +171,15 @@ def connect_with_penalty(
 
     Returns:
         The new tensor; and a scalar of value 0, whose cotangent is the weight of the layer's penalty, if it has one.
+
+    Raises:
+        InvalidOptionError: If the mode has no error vector to penalise the asymmetry along.
     """
+    if isinstance(layer.mode, StepwiseMode):
+        raise InvalidOptionError(
+            f"homeostasis along the error vector needs one, and {layer.mode!r} differentiates steps instead: take "
+            "another backward, or random directions, estimator='antisymmetric'."
+        )
     leaves = () if layer.penalty is None else layer.penalty.leaves
     arguments = layer, recording, free_state, value, returned.detach(), *leaves
     connected, zero = _EquilibriumGradient.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -268,6 +282,7 @@ def _solve(
             layer.loss_of_state(),
             layer.packing.rows,
             layer.memory,
+            history=layer.history,
         )
         if isinstance(layer.mode, Mode):
             error_vector, report = layer.mode.solve(equilibrium)

@@ -3,6 +3,7 @@
 from torchdeq_ep.modes.amplitude import ForceScale as ForceScale
 from torchdeq_ep.modes.base import Derivative as Derivative
 from torchdeq_ep.modes.base import Mode as Mode
+from torchdeq_ep.modes.base import Need as Need
 from torchdeq_ep.modes.base import RelaxedMode as RelaxedMode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.modes.linear import InfinitesimalEP as InfinitesimalEP
@@ -15,4 +16,11 @@ from torchdeq_ep.modes.registry import get_backward as get_backward
 from torchdeq_ep.modes.registry import register_backward as register_backward
 from torchdeq_ep.modes.report import NudgeReport as NudgeReport
 from torchdeq_ep.modes.schedules import Online as Online
+from torchdeq_ep.modes.series import Neumann as Neumann
+from torchdeq_ep.modes.series import OneStep as OneStep
 from torchdeq_ep.modes.stencils import Stencil as Stencil
+from torchdeq_ep.modes.steps import Path as Path
+from torchdeq_ep.modes.steps import Phantom as Phantom
+from torchdeq_ep.modes.steps import StepwiseMode as StepwiseMode
+from torchdeq_ep.modes.steps import Trajectory as Trajectory
+from torchdeq_ep.modes.steps import Unrolled as Unrolled

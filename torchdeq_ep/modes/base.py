@@ -30,6 +30,8 @@ from torchdeq_ep.state import (
 Correction = Literal["asymmetric"]
 Derivative = Literal["values", "autograd", "both"]
 OnDivergence = Literal["shrink", "raise", "accept", "ift"]
+Need = Literal["steps", "inverse", "reversible"]
+"""What a mode takes from the solver: the graph of its steps, its approximate inverse, or its two coupled iterates."""
 DEFAULT_MAX_ITER = 100
 
 
@@ -49,6 +51,9 @@ class Mode(ABC):
         >>> mode(lambda z: 0.5 * z, torch.zeros(2), torch.ones(2))
         tensor([2., 2.])
     """
+
+    at_equilibrium: ClassVar[bool] = True
+    """Whether its gradient presumes that the state is an equilibrium, so that one that is not is worth a warning."""
 
     def __call__(self, f: Callable[..., Any], z_star: State, cotangent: State) -> State:
         """The error vector at a fixed point.
@@ -91,8 +96,9 @@ class Mode(ABC):
         equilibrium.memory.passes += 1
         equilibrium.used.assumed_symmetry = self.assumes_symmetry
         equilibrium.require_finite()
-        if equilibrium.residual > UNCONVERGED_STATE:
-            speak_up_of_free_phase(equilibrium)
+        if self.at_equilibrium and equilibrium.residual > UNCONVERGED_STATE:
+            with undisturbed(equilibrium.records):
+                speak_up_of_free_phase(equilibrium)
         if equilibrium.cotangent_size == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
         with undisturbed(equilibrium.records):
@@ -111,6 +117,11 @@ class Mode(ABC):
     def assumes_symmetry(self) -> bool:
         """Whether the limit of the mode is the exact error vector only where `J` (or `J M`) is symmetric."""
         return False
+
+    @property
+    def needs(self) -> Need | None:
+        """What the mode takes from the forward pass beside `f` and `z*`: it is `Equilibrium.history` then."""
+        return None
 
     @abstractmethod
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:

@@ -45,6 +45,7 @@ class Equilibrium:
         rows: Where the samples of a batch lie in the state, if it may hold any.
         memory: What the layer remembers of earlier passes, and what speaks up.
         used: What the mode used for it.
+        history: What the solver left for a mode that needs it.
 
     Example:
         >>> z = torch.tensor([3.0, 4.0])
@@ -63,6 +64,7 @@ class Equilibrium:
     rows: Rows | None = None
     memory: Memory = field(default_factory=Memory)
     used: Used = field(default_factory=Used)
+    history: object = None
 
     @cached_property
     def size(self) -> float:
