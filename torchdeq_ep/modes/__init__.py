@@ -3,7 +3,6 @@
 from torchdeq_ep.modes.amplitude import ForceScale as ForceScale
 from torchdeq_ep.modes.base import Derivative as Derivative
 from torchdeq_ep.modes.base import Mode as Mode
-from torchdeq_ep.modes.base import Need as Need
 from torchdeq_ep.modes.base import RelaxedMode as RelaxedMode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.modes.linear import InfinitesimalEP as InfinitesimalEP
@@ -24,3 +23,4 @@ from torchdeq_ep.modes.steps import Phantom as Phantom
 from torchdeq_ep.modes.steps import StepwiseMode as StepwiseMode
 from torchdeq_ep.modes.steps import Trajectory as Trajectory
 from torchdeq_ep.modes.steps import Unrolled as Unrolled
+from torchdeq_ep.relaxation.kept import Need as Need

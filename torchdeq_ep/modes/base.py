@@ -20,6 +20,7 @@ from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteErr
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import GMRES, Run, Solver, check_solver, relax
+from torchdeq_ep.relaxation.kept import Need
 from torchdeq_ep.state import (
     Equilibrium,
     Packing,
@@ -30,8 +31,6 @@ from torchdeq_ep.state import (
 Correction = Literal["asymmetric"]
 Derivative = Literal["values", "autograd", "both"]
 OnDivergence = Literal["shrink", "raise", "accept", "ift"]
-Need = Literal["steps", "inverse", "reversible"]
-"""What a mode takes from the solver: the graph of its steps, its approximate inverse, or its two coupled iterates."""
 DEFAULT_MAX_ITER = 100
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torchdeq_ep._options import check_count, check_damping
 from torchdeq_ep.errors import MissingHistoryError
-from torchdeq_ep.modes.base import Mode, Need
+from torchdeq_ep.modes.base import Mode
 from torchdeq_ep.modes.report import NudgeReport
+from torchdeq_ep.relaxation.kept import Need
 from torchdeq_ep.state import Equilibrium, FrozenStatistics, Map
 
 
