@@ -14,6 +14,7 @@ from torchdeq_ep.host import register_homeostasis as register_homeostasis
 from torchdeq_ep.host import use_backward as use_backward
 from torchdeq_ep.jacobian import ActivityMetric as ActivityMetric
 from torchdeq_ep.jacobian import symmetry_penalty as symmetry_penalty
+from torchdeq_ep.loops import LoopReport as LoopReport
 from torchdeq_ep.loops import loop as loop
 from torchdeq_ep.measuring import compare as compare
 from torchdeq_ep.measuring import diagnose as diagnose

@@ -15,9 +15,10 @@ from torchdeq.solver.stat import SolverStat
 from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import NoGradientWarning
 from torchdeq_ep.host.deqs import fixed_point
-from torchdeq_ep.modes import ModeLike, NudgeReport
+from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Trajectory
 from torchdeq_ep.node import Layer, connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
+from torchdeq_ep.relaxation.kept import kept_by, replay
 from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, undisturbed
 
 Loss = Callable[[Any], Tensor]
@@ -48,6 +49,8 @@ class Slot:
     report: NudgeReport | None = None
     penalised: Penalised | None = None
     """What wants a penalty on the asymmetry along the error vector."""
+    history: object = None
+    """Of the last forward pass: what the solver kept for a mode that needs it."""
     zero: Tensor | None = None
     """Of the last forward pass: a scalar of value 0, whose cotangent is the weight of that penalty."""
 
@@ -100,7 +103,19 @@ class EquilibriumRule:
     memory: Memory = field(default_factory=_lasting)
 
     def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
-        return [self._connect(func, returned, source, writer) for returned, source in self._visited(func, z_pred)]
+        history, self.slot.history = self.slot.history, None
+        visited = self._visited(func, z_pred)
+        if isinstance(history, SolverRun):
+            history = Trajectory(partial(self._followed, func, history))
+        kept = [None] * (len(visited) - 1) + [history]  # which is of the equilibrium alone
+        return [self._connect(func, *state, writer, past) for state, past in zip(visited, kept, strict=True)]
+
+    def _followed(self, func: Any, run: SolverRun, _: Map) -> Tensor:
+        """All steps of the solver and of the rule, with their graph."""
+        z = replay(func, run.start, run.solved, run.counts)
+        for _step in range(self.steps.steps):
+            z = func(z, tau=self.steps.tau)
+        return Packing.of(z).pack(z)
 
     def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule, recorded at their sources where `func` allows it: found out once."""
@@ -125,7 +140,7 @@ class EquilibriumRule:
             recording.is_hidden = self.memory.state_is_hidden
         return returned, source
 
-    def _connect(self, func: Any, returned: Any, source: Any, writer: Any) -> Any:
+    def _connect(self, func: Any, returned: Any, source: Any, writer: Any, history: object) -> Any:
         device = (source if isinstance(source, Tensor) else source[0]).device
         autocast = Autocast.current(device.type)
         packing = Packing.of(source, lenient=autocast.enabled)
@@ -145,6 +160,7 @@ class EquilibriumRule:
             partial(self._record, writer),
             loss_of_packed_state,
             self.memory,
+            history=history,
         )
         value, recording = packing.pack(returned), recording_of(source)
         state, wanted = packing.pack(source, "the solver").detach(), self.slot.penalised
@@ -161,6 +177,35 @@ class EquilibriumRule:
         self.slot.report = report
         if writer is not None:
             writer(solver_statistics(report))
+
+
+@dataclass(frozen=True)
+class SolverRun:
+    """How a solver of torchdeq went: where it started, where it ended, and the steps of each row."""
+
+    start: Any
+    solved: Any
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedSolver:
+    """A solver that leaves in the slot of a DEQ what its mode needs of the forward pass."""
+
+    solver: Callable[..., Any]
+    slot: Slot
+    need: Need | None
+
+    def __call__(self, func: Any, x0: Any, *args: Any, **kwargs: Any) -> Any:
+        if kept_by(self.solver) is not None:
+            kwargs["on_history"] = self._keep
+        state, trajectory, info = self.solver(func, x0, *args, **kwargs)
+        if self.need == "steps":
+            self._keep(SolverRun(x0, state, info["nstep"]))
+        return state, trajectory, info
+
+    def _keep(self, history: object) -> None:
+        self.slot.history = history
 
 
 @dataclass(frozen=True)
@@ -209,6 +254,7 @@ class EvaluationHook:
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory = self.rule.memory
+        self.rule.slot.history = None  # it holds the map, and with it a graph
         is_in_force = deq.produce_grad[-1] is self.rule
         if deq.training or memory.seen_in_evaluation or not is_in_force or not torch.is_grad_enabled():
             return

@@ -14,8 +14,16 @@ from torchdeq.core import DEQBase, DEQIndexing
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.host.deqs import deqs_of
 from torchdeq_ep.host.homeostasis import HomeostasisHandle, register_homeostasis
-from torchdeq_ep.host.rules import CompleteTrajectory, EquilibriumRule, EvaluationHook, Loss, PhantomGradient
-from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
+from torchdeq_ep.host.rules import (
+    CompleteTrajectory,
+    EquilibriumRule,
+    EvaluationHook,
+    Loss,
+    ObservedSolver,
+    PhantomGradient,
+)
+from torchdeq_ep.modes import ModeLike, Need, NudgeReport, get_backward
+from torchdeq_ep.relaxation.kept import check_pair
 from torchdeq_ep.state import Memory
 
 DEFAULT_BACKWARD = "ep"
@@ -127,7 +135,7 @@ class BackwardHandle:
             while isinstance(deq.produce_grad, _SwitchedRules) and deq.produce_grad.removed:
                 top = deq.produce_grad
                 deq.produce_grad = top.below
-                if isinstance(deq.f_solver, CompleteTrajectory) and top.solver_below is not None:
+                if isinstance(deq.f_solver, (CompleteTrajectory, ObservedSolver)) and top.solver_below is not None:
                     deq.f_solver = top.solver_below
 
     def __enter__(self) -> BackwardHandle:
@@ -204,14 +212,24 @@ def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedR
     below: list[Any] = deq.produce_grad
     *earlier, last = [_picklable(rule) for rule in below]
     steps = last if isinstance(last, PhantomGradient) else PhantomGradient()
-    solver_below = None
-    if isinstance(deq, DEQIndexing) and not isinstance(deq.f_solver, CompleteTrajectory):
-        solver_below, deq.f_solver = deq.f_solver, CompleteTrajectory(deq.f_solver)
     rule = EquilibriumRule(mode, steps, certificate)
+    solver_below, deq.f_solver = deq.f_solver, _observed(deq, mode, rule)
     rules = _SwitchedRules([*earlier, rule], below, solver_below)
     rules.hook = deq.register_forward_hook(EvaluationHook(rule), with_kwargs=True)
     deq.produce_grad = rules
     return rules
+
+
+def _observed(deq: DEQBase, mode: ModeLike, rule: EquilibriumRule) -> Any:
+    """The solver of a DEQ as its rule needs it: observed for the sake of the mode, its trajectory complete."""
+    solver = deq.f_solver
+    while isinstance(solver, (CompleteTrajectory, ObservedSolver)):
+        solver = solver.solver
+    need: Need | None = getattr(mode, "needs", None)
+    check_pair(solver, need)
+    if need is not None:
+        solver = ObservedSolver(solver, rule.slot, need)
+    return CompleteTrajectory(solver) if isinstance(deq, DEQIndexing) else solver
 
 
 def _picklable(rule: Any) -> Any:

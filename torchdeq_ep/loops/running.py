@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.loops.report import LoopReport
 from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Unrolled, get_backward
 from torchdeq_ep.node import Layer, connect
 from torchdeq_ep.recording import reaches_state, recorded, recording_of
@@ -26,8 +27,6 @@ AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 Halt = Callable[[Any, int], Tensor]
 Carry = Literal["detached", "graph"]
 
-NEAR = 0.1
-"""A loop that stopped within a tenth of its size of its equilibrium has the gradient of that to about as much."""
 _TOL = 1e-4
 
 _override: ContextVar[ModeLike | None] = ContextVar("torchdeq_ep_loops", default=None)
@@ -48,62 +47,6 @@ def loops_by(mode: ModeLike) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
-
-
-@dataclass(frozen=True)
-class LoopReport:
-    """Where a loop stopped.
-
-    Args:
-        steps: Steps made.
-        residual: Size of the last step relative to the state, over the whole state.
-        contraction: Size of the last step relative to the one before; NaN after one step or a solver.
-        row_steps: With halting, the number of steps of each sample.
-        trace: Size of every step relative to the state.
-
-    Example:
-        >>> report = LoopReport(steps=6, residual=0.34, contraction=0.9)
-        >>> report.is_equilibrium, round(report.distance, 1)
-        (False, 3.1)
-        >>> str(report)[:80]
-        'after 6 steps the residual is 3.4e-01 and shrinks by 0.90 a step: the equilibriu'
-    """
-
-    steps: int
-    residual: float
-    contraction: float = math.nan
-    row_steps: Tensor | None = None
-    trace: tuple[float, ...] = ()
-
-    @property
-    def distance(self) -> float:
-        """How far away the equilibrium is, relative to the size of the state: `residual c / (1 - c)`, of contraction c.
-
-        The residual itself where the contraction is not known; infinite where steps do not shrink.
-        """
-        if self.residual == 0 or math.isnan(self.contraction):
-            return self.residual
-        return self.residual * self.contraction / (1 - self.contraction) if self.contraction < 1 else math.inf
-
-    @property
-    def is_equilibrium(self) -> bool:
-        """Whether an equilibrium is near enough for its gradient to mean anything: at a distance of 0.1 at most."""
-        return self.distance <= NEAR
-
-    def __str__(self) -> str:
-        made = f"after {self.steps} step{'' if self.steps == 1 else 's'} the residual is {self.residual:.1e}"
-        rate = "" if math.isnan(self.contraction) else f" and shrinks by {self.contraction:.2f} a step"
-        if self.is_equilibrium:
-            return f"{made}{rate}: the loop is near its equilibrium, and the gradient of that is meaningful"
-        where = (
-            "there is no equilibrium in sight"
-            if math.isinf(self.distance)
-            else f"the equilibrium is about {self.distance:.2g} times the size of the state away"
-        )
-        return (
-            f"{made}{rate}: {where}, so its gradient says little of this loop; 'unrolled' is the gradient of what was "
-            "computed"
-        )
 
 
 @overload
@@ -184,7 +127,7 @@ def loop(
             treated apart by `f`, which is called again at the state before these, unless all steps are unrolled.
         writer: Called with the [`NudgeReport`][torchdeq_ep.NudgeReport] of each backward pass, but not for steps of the
             loop itself that are unrolled: that pass is autograd's own.
-        on_stop: Called with a [`LoopReport`][torchdeq_ep.loops.LoopReport] once the loop has ended: at which
+        on_stop: Called with a [`LoopReport`][torchdeq_ep.LoopReport] once the loop has ended: at which
             residual it stopped, and whether the gradient of an equilibrium means anything there.
         certificate: As for [`attach`][torchdeq_ep.node.attach].
 
