@@ -269,10 +269,10 @@ def test_the_report_says_where_the_loop_stopped(problem):
     reports = []
     tep.loop(problem.f, problem.z0, 3, on_stop=reports.append)
     states = problem.states(3)
-    sizes = [float((b - a).norm()) for a, b in pairwise(states)]
+    sizes = [float((b - a).detach().norm()) for a, b in pairwise(states)]
     report = reports[0]
     assert report.steps == 3
-    assert report.residual == pytest.approx(sizes[-1] / float(states[2].norm()))
+    assert report.residual == pytest.approx(sizes[-1] / float(states[2].detach().norm()))
     assert report.contraction == pytest.approx(sizes[-1] / sizes[-2])
     assert len(report.trace) == 3
     assert "unrolled" in str(report)

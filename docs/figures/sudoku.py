@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -96,6 +97,12 @@ def accuracy(model: Reasoner, puzzles: Tensor, solutions: Tensor) -> float:
         return float((model(puzzles).argmax(2) + 1 == solutions).all(1).double().mean())
 
 
+def say(line: str) -> None:
+    """Progress, a line at a time."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def train(gradient: str, seed: int, steps: int) -> dict[str, object]:
     """One run."""
     torch.manual_seed(seed)
@@ -129,13 +136,7 @@ def train(gradient: str, seed: int, steps: int) -> dict[str, object]:
             curve.append((step + 1, accuracy(model, *test)))
             assert model.report is not None
             residuals.append(model.report.residual)
-            print(
-                gradient,
-                seed,
-                *curve[-1],
-                f"loss {float(loss.detach()):.3f} {seconds:.0f} s, {model.report}",
-                flush=True,
-            )
+            say(f"{gradient} / {seed}: {curve[-1]} loss {float(loss.detach()):.3f} {seconds:.0f} s, {model.report}")
     torch.save(model.state_dict(), WEIGHTS / f"{name}-end.pt")
     return {
         "accuracy": accuracy(model, *test),
@@ -162,7 +163,7 @@ def main() -> None:
         if key in known and not is_trial:
             continue
         run = train(gradient, seed, given.steps)
-        print(key, run, flush=True)
+        say(f"{key}: {run}")
         if not is_trial:
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             RESULTS.write_text(json.dumps({**known, key: run}, indent=1) + "\n")
