@@ -2,6 +2,7 @@
 
 from torchdeq_ep.host.along import AUTO as AUTO
 from torchdeq_ep.host.along import TARGET as TARGET
+from torchdeq_ep.host.broyden import broyden_inverse_solver as broyden_inverse_solver
 from torchdeq_ep.host.cores import EPIndexing as EPIndexing
 from torchdeq_ep.host.cores import EPSliced as EPSliced
 from torchdeq_ep.host.cores import add_ep_args as add_ep_args

@@ -17,6 +17,7 @@ from torchdeq_ep.modes.report import NudgeReport as NudgeReport
 from torchdeq_ep.modes.schedules import Online as Online
 from torchdeq_ep.modes.series import Neumann as Neumann
 from torchdeq_ep.modes.series import OneStep as OneStep
+from torchdeq_ep.modes.shine import Shine as Shine
 from torchdeq_ep.modes.stencils import Stencil as Stencil
 from torchdeq_ep.modes.steps import Path as Path
 from torchdeq_ep.modes.steps import Phantom as Phantom

@@ -15,6 +15,7 @@ from torchdeq_ep.modes.base import Mode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.series import Neumann, OneStep
+from torchdeq_ep.modes.shine import Shine
 from torchdeq_ep.modes.stencils import Beta, Stencil
 from torchdeq_ep.modes.steps import Phantom, Unrolled
 
@@ -78,6 +79,11 @@ def unrolled(*, k: int | None = None) -> Mode:
     return Unrolled(k)
 
 
+def shine(*, refine: int = 0, fallback: float | None = None) -> Mode:
+    """`shine`: The inverse that the forward solver `broyden-inverse` estimated. Options: `refine`, `fallback`."""
+    return Shine(refine, fallback)
+
+
 _factories: dict[str, Callable[..., ModeLike]] = {
     "ift": ImplicitDifferentiation,
     "ep-one-sided": one_sided,
@@ -92,6 +98,7 @@ _factories: dict[str, Callable[..., ModeLike]] = {
     "neumann": neumann,
     "phantom": phantom,
     "unrolled": unrolled,
+    "shine": shine,
 }
 
 
