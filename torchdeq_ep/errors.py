@@ -150,6 +150,10 @@ class NoGradientWarning(EPWarning):
     """A switched DEQ was called in evaluation mode with autograd on: it has no gradient there."""
 
 
+class ReconstructionWarning(EPWarning):
+    """Reversible steps could not be taken back precisely enough: rounding grows with every one of them."""
+
+
 class LossMismatchWarning(EPWarning):
     """The loss given to `nudge_loss` is not the loss whose gradient reached the layer."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchdeq_ep.modes import NudgeReport
 from torchdeq_ep.modes.steps import Path, StepwiseMode
 from torchdeq_ep.recording import Recording, recorded, recording_of
+from torchdeq_ep.relaxation.reversing import ReversibleRun
 from torchdeq_ep.state import FrozenStatistics, Map, Memory, Packing, norm
 
 
@@ -29,6 +30,7 @@ class Followed:
         memory: Of the layer.
         recordings: Of the state, through the first value and beside it.
         writer: Called with the report.
+        history: What the solver left.
         calls: Further calls of the map that the mode made.
     """
 
@@ -37,6 +39,7 @@ class Followed:
     memory: Memory
     recordings: tuple[Recording | None, ...]
     writer: Callable[[NudgeReport], None] | None
+    history: object = None
     calls: int = 0
     size: float = 0.0
     arrived: list[Tensor] = field(default_factory=list)
@@ -72,8 +75,11 @@ class Followed:
             self.memory.certify(residual)
         self.arrived.clear()
         if self.writer is not None:
-            calls = 2 * self.calls  # each with its product
-            self.writer(NudgeReport(repr(self.mode), calls=calls, iterations=self.calls, adjoint_residual=residual))
+            steps, error = self.calls, 0.0
+            if isinstance(self.history, ReversibleRun):
+                steps, error = 2 * self.history.steps, self.history.error
+            report = NudgeReport(repr(self.mode), calls=2 * steps, iterations=steps, residual=error, solved=error)
+            self.writer(replace(report, adjoint_residual=residual))
 
 
 def follow(
@@ -102,8 +108,8 @@ def follow(
     start = path.z if recording is None else recorded(path.z)
     counted = _Counted(path.f)
     with FrozenStatistics():
-        end = mode.follow(Path(counted, start, path.value, path.history))
-    followed = Followed(mode, packing, memory, (recording, recording_of(start)), writer, counted.calls)
+        end = mode.follow(Path(counted, start, path.value, path.history, memory))
+    followed = Followed(mode, packing, memory, (recording, recording_of(start)), writer, path.history, counted.calls)
     connected: Tensor = _ValueOf.apply(followed, returned.detach(), end)  # type: ignore[no-untyped-call]
     return connected
 

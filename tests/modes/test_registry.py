@@ -11,7 +11,7 @@ from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
 from torchdeq_ep.modes import Neumann, Phantom, Unrolled, registry
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
-NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "shine")
+NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "shine", "reversible")
 
 
 @pytest.fixture

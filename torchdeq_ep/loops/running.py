@@ -281,7 +281,7 @@ class _Run:
         f = self.packing.map(self.f)
         start = self.packing.pack(z0, "z0")
         grad = torch.is_grad_enabled()
-        start = start if need == "steps" else start.detach()
+        start = start if need in ("steps", "reversible") else start.detach()
         options: dict[str, Any] = {"max_iter": steps, "tol": tol, "stop_mode": "rel"}
         z, history, self.made = solve_and_keep(solver, f, start, self.packing.rows, need if grad else None, **options)
         if not grad or need == "steps":

@@ -14,6 +14,7 @@ from torchdeq_ep.modes.registry import describe_backward as describe_backward
 from torchdeq_ep.modes.registry import get_backward as get_backward
 from torchdeq_ep.modes.registry import register_backward as register_backward
 from torchdeq_ep.modes.report import NudgeReport as NudgeReport
+from torchdeq_ep.modes.reversible import Reversible as Reversible
 from torchdeq_ep.modes.schedules import Online as Online
 from torchdeq_ep.modes.series import Neumann as Neumann
 from torchdeq_ep.modes.series import OneStep as OneStep

@@ -14,6 +14,7 @@ from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown
 from torchdeq_ep.modes.base import Mode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
+from torchdeq_ep.modes.reversible import Reversible
 from torchdeq_ep.modes.series import Neumann, OneStep
 from torchdeq_ep.modes.shine import Shine
 from torchdeq_ep.modes.stencils import Beta, Stencil
@@ -84,6 +85,11 @@ def shine(*, refine: int = 0, fallback: float | None = None) -> Mode:
     return Shine(refine, fallback)
 
 
+def reversible() -> Mode:
+    """`reversible`: The steps of the solver `reversible`, run backwards: exact, with memory for two states."""
+    return Reversible()
+
+
 _factories: dict[str, Callable[..., ModeLike]] = {
     "ift": ImplicitDifferentiation,
     "ep-one-sided": one_sided,
@@ -99,6 +105,7 @@ _factories: dict[str, Callable[..., ModeLike]] = {
     "phantom": phantom,
     "unrolled": unrolled,
     "shine": shine,
+    "reversible": reversible,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from torchdeq_ep.errors import MissingHistoryError
 from torchdeq_ep.modes.base import Mode
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation.kept import Need
-from torchdeq_ep.state import Equilibrium, FrozenStatistics, Map
+from torchdeq_ep.state import Equilibrium, FrozenStatistics, Map, Memory
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Path:
         z: Packed state that the steps start from: the `z*` of the solver.
         value: `f(z)`, with its graph.
         history: What the solver left for the mode, see [`Mode.needs`][torchdeq_ep.extend.Mode], or `None`.
+        memory: Of the layer.
 
     Example:
         >>> z = torch.zeros(2)
@@ -42,6 +43,7 @@ class Path:
     z: Tensor
     value: Tensor
     history: object = None
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from torchdeq_ep.errors import MissingHistoryError
 from torchdeq_ep.relaxation.driven import Solver
+from torchdeq_ep.relaxation.reversing import ReversibleRun
 from torchdeq_ep.state import Map, Rows, change_tolerance, relative_difference
 
 Need = Literal["steps", "inverse", "reversible"]
@@ -139,4 +141,7 @@ def solve_and_keep(
         found, _, info = solver(step, first, **options)
     if need == "steps":
         found = replay(step, first, found, info["nstep"])
-    return join(found), (kept[0] if kept else None), int(info["nstep"].max())
+    history = kept[0] if kept else None
+    if isinstance(history, ReversibleRun):
+        history = replace(history, start=start, y=join(history.y), z=join(history.z))
+    return join(found), history, int(info["nstep"].max())
