@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -286,6 +287,18 @@ def test_steps_that_grow_have_no_equilibrium_in_sight():
     tep.loop(lambda z: 2 * z, torch.ones(2, 2), 4, on_stop=reports.append)
     assert reports[0].distance == float("inf")
     assert "no equilibrium in sight" in str(reports[0])
+
+
+def test_a_lasting_memory_warns_once(problem):
+    memory = tep.Memory(lasting=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            tep.loop(problem.f, problem.z0, 3, "ift", memory=memory).sum().backward()
+    kinds = [warning.category for warning in caught]
+    assert len(kinds) == len(set(map(str, (warning.message for warning in caught))))
+    assert len(kinds) <= 2
+    assert memory.passes == 5
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

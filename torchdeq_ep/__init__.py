@@ -28,5 +28,6 @@ from torchdeq_ep.modes import available_backwards as available_backwards
 from torchdeq_ep.modes import get_backward as get_backward
 from torchdeq_ep.modes import register_backward as register_backward
 from torchdeq_ep.node import attach as attach
+from torchdeq_ep.state import Memory as Memory
 
 __version__ = _version("torchdeq-ep")

@@ -67,7 +67,7 @@ def check_damping(value: object) -> None:
 
 
 def check_metric(metric: object) -> None:
-    """Refuse what cannot be a metric: it is a function of the state, `"auto"` or `None`.
+    """Refuse what cannot be a metric: it is a function of the state, an operator, `"auto"` or `None`.
 
     Args:
         metric: What was given.
@@ -78,7 +78,9 @@ def check_metric(metric: object) -> None:
     Example:
         >>> check_metric("auto")
     """
-    if metric not in (None, "auto") and not callable(metric):
+    is_operator = callable(getattr(metric, "apply", None)) and callable(getattr(metric, "inverse", None))
+    if not is_operator and metric not in (None, "auto") and not callable(metric):
         raise InvalidOptionError(
-            f"metric must be a function from the state to the positive diagonal of M, 'auto' or None, not {metric!r}."
+            "metric must be a function from the state to the positive diagonal of M, an OperatorMetric, 'auto' or "
+            f"None, not {metric!r}."
         )

@@ -227,7 +227,7 @@ class _Pass:
         self._layer = layer
         equilibrium, self.error_vector, self._report, self.added = _solve(layer, free_state, value, cotangent, weight)
         self._certificate: Certificate | None = None
-        self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
+        self._open: tuple[Tensor, Tensor, Any, float] | None = (
             self.error_vector,
             equilibrium.cotangent,
             equilibrium.used.metric,

@@ -1,6 +1,7 @@
 """Trains a looped transformer on 4 x 4 Sudoku with each gradient of the menu: docs/sudoku.md.
 
     python docs/figures/sudoku.py            # all runs that docs/results/sudoku.json does not have yet
+    python docs/figures/sudoku.py --rank     # how far each gradient is from that of the steps, at the start and the end
     python docs/figures/sudoku.py --steps 50 # a short trial, which is written nowhere
 
 A run is named by gradient and seed. Each is written as soon as it is done, with its accuracy over time, so that the
@@ -25,6 +26,7 @@ import torchdeq_ep as tep
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "sudoku.json"
+RANKING = ROOT / "docs" / "results" / "sudoku-ranking.json"
 WEIGHTS = ROOT / "build" / "sudoku"
 
 GRADIENTS = ("unrolled", "unrolled:k=4", "unrolled:k=2", "one-step", "neumann:k=4", "phantom:k=4", "ift", "aep", "ep")
@@ -76,11 +78,12 @@ class Reasoner(nn.Module):
         self.block = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True)
         self.read_out = nn.Linear(width, 4)
         self.report: tep.LoopReport | None = None
+        self.memory = tep.Memory(lasting=True)
 
     def forward(self, puzzle: Tensor) -> Tensor:
         x = self.digits(puzzle) + self.cells
-        z = tep.loop(lambda z: self.block(z + x), torch.zeros_like(x), LOOP, self.backward, on_stop=self.stopped)
-        return self.read_out(z)
+        options = {"on_stop": self.stopped, "memory": self.memory}
+        return self.read_out(tep.loop(lambda z: self.block(z + x), torch.zeros_like(x), LOOP, self.backward, **options))
 
     def stopped(self, report: tep.LoopReport) -> None:
         self.report = report
@@ -147,15 +150,38 @@ def train(gradient: str, seed: int, steps: int) -> dict[str, object]:
     }
 
 
+def rank(seed: int) -> dict[str, dict[str, list[float]]]:
+    """Each gradient beside backpropagation through all steps, at the start and at the end of its run: error, cosine."""
+    everything = grids()
+    batch = Puzzles(everything, everything, 2000 + seed).draw(BATCH)
+    found = {}
+    for when in ("start", "end"):
+        model = Reasoner()
+        model.load_state_dict(torch.load(WEIGHTS / f"unrolled-{seed}-{when}.pt"))
+        table = tep.compare(model, batch, loss_of, GRADIENTS, exact="steps", repeats=1)
+        found[when] = {
+            row.backward: [row.gradient_error, row.gradient_cosine, row.step_milliseconds] for row in table.rows
+        }
+        say(f"{seed} {when}: {table.sentence()}")
+    return found
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rank", action="store_true", help="the ranking, of weights that are there")
     parser.add_argument("--gradient", action="append")
     parser.add_argument("--seed", action="append", type=int)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", tep.errors.EPWarning)
+    if given.rank:
+        known = json.loads(RANKING.read_text()) if RANKING.exists() else {}
+        for seed in given.seed or SEEDS:
+            known[str(seed)] = rank(seed)
+            RANKING.write_text(json.dumps(known, indent=1) + "\n")
+        return
     is_trial = given.steps != STEPS
     for seed, gradient in itertools.product(given.seed or SEEDS, given.gradient or GRADIENTS):
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from importlib.metadata import entry_points
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -27,6 +28,9 @@ from torchdeq_ep.relaxation.kept import check_pair
 from torchdeq_ep.state import Memory
 
 DEFAULT_BACKWARD = "ep"
+ADAPTERS = "torchdeq_ep.adapters"
+"""Entry points of other distributions: functions `(module, backward, **options)` that switch the equilibrium layers of
+another library and return a handle, or `None` if there are none."""
 
 
 class _SwitchedRules(list[Any]):
@@ -198,6 +202,11 @@ def use_backward(
         torch.Size([3, 3])
         >>> handle.remove()
     """
+    if isinstance(module, nn.Module) and not any(isinstance(part, DEQBase) for part in module.modules()):
+        for adapter in entry_points(group=ADAPTERS):
+            adapted = adapter.load()(module, backward, **options)
+            if adapted is not None:
+                return cast(BackwardHandle, adapted)
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
     names = {part: name for name, part in module.named_modules()}

@@ -21,7 +21,7 @@ from torchdeq_ep.node import Layer, connect
 from torchdeq_ep.recording import reaches_state, recorded, recording_of
 from torchdeq_ep.relaxation import Solver, find_solver
 from torchdeq_ep.relaxation.kept import solve_and_keep
-from torchdeq_ep.state import Autocast, Packing, State, norm, tensors_of
+from torchdeq_ep.state import Autocast, Memory, Packing, State, norm, tensors_of
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 Halt = Callable[[Any, int], Tensor]
@@ -64,6 +64,7 @@ def loop(
     writer: Callable[[NudgeReport], None] | None = ...,
     on_stop: Callable[[LoopReport], None] | None = ...,
     certificate: bool = ...,
+    memory: Memory | None = ...,
 ) -> AnyState: ...
 
 
@@ -82,6 +83,7 @@ def loop(
     writer: Callable[[NudgeReport], None] | None = ...,
     on_stop: Callable[[LoopReport], None] | None = ...,
     certificate: bool = ...,
+    memory: Memory | None = ...,
 ) -> list[AnyState]: ...
 
 
@@ -99,6 +101,7 @@ def loop(
     writer: Callable[[NudgeReport], None] | None = None,
     on_stop: Callable[[LoopReport], None] | None = None,
     certificate: bool = True,
+    memory: Memory | None = None,
 ) -> AnyState | list[AnyState]:
     """Run `z <- f(z)`, with the gradient of one's choice.
 
@@ -130,6 +133,8 @@ def loop(
         on_stop: Called with a [`LoopReport`][torchdeq_ep.LoopReport] once the loop has ended: at which
             residual it stopped, and whether the gradient of an equilibrium means anything there.
         certificate: As for [`attach`][torchdeq_ep.node.attach].
+        memory: What is remembered from one call to the next, a `tep.Memory(lasting=True)` that the model keeps: what
+            was measured of `f` is not measured again, and a warning is issued once, with counts, not in every pass.
 
     Returns:
         The last state, in the container of `z0`; with `supervise` a list of the states asked for.
@@ -161,7 +166,7 @@ def loop(
     tensors = tensors_of(z0)
     autocast = Autocast.current(tensors[0].device.type)
     packing = Packing.of(z0, lenient=autocast.enabled)
-    run = _Run(f, mode, packing, autocast, writer, certificate, halt, on_stop is not None)
+    run = _Run(f, mode, packing, autocast, writer, certificate, halt, on_stop is not None, memory or Memory())
     if solver is not None:
         states = [run.solved(find_solver(solver), z0, steps, tol)]
     else:
@@ -196,6 +201,7 @@ class _Run:
     certificate: bool
     halt: Halt | None
     measured: bool
+    memory: Memory
     active: Tensor | None = None
     row_steps: Tensor | None = None
     made: int = 0
@@ -309,7 +315,15 @@ class _Run:
         return self.like(z, step(z)), z
 
     def connected(self, source: State, value: State, returned: State, history: object = None) -> State:
-        layer = Layer(self.packing.map(self.f), self.mode, self.autocast, self.packing, self.writer, history=history)
+        layer = Layer(
+            self.packing.map(self.f),
+            self.mode,
+            self.autocast,
+            self.packing,
+            self.writer,
+            memory=self.memory,
+            history=history,
+        )
         free = self.packing.pack(_detached(source), "the loop")
         packed = self.packing.pack(value), self.packing.pack(_detached(returned))
         connected = connect(layer, free, *packed, recording_of(source))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
+from torchdeq_ep.jacobian import OperatorMetric
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import GMRES, Run, Solver, check_solver, relax
@@ -237,3 +238,9 @@ def check_correction(correction: object) -> None:
     """Raises InvalidOptionError unless it is one that the nudged modes accept."""
     if correction not in (None, "asymmetric"):
         raise InvalidOptionError(f"correction must be None or 'asymmetric', not {correction!r}.")
+
+
+def check_correction_of(metric: object, correction: object) -> None:
+    """Raises InvalidOptionError for the correction beside an operator, with either of which the limit is exact."""
+    if correction is not None and isinstance(metric, OperatorMetric):
+        raise InvalidOptionError("the asymmetric correction takes diagonal metrics: leave out one of the two.")

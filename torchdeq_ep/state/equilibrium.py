@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ class Used:
     """What a mode used, for those who judge its error vector.
 
     Args:
-        metric: Diagonal of `M`, or `None` for the identity.
+        metric: Diagonal of `M`, an operator with `apply` and `inverse`, or `None` for the identity.
         assumed_symmetry: Whether its equation has `J` where the exact one has `J^T`.
     """
 
-    metric: Tensor | None = None
+    metric: Any = None
     assumed_symmetry: bool = False
 
 
