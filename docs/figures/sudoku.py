@@ -166,16 +166,41 @@ def rank(seed: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def tables() -> str:
+    """The tables of the page."""
+    runs, ranking = json.loads(RESULTS.read_text()), json.loads(RANKING.read_text())
+    lines = ["| gradient | puzzles solved, seed by seed | steps a second |", "|---|---|---:|"]
+    for gradient in GRADIENTS:
+        own = [runs[key] for key in (f"{gradient} / {seed}" for seed in SEEDS) if key in runs]
+        if own:
+            solved = ", ".join(f"{100 * run['accuracy']:.0f} %" for run in own)
+            speed = STEPS / min(run["seconds"] for run in own)
+            lines.append(f"| `{gradient}` | {solved} | {speed:.1f} |")
+    lines += ["", "| gradient | error, cosine before training | error, cosine after training |", "|---|---|---|"]
+    for gradient in GRADIENTS:
+        cells = []
+        for when in ("start", "end"):
+            found = [of[when][gradient] for of in ranking.values() if when in of]
+            error, cosine = (sum(row[k] for row in found) / len(found) for k in (0, 1))
+            cells.append(f"{error:.2g}, {cosine:.2f}")
+        lines.append(f"| `{gradient}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rank", action="store_true", help="the ranking, of weights that are there")
+    parser.add_argument("--tables", action="store_true", help="print the tables of the page")
     parser.add_argument("--gradient", action="append")
     parser.add_argument("--seed", action="append", type=int)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", tep.errors.EPWarning)
+    if given.tables:
+        say(tables())
+        return
     if given.rank:
         known = json.loads(RANKING.read_text()) if RANKING.exists() else {}
         for seed in given.seed or SEEDS:

@@ -4,6 +4,7 @@ from torchdeq_ep.measuring.capture import Capture as Capture
 from torchdeq_ep.measuring.capture import Reference as Reference
 from torchdeq_ep.measuring.capture import left_as_found as left_as_found
 from torchdeq_ep.measuring.causes import diagnose as diagnose
+from torchdeq_ep.measuring.comparison import EXACT as EXACT
 from torchdeq_ep.measuring.comparison import compare as compare
 from torchdeq_ep.measuring.diagnosis import Diagnosis as Diagnosis
 from torchdeq_ep.measuring.diagnosis import LayerDiagnosis as LayerDiagnosis

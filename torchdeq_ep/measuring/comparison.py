@@ -40,6 +40,7 @@ from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed
 
 Exact = Literal["equilibrium", "steps"]
 """What an error is measured against: the gradient of the equilibrium, or that through the steps that were made."""
+EXACT = get_args(Exact)
 
 
 def compare(
@@ -106,7 +107,7 @@ def compare(
     """
     entries = plan(backwards, solvers)
     check_count("repeats", repeats)
-    check_choice("exact", exact, get_args(Exact))
+    check_choice("exact", exact, EXACT)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise InvalidOptionError(f"no parameter of {type(model).__name__} requires a gradient, so there is none.")

@@ -17,9 +17,10 @@ def proximal_metric(iterator: Any, parameters: Any, physics: Any) -> OperatorMet
     """The operator `S` of the data in a splitting step with `|A x - y|^2 / 2`, or its inverse, as a metric.
 
     A step is `f(x) = D(S x + c)`, or `S D(x) + c` with `g_first`; `D` is the step of the prior. For half-quadratic
-    splitting, and for proximal gradient descent with `g_first`, `S = (I + gamma A^T A)^-1`, a proximal map; for proximal
-    gradient descent otherwise `S = I - gamma A^T A`, which is positive for small steps. If `D` is the proximal map or the gradient step of a potential, its Jacobian is symmetric, and so is
-    `J M` with `M = S^-1`, or `M = S` with `g_first`.
+    splitting, and for proximal gradient descent with `g_first`, `S = (I + gamma A^T A)^-1`, a proximal map. Otherwise,
+    for proximal gradient descent, `S = I - gamma A^T A`, which is positive for small steps. If `D` is the proximal map
+    or the gradient step of a potential, its Jacobian is symmetric, and so is `J M` with `M = S^-1`, or `M = S` with
+    `g_first`.
 
     Args:
         iterator: A deepinv iterator: `HQSIteration` or `PGDIteration`.
