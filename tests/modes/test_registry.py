@@ -11,7 +11,7 @@ from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
 from torchdeq_ep.modes import Neumann, Phantom, Unrolled, registry
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
-NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "shine", "reversible")
+NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "gmres", "shine", "reversible")
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def test_the_modes_of_the_package():
         ("neumann:k=3,tau=0.5", Neumann(3, 0.5)),
         ("phantom:k=2", Phantom(2, 0.5)),
         ("unrolled:k=4", Unrolled(4)),
+        ("gmres:tol=0.1", tep.ImplicitDifferentiation(solver="gmres", tol=0.1)),
         ("ep-infinitesimal:correction=asymmetric", tep.InfinitesimalEP(correction="asymmetric")),
     ],
 )

@@ -140,6 +140,25 @@ def test_with_many_terms_all_tend_to_implicit_differentiation(make, name):
     assert errors[2] < 1e-11
 
 
+@pytest.mark.parametrize("make", MAPS)
+def test_gmres_solves_the_equation_of_implicit_differentiation(make):
+    layer = Layer(make, 400)
+    joined = torch.cat([t.flatten() for t in layer.cotangents(layer.z)])
+
+    def flat(z):
+        parts = torch.split(z, [t.numel() for t in layer.z])
+        return torch.cat(
+            [t.flatten() for t in layer.step([p.reshape(t.shape) for p, t in zip(parts, layer.z, strict=True)])]
+        )
+
+    jacobian = torch.func.jacrev(flat)(torch.cat([t.flatten() for t in layer.z]).detach())
+    v = torch.linalg.solve(torch.eye(len(joined), dtype=joined.dtype) - jacobian.detach().T, joined)
+    parts = torch.split(v, [t.numel() for t in layer.z])
+    shaped = tuple(part.reshape(t.shape) for part, t in zip(parts, layer.z, strict=True))
+    expected = torch.autograd.grad(layer.step(layer.z), layer.leaves, shaped)
+    assert_same(layer.gradient_by("gmres:tol=1e-13"), expected, 1e-11)
+
+
 @pytest.mark.parametrize("spec", ["one-step", "neumann:k=3,tau=0.7", "phantom:k=3,tau=0.7", "unrolled:k=3"])
 def test_a_mode_called_by_itself_returns_the_error_vector_in_effect(spec):
     """At an equilibrium, `(df/dtheta)^T v` is the gradient of the layer."""

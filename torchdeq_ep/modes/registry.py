@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown_name
-from torchdeq_ep.modes.base import Mode
+from torchdeq_ep.modes.base import Mode, OnDivergence
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.reversible import Reversible
@@ -19,6 +19,7 @@ from torchdeq_ep.modes.series import Neumann, OneStep
 from torchdeq_ep.modes.shine import Shine
 from torchdeq_ep.modes.stencils import Beta, Stencil
 from torchdeq_ep.modes.steps import Phantom, Unrolled
+from torchdeq_ep.relaxation import GMRES
 
 ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 """What a mode is: `(f, z_star, cotangent) -> error vector`."""
@@ -80,6 +81,11 @@ def unrolled(*, k: int | None = None) -> Mode:
     return Unrolled(k)
 
 
+def gmres(*, max_iter: int | None = None, tol: float | None = None, on_divergence: OnDivergence = "shrink") -> Mode:
+    """`gmres`: As `ift`, solved by GMRES, with a Krylov space for each sample. Options: `max_iter`, `tol`."""
+    return ImplicitDifferentiation(solver=GMRES, max_iter=max_iter, tol=tol, on_divergence=on_divergence)
+
+
 def shine(*, refine: int = 0, fallback: float | None = None) -> Mode:
     """`shine`: The inverse that the forward solver `broyden-inverse` estimated. Options: `refine`, `fallback`."""
     return Shine(refine, fallback)
@@ -104,6 +110,7 @@ _factories: dict[str, Callable[..., ModeLike]] = {
     "neumann": neumann,
     "phantom": phantom,
     "unrolled": unrolled,
+    "gmres": gmres,
     "shine": shine,
     "reversible": reversible,
 }
