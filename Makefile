@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # Distributions of their own, each with its tests: installed, tested and checked with the package.
-PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+# Not that of deepinv: it brings torchvision, whose binaries must be those of the installed torch, and which breaks other
+# packages if they are not. `pip install deepinv -e plugins/deepinv` adds it, and its tests and page are run then.
+PLUGINS := $(filter-out plugins/deepinv,$(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
 PLUGIN_TESTS := $(wildcard $(addsuffix /tests,$(PLUGINS)))
 
 # Options for the installation of torch alone, for example

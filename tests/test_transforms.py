@@ -14,12 +14,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import torchdeq_ep as tep
-from torchdeq_ep.errors import DoubleBackwardError, TransformError
+from torchdeq_ep.errors import DoubleBackwardError, MissingHistoryError, TransformError
 from torchdeq_ep.state import undisturbed
 
 N, BATCH, STEPS = 3, 2, 50
-MODES = tep.available_backwards()
-EXACT = ("ift", "aep")
+TRUNCATED = ("jfb", "neumann", "one-step", "phantom", "reversible", "shine", "unrolled")
+MODES = tuple(name for name in tep.available_backwards() if name not in TRUNCATED)
+EXACT = ("ift", "aep", "gmres")
 TOLERANCE = {"ep-one-sided": 1e-5, "hep-online": 1e-3}  # the latter takes a given number of steps
 ROOT = contraction(N, 0, 0.6)
 X = normal(BATCH, N, seed=1)
@@ -156,6 +157,20 @@ def test_every_cell_is_right_or_refused(entry, transform, mode):
             ALL[transform](layer, X)
         return
     assert relative_error(ALL[transform](layer, X), _expected(transform)) < TOLERANCE.get(mode, 1e-7)
+
+
+@pytest.mark.parametrize("transform", [name for name in ALL if name not in ("is_grads_batched", "functional.jacobian")])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("mode", ["neumann", "unrolled:k=3"])
+def test_approximations_are_seen_by_no_transform(entry, transform, mode):
+    with pytest.raises(TransformError, match="approximation"):
+        ALL[transform](lambda x: ENTRIES[entry](ROOT, x, mode), X)
+
+
+@pytest.mark.parametrize("mode", TRUNCATED)
+def test_every_approximation_is_refused(mode):
+    with pytest.raises((TransformError, MissingHistoryError)):
+        jvp(lambda x: _attached(ROOT, x, mode), (X,), (ALONG,))
 
 
 @pytest.mark.parametrize("transform", REFUSED)

@@ -16,6 +16,8 @@ from torchdeq_ep.host import register_homeostasis as register_homeostasis
 from torchdeq_ep.host import use_backward as use_backward
 from torchdeq_ep.jacobian import ActivityMetric as ActivityMetric
 from torchdeq_ep.jacobian import symmetry_penalty as symmetry_penalty
+from torchdeq_ep.loops import LoopReport as LoopReport
+from torchdeq_ep.loops import loop as loop
 from torchdeq_ep.measuring import compare as compare
 from torchdeq_ep.measuring import diagnose as diagnose
 from torchdeq_ep.modes import EquilibriumPropagation as EquilibriumPropagation
@@ -28,5 +30,6 @@ from torchdeq_ep.modes import available_backwards as available_backwards
 from torchdeq_ep.modes import get_backward as get_backward
 from torchdeq_ep.modes import register_backward as register_backward
 from torchdeq_ep.node import attach as attach
+from torchdeq_ep.state import Memory as Memory
 
 __version__ = _version("torchdeq-ep")

@@ -48,8 +48,26 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise InvalidOptionError(f"{name} must be a whole number of at least {least}, not {value!r}.")
 
 
+def check_damping(value: object) -> None:
+    """Refuse what is no damping of steps: a number above 0 and up to 1.
+
+    Args:
+        value: What was given.
+
+    Raises:
+        InvalidOptionError: If it is none.
+
+    Example:
+        >>> check_damping(0.5)
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise InvalidOptionError(
+            f"tau must be a number above 0 and up to 1, not {value!r}: a step is tau f + (1 - tau) z."
+        )
+
+
 def check_metric(metric: object) -> None:
-    """Refuse what cannot be a metric: it is a function of the state, `"auto"` or `None`.
+    """Refuse what cannot be a metric: it is a function of the state, an operator, `"auto"` or `None`.
 
     Args:
         metric: What was given.
@@ -60,7 +78,9 @@ def check_metric(metric: object) -> None:
     Example:
         >>> check_metric("auto")
     """
-    if metric not in (None, "auto") and not callable(metric):
+    is_operator = callable(getattr(metric, "apply", None)) and callable(getattr(metric, "inverse", None))
+    if not is_operator and metric not in (None, "auto") and not callable(metric):
         raise InvalidOptionError(
-            f"metric must be a function from the state to the positive diagonal of M, 'auto' or None, not {metric!r}."
+            "metric must be a function from the state to the positive diagonal of M, an OperatorMetric, 'auto' or "
+            f"None, not {metric!r}."
         )

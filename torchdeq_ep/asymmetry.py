@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.jacobian import OperatorMetric
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms
@@ -58,8 +60,11 @@ class AsymmetryPenalty:
 
         Raises:
             JacobianProductError: If an operation in `f` cannot be differentiated twice.
+            InvalidOptionError: If the metric in use is an operator.
         """
         rows, metric = equilibrium.independent_rows(), equilibrium.used.metric
+        if isinstance(metric, OperatorMetric):
+            raise InvalidOptionError("homeostasis takes diagonal metrics, and this backward has an operator.")
         m = torch.ones((), dtype=v.dtype, device=v.device) if metric is None else metric.to(v.dtype)
         with FrozenStatistics():
             local = linearize(equilibrium.f, equilibrium.z, autocast, batched=False)

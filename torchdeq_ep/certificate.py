@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import AsymmetryWarning, HiddenDerivativeWarning
-from torchdeq_ep.jacobian import vjp
+from torchdeq_ep.jacobian import OperatorMetric, vjp
 from torchdeq_ep.jacobian.consistency import derivative_mismatch
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport
 from torchdeq_ep.state import Equilibrium, Memory, undisturbed
@@ -52,7 +52,12 @@ class Certificate:
 
 
 def certify(
-    v: Tensor, g: Tensor, adjoint: Tensor, metric: Tensor | None, report: NudgeReport, rounding: float = 0.0
+    v: Tensor,
+    g: Tensor,
+    adjoint: Tensor,
+    metric: Tensor | OperatorMetric | None,
+    report: NudgeReport,
+    rounding: float = 0.0,
 ) -> Certificate:
     """The certificate of an error vector.
 
@@ -60,7 +65,7 @@ def certify(
         v: The error vector, packed.
         g: The cotangent.
         adjoint: `J^T v`, of the same shape.
-        metric: Diagonal of `M` that the mode used, or `None` for the identity.
+        metric: Diagonal of `M` that the mode used, an operator, or `None` for the identity.
         report: Of the solve.
         rounding: Relative rounding error of the products.
 
@@ -68,9 +73,12 @@ def certify(
         The certificate.
     """
     wide = torch.promote_types(v.dtype, torch.float32)
+    if isinstance(metric, OperatorMetric):
+        weighed, forth = (metric.apply(tensor).to(wide).flatten() for tensor in (v, v - g))
     v, g, adjoint = (tensor.to(wide).flatten() for tensor in (v, g, adjoint))
     through = v - g
-    weighed, forth = (v, through) if metric is None else (metric.flatten() * v, metric.flatten() * through)
+    if not isinstance(metric, OperatorMetric):
+        weighed, forth = (v, through) if metric is None else (metric.flatten() * v, metric.flatten() * through)
     sizes = torch.stack([torch.linalg.vector_norm(t) for t in (v, g, forth, through, through - adjoint)])
     products = torch.stack([torch.dot(v, forth), torch.dot(adjoint, weighed)])
     of_v, of_g, of_forth, of_through, of_residual, first, second = torch.cat([sizes, products]).tolist()

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchdeq_ep.errors import EPError, InvalidOptionError, unknown_name
 from torchdeq_ep.measuring import (
+    EXACT,
     Comparison,
     Diagnosis,
     check_plot,
@@ -104,6 +105,13 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
         help="a solver of torchdeq, or 'own' for the package's; repeatable; default: own",
     )
     _add_problem_and_files(comparing, "error against time")
+    comparing.add_argument(
+        "--exact",
+        choices=EXACT,
+        default="equilibrium",
+        help="what errors are relative to: the gradient of the equilibrium, or that through the steps made "
+        "(default: equilibrium)",
+    )
     comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
     comparing.set_defaults(run=_compare)
 
@@ -182,7 +190,16 @@ def _compare(options: argparse.Namespace) -> int:
         raise InvalidOptionError(f"--repeats must be at least 1, not {options.repeats}.")
     console, (model, batch, loss_fn) = _prepare(options)
     with _progress(console) as show:
-        table = compare(model, batch, loss_fn, options.backward, solvers, repeats=options.repeats, on_progress=show)
+        table = compare(
+            model,
+            batch,
+            loss_fn,
+            options.backward,
+            solvers,
+            exact=options.exact,
+            repeats=options.repeats,
+            on_progress=show,
+        )
     _show(console, table)
     _write_results(options, table, f"{table.to_markdown()}\n\n{table.sentence()}")
     return 0

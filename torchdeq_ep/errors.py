@@ -75,6 +75,10 @@ class JacobianProductError(EPError, RuntimeError):
     """A mode needs products with the Jacobian of a map that offers none."""
 
 
+class MissingHistoryError(EPError, RuntimeError):
+    """A mode needs what another solver, or a loop of this package, would have kept of the forward pass."""
+
+
 class DoubleBackwardError(EPError, RuntimeError):
     """A second derivative was asked of an equilibrium whose backward pass defines only the first."""
 
@@ -148,6 +152,10 @@ class AsymmetryWarning(EPWarning):
 
 class NoGradientWarning(EPWarning):
     """A switched DEQ was called in evaluation mode with autograd on: it has no gradient there."""
+
+
+class ReconstructionWarning(EPWarning):
+    """Reversible steps could not be taken back precisely enough: rounding grows with every one of them."""
 
 
 class LossMismatchWarning(EPWarning):

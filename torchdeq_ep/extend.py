@@ -4,10 +4,11 @@ Everything else inside may change between minor versions. [Extend it](extend.md)
 
 A mode of one's own: [`Mode`][torchdeq_ep.extend.Mode] with `solve`, which is handed an
 [`Equilibrium`][torchdeq_ep.extend.Equilibrium] and returns the error vector with a
-[`NudgeReport`][torchdeq_ep.NudgeReport]. Callbacks of a trainer: `deqs_of`, `fixed_point`, `EquilibriumRule`, and of
-homeostasis `Direction`, `AUTO`, `TARGET`. Measuring
-beside training: `Reference`, `Capture`, `left_as_found`. Commands: `require`, `write_text`, `write_whole`. Figures in
-the package's look: `new_figure`, `dress`, `COLOURS`, `SHAPES`, `save`.
+[`NudgeReport`][torchdeq_ep.NudgeReport]; or [`StepwiseMode`][torchdeq_ep.extend.StepwiseMode] with `follow`, which is
+handed a [`Path`][torchdeq_ep.extend.Path] and returns a state with its graph. Callbacks of a trainer: `deqs_of`,
+`fixed_point`, `EquilibriumRule`, and of homeostasis `Direction`, `AUTO`, `TARGET`. Measuring beside training:
+`Reference`, `Capture`, `left_as_found`. Commands: `require`, `write_text`, `write_whole`. Figures in the package's
+look: `new_figure`, `dress`, `COLOURS`, `SHAPES`, `save`.
 """
 
 from torchdeq_ep._options import check_choice as check_choice
@@ -35,7 +36,9 @@ from torchdeq_ep.measuring import write_whole as write_whole
 from torchdeq_ep.modes import Derivative as Derivative
 from torchdeq_ep.modes import Mode as Mode
 from torchdeq_ep.modes import ModeLike as ModeLike
+from torchdeq_ep.modes import Path as Path
 from torchdeq_ep.modes import RelaxedMode as RelaxedMode
+from torchdeq_ep.modes import StepwiseMode as StepwiseMode
 from torchdeq_ep.relaxation import find_solver as find_solver
 from torchdeq_ep.state import Equilibrium as Equilibrium
 from torchdeq_ep.state import cosine as cosine

@@ -42,6 +42,7 @@ class Layer:
         memory: What is remembered of the layer's earlier passes.
         penalty: The asymmetry along the error vector, if that is to be penalised.
         controller: What is shown each error vector with its equilibrium, beside the penalty.
+        history: What the solver left for a mode that needs it.
     """
 
     f: Map
@@ -53,6 +54,7 @@ class Layer:
     memory: Memory = field(default_factory=Memory)
     penalty: AsymmetryPenalty | None = None
     controller: Callable[[Equilibrium, Tensor], None] | None = None
+    history: object = None
     samples: int = 0
     """The number of states in a stack of them, each on its own; 0 if there is one."""
 
@@ -100,6 +102,7 @@ def solve(
             layer.loss_of_state(),
             layer.rows(z),
             layer.memory,
+            history=layer.history,
         )
         if isinstance(layer.mode, Mode):
             error_vector, report = layer.mode.solve(equilibrium)

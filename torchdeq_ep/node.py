@@ -11,10 +11,11 @@ from torch import Tensor
 from torchdeq_ep.certificate import Certificate, certified, certify, speak_up_of_certificate
 from torchdeq_ep.closing import has_tangent, is_transforming, may_have_tangents
 from torchdeq_ep.compiling import not_compiled
-from torchdeq_ep.errors import DoubleBackwardError
+from torchdeq_ep.errors import DoubleBackwardError, InvalidOptionError
+from torchdeq_ep.following import follow
 from torchdeq_ep.layer import Layer, solve
 from torchdeq_ep.linear_solve import Linear, in_batch, is_in_batch, linear_solve
-from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
+from torchdeq_ep.modes import ModeLike, NudgeReport, Path, StepwiseMode, get_backward, require_equilibrium
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, tensors_of
 from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
@@ -117,6 +118,11 @@ def connect(
     """
     if not (has_tangent(value) or depends_on_more(value, recording)):
         return returned.detach()
+    if has_tangent(value):
+        require_equilibrium(layer.mode)
+    if isinstance(layer.mode, StepwiseMode):
+        path = Path(layer.f, free_state, value, layer.history)
+        return follow(path, returned, layer.mode, layer.packing, layer.memory, recording, layer.writer)
     return connect_with_penalty(layer, free_state, value, returned, recording)[0]
 
 
@@ -134,7 +140,15 @@ def connect_with_penalty(
 
     Returns:
         The new tensor; and a scalar of value 0, whose cotangent is the weight of the layer's penalty, if it has one.
+
+    Raises:
+        InvalidOptionError: If the mode has no error vector to penalise the asymmetry along.
     """
+    if isinstance(layer.mode, StepwiseMode):
+        raise InvalidOptionError(
+            f"homeostasis along the error vector needs one, and {layer.mode!r} differentiates steps instead: take "
+            "another backward, or random directions, estimator='antisymmetric'."
+        )
     leaves = () if layer.penalty is None else layer.penalty.leaves
     anchor = value.reshape(-1)[:0].clone()
     arguments = layer, recording, anchor, free_state, value, returned.detach(), *leaves
@@ -207,7 +221,7 @@ class _Pass:
         self._layer = layer
         equilibrium, self.error_vector, self._report, self.added = solve(layer, free_state, value, cotangent, weight)
         self._certificate: Certificate | None = None
-        self._open: tuple[Tensor, Tensor, Tensor | None, float] | None = (
+        self._open: tuple[Tensor, Tensor, Any, float] | None = (
             self.error_vector,
             equilibrium.cotangent,
             equilibrium.used.metric,

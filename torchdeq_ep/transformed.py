@@ -15,6 +15,7 @@ from torch import Tensor
 from torchdeq_ep.closing import close
 from torchdeq_ep.layer import Layer
 from torchdeq_ep.linear_solve import Linear, change, for_forward_mode, in_front, linear_solve, of_differentiable
+from torchdeq_ep.modes import require_equilibrium
 from torchdeq_ep.state import undisturbed
 
 
@@ -31,8 +32,9 @@ def connect_transformed(layer: Layer, free_state: Tensor, returned: Tensor, is_p
         A new tensor.
 
     Raises:
-        TransformError: If `f` cannot be evaluated under the transforms.
+        TransformError: If `f` cannot be evaluated under the transforms, or the mode is not one of the equilibrium.
     """
+    require_equilibrium(layer.mode)
     z = free_state.detach()
     with undisturbed():
         value, closed = close(layer.f, z)

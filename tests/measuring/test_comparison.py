@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, UnknownBackwardError
 from torchdeq_ep.measuring import capture as capture_module
 from torchdeq_ep.measuring import comparison as comparison_module
-from torchdeq_ep.measuring.comparison import compare, plan
+from torchdeq_ep.measuring.comparison import compare
+from torchdeq_ep.measuring.planning import plan
 from torchdeq_ep.measuring.tables import Comparison, Row
 from torchdeq_ep.modes.registry import available_backwards
 
@@ -219,7 +220,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work() -> None:
     with pytest.raises(InvalidOptionError, match="backwards is empty"):
         compare(model, data, untouched, [])
     with pytest.raises(NoDEQError):
-        compare(nn.Linear(2, 2), data, untouched, ["ep"])
+        compare(nn.Linear(N, 1, dtype=torch.float64), data, mean_square, ["ep"])
 
 
 def test_losses_that_define_no_gradient_are_refused() -> None:

@@ -12,7 +12,7 @@ import torchdeq_ep as tep
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SPECS = [
-    *tep.available_backwards(),
+    *(name for name in tep.available_backwards() if tep.get_backward(name).derivative is not None),
     "ep:beta=1e-6",
     "ep-one-sided:beta=1e-6",
     "ep:batching=vmap",

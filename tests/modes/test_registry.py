@@ -8,9 +8,10 @@ from problems import tanh_problem
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
-from torchdeq_ep.modes import registry
+from torchdeq_ep.modes import Neumann, Phantom, Unrolled, registry
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
+NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "gmres", "shine", "reversible")
 
 
 @pytest.fixture
@@ -38,6 +39,10 @@ def test_the_modes_of_the_package():
         ("hep-online", tep.EquilibriumPropagation(tep.Stencil.contour(), schedule="online")),
         ("aep:solver=broyden", tep.EquilibriumPropagation(correction="asymmetric", solver="broyden")),
         ("ift:max_iter=7", tep.ImplicitDifferentiation(max_iter=7)),
+        ("neumann:k=3,tau=0.5", Neumann(3, 0.5)),
+        ("phantom:k=2", Phantom(2, 0.5)),
+        ("unrolled:k=4", Unrolled(4)),
+        ("gmres:tol=0.1", tep.ImplicitDifferentiation(solver="gmres", tol=0.1)),
         ("ep-infinitesimal:correction=asymmetric", tep.InfinitesimalEP(correction="asymmetric")),
     ],
 )

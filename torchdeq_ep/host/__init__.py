@@ -2,6 +2,7 @@
 
 from torchdeq_ep.host.along import AUTO as AUTO
 from torchdeq_ep.host.along import TARGET as TARGET
+from torchdeq_ep.host.broyden import broyden_inverse_solver as broyden_inverse_solver
 from torchdeq_ep.host.cores import EPIndexing as EPIndexing
 from torchdeq_ep.host.cores import EPSliced as EPSliced
 from torchdeq_ep.host.cores import add_ep_args as add_ep_args
@@ -13,6 +14,7 @@ from torchdeq_ep.host.homeostasis import HomeostasisReport as HomeostasisReport
 from torchdeq_ep.host.homeostasis import register_homeostasis as register_homeostasis
 from torchdeq_ep.host.hooks import FixedPointHandle as FixedPointHandle
 from torchdeq_ep.host.hooks import register_fixed_point_hook as register_fixed_point_hook
+from torchdeq_ep.host.reversible import reversible_solver as reversible_solver
 from torchdeq_ep.host.rules import EquilibriumRule as EquilibriumRule
 from torchdeq_ep.host.solver import relaxation_solver as relaxation_solver
 from torchdeq_ep.host.switching import BackwardHandle as BackwardHandle

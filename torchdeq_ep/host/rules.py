@@ -18,9 +18,10 @@ from torchdeq_ep.compiling import not_compiled
 from torchdeq_ep.errors import NoGradientWarning, TransformError
 from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.layer import Layer
-from torchdeq_ep.modes import ModeLike, NudgeReport
+from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Trajectory
 from torchdeq_ep.node import connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
+from torchdeq_ep.relaxation.kept import kept_by, replay
 from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, tensors_of, undisturbed
 from torchdeq_ep.transformed import connect_transformed
 
@@ -52,6 +53,8 @@ class Slot:
     report: NudgeReport | None = None
     penalised: Penalised | None = None
     """What wants a penalty on the asymmetry along the error vector."""
+    history: object = None
+    """Of the last forward pass: what the solver kept for a mode that needs it."""
     zero: Tensor | None = None
     """Of the last forward pass: a scalar of value 0, whose cotangent is the weight of that penalty."""
 
@@ -105,13 +108,24 @@ class EquilibriumRule:
 
     @not_compiled
     def __call__(self, trainer: nn.Module, func: Any, z_pred: Any, writer: Any = None, **_: Any) -> list[Any]:
+        history, self.slot.history = self.slot.history, None
         visited = self._followed(func, z_pred) if is_transforming() else self._visited(func, z_pred)
-        return [self._connect(func, returned, source, writer) for returned, source in visited]
+        if isinstance(history, SolverRun):
+            history = Trajectory(partial(self._replayed, func, history))
+        kept = [None] * (len(visited) - 1) + [history]  # which is of the equilibrium alone
+        return [self._connect(func, *state, writer, past) for state, past in zip(visited, kept, strict=True)]
 
     def _followed(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule under a transform, which makes a graph of its own."""
         with undisturbed():
             return self.steps.visit(func, z_pred, detach=func.detach)
+
+    def _replayed(self, func: Any, run: SolverRun, _: Map) -> Tensor:
+        """All steps of the solver and of the rule, with their graph."""
+        z = replay(func, run.start, run.solved, run.counts)
+        for _step in range(self.steps.steps):
+            z = func(z, tau=self.steps.tau)
+        return Packing.of(z).pack(z)
 
     def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule, recorded at their sources where `func` allows it: found out once."""
@@ -136,7 +150,7 @@ class EquilibriumRule:
             recording.is_hidden = self.memory.state_is_hidden
         return returned, source
 
-    def _connect(self, func: Any, returned: Any, source: Any, writer: Any) -> Any:
+    def _connect(self, func: Any, returned: Any, source: Any, writer: Any, history: object) -> Any:
         device = (source if isinstance(source, Tensor) else source[0]).device
         autocast = Autocast.current(device.type)
         packing = Packing.of(source, lenient=autocast.enabled)
@@ -156,6 +170,7 @@ class EquilibriumRule:
             partial(self._record, writer),
             loss_of_packed_state,
             self.memory,
+            history=history,
         )
         value, state, wanted = packing.pack(returned), packing.pack(source, "the solver").detach(), self.slot.penalised
         self.slot.zero = None
@@ -175,6 +190,35 @@ class EquilibriumRule:
         self.slot.report = report
         if writer is not None:
             writer(solver_statistics(report))
+
+
+@dataclass(frozen=True)
+class SolverRun:
+    """How a solver of torchdeq went: where it started, where it ended, and the steps of each row."""
+
+    start: Any
+    solved: Any
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedSolver:
+    """A solver that leaves in the slot of a DEQ what its mode needs of the forward pass."""
+
+    solver: Callable[..., Any]
+    slot: Slot
+    need: Need | None
+
+    def __call__(self, func: Any, x0: Any, *args: Any, **kwargs: Any) -> Any:
+        if kept_by(self.solver) is not None:
+            kwargs["on_history"] = self._keep
+        state, trajectory, info = self.solver(func, x0, *args, **kwargs)
+        if self.need == "steps":
+            self._keep(SolverRun(x0, state, info["nstep"]))
+        return state, trajectory, info
+
+    def _keep(self, history: object) -> None:
+        self.slot.history = history
 
 
 def solver_statistics(report: NudgeReport) -> SolverStat:
@@ -207,6 +251,7 @@ class EvaluationHook:
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         memory = self.rule.memory
+        self.rule.slot.history = None  # it holds the map, and with it a graph
         if deq.training or deq.produce_grad[-1] is not self.rule:
             return
         if may_have_tangents():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from importlib.metadata import entry_points
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -15,11 +16,15 @@ from torchdeq_ep.errors import InvalidOptionError, NoDEQError
 from torchdeq_ep.host.deqs import deqs_of
 from torchdeq_ep.host.free_phase import FreePhase
 from torchdeq_ep.host.homeostasis import HomeostasisHandle, register_homeostasis
-from torchdeq_ep.host.rules import EquilibriumRule, EvaluationHook, Loss, PhantomGradient
-from torchdeq_ep.modes import ModeLike, NudgeReport, get_backward
+from torchdeq_ep.host.rules import EquilibriumRule, EvaluationHook, Loss, ObservedSolver, PhantomGradient
+from torchdeq_ep.modes import ModeLike, Need, NudgeReport, get_backward
+from torchdeq_ep.relaxation.kept import check_pair
 from torchdeq_ep.state import Memory
 
 DEFAULT_BACKWARD = "ep"
+ADAPTERS = "torchdeq_ep.adapters"
+"""Entry points of other distributions: functions `(module, backward, **options)` that switch the equilibrium layers of
+another library and return a handle, or `None` if there are none."""
 
 
 class _SwitchedRules(list[Any]):
@@ -191,6 +196,11 @@ def use_backward(
         torch.Size([3, 3])
         >>> handle.remove()
     """
+    if isinstance(module, nn.Module) and not any(isinstance(part, DEQBase) for part in module.modules()):
+        for adapter in entry_points(group=ADAPTERS):
+            adapted = adapter.load()(module, backward, **options)
+            if adapted is not None:
+                return cast(BackwardHandle, adapted)
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
     names = {part: name for name, part in module.named_modules()}
@@ -205,14 +215,24 @@ def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedR
     below: list[Any] = deq.produce_grad
     *earlier, last = [_picklable(rule) for rule in below]
     steps = last if isinstance(last, PhantomGradient) else PhantomGradient()
-    solver_below = None
-    if not isinstance(deq.f_solver, FreePhase):
-        solver_below, deq.f_solver = deq.f_solver, FreePhase(deq.f_solver, completes=isinstance(deq, DEQIndexing))
     rule = EquilibriumRule(mode, steps, certificate)
+    solver_below, deq.f_solver = deq.f_solver, _observed(deq, mode, rule)
     rules = _SwitchedRules([*earlier, rule], below, solver_below)
     rules.hook = deq.register_forward_hook(EvaluationHook(rule), with_kwargs=True)
     deq.produce_grad = rules
     return rules
+
+
+def _observed(deq: DEQBase, mode: ModeLike, rule: EquilibriumRule) -> FreePhase:
+    """The solver of a DEQ as its rule needs it: observed for the sake of the mode, its trajectory complete."""
+    solver = deq.f_solver
+    while isinstance(solver, (FreePhase, ObservedSolver)):
+        solver = solver.solver
+    need: Need | None = getattr(mode, "needs", None)
+    check_pair(solver, need)
+    if need is not None:
+        solver = ObservedSolver(solver, rule.slot, need)
+    return FreePhase(solver, completes=isinstance(deq, DEQIndexing))
 
 
 def _picklable(rule: Any) -> Any:

@@ -21,8 +21,6 @@ from torchdeq_ep.jacobian.linearization import Linearization, Product
 from torchdeq_ep.nn.activations import ACTIVATIONS, Activation, slope
 from torchdeq_ep.state import Map, Packing, State, norm, undisturbed
 
-Metric = Callable[[Tensor], Tensor] | Literal["auto"]
-
 _PROBES = 8
 _STEPS = 30
 _TOLERANCE = 1e-3
@@ -30,6 +28,33 @@ _RANGE = 1e3
 _SMALLEST_STEP = 0.05
 _DOUBLINGS = 24
 _HALVINGS = 64
+
+
+@dataclass(frozen=True)
+class OperatorMetric:
+    """A metric that is no diagonal: a symmetric positive operator `M` with its inverse, as functions.
+
+    A proximal gradient step, `f(z) = P (z - tau grad h(z))`, has `J = P (I - tau H)`, which is not symmetric; `J P` is.
+    With `M = P`, equilibrium propagation is exact. The error vector `v = M^-1 (I - J)^-1 M g` takes one application of
+    each, whatever the number of nudges.
+
+    Args:
+        apply: `v -> M v`, on tensors of the shape of the state (packed, if that is several tensors). Symmetric and
+            positive, which is not checked: the [adjoint residual](certificate.md) tells.
+        inverse: `v -> M^-1 v`.
+
+    Example:
+        >>> stretch = torch.tensor([1.0, 2.0])
+        >>> metric = OperatorMetric(lambda v: stretch * v, lambda v: v / stretch)
+        >>> metric.inverse(metric.apply(torch.ones(2)))
+        tensor([1., 1.])
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+Metric = Callable[[Tensor], Tensor] | OperatorMetric | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -275,6 +300,8 @@ def diagonal_metric(metric: Metric | None, f: Map, z: Tensor) -> tuple[Tensor | 
     """
     if metric is None:
         return None, 0
+    if isinstance(metric, OperatorMetric):
+        raise InvalidOptionError("a diagonal metric is needed here, and this one is an operator.")
     diagonal, calls = fit(f, z) if isinstance(metric, str) else (metric(z), 0)
     if not isinstance(diagonal, Tensor) or diagonal.shape != z.shape:
         got = tuple(diagonal.shape) if isinstance(diagonal, Tensor) else type(diagonal).__name__

@@ -4,8 +4,8 @@ from torchdeq_ep.measuring.capture import Capture as Capture
 from torchdeq_ep.measuring.capture import Reference as Reference
 from torchdeq_ep.measuring.capture import left_as_found as left_as_found
 from torchdeq_ep.measuring.causes import diagnose as diagnose
+from torchdeq_ep.measuring.comparison import EXACT as EXACT
 from torchdeq_ep.measuring.comparison import compare as compare
-from torchdeq_ep.measuring.comparison import plan as plan
 from torchdeq_ep.measuring.diagnosis import Diagnosis as Diagnosis
 from torchdeq_ep.measuring.diagnosis import LayerDiagnosis as LayerDiagnosis
 from torchdeq_ep.measuring.diagnosis import Part as Part
@@ -16,6 +16,7 @@ from torchdeq_ep.measuring.files import check_writable as check_writable
 from torchdeq_ep.measuring.files import require as require
 from torchdeq_ep.measuring.files import write_text as write_text
 from torchdeq_ep.measuring.files import write_whole as write_whole
+from torchdeq_ep.measuring.planning import plan as plan
 from torchdeq_ep.measuring.plots import check_plot as check_plot
 from torchdeq_ep.measuring.style import COLOURS as COLOURS
 from torchdeq_ep.measuring.style import GROUND as GROUND

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdeq.core import DEQBase
 
 from torchdeq_ep.errors import InvalidOptionError, NonFiniteError
 from torchdeq_ep.host import deqs_of, use_backward
 from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.loops import loops_by
 from torchdeq_ep.modes import ImplicitDifferentiation, Mode, ModeLike, NudgeReport
 from torchdeq_ep.state import Autocast, Equilibrium, relative_difference, undisturbed
 
@@ -25,6 +27,8 @@ REFERENCE_STEPS = 1000
 """Largest number of products with `J^T` for the reference of a larger state."""
 CERTAIN = 1e-3
 """A reference whose relative residual is above this is not exact enough to be called so."""
+LOOP = "loop"
+"""The name of what `tep.loop` ran, which is no module."""
 _NOTE_LENGTH = 160
 
 
@@ -82,11 +86,12 @@ class Trial:
     parameters: list[nn.Parameter]
     found: Found
 
-    def gradient(self, mode: ModeLike | Sequence[ModeLike]) -> tuple[list[Tensor], tuple[str, ...]]:
+    def gradient(self, mode: ModeLike | Sequence[ModeLike] | None) -> tuple[list[Tensor], tuple[str, ...]]:
         """The gradient of each parameter, and what the backward pass warned about.
 
         Args:
-            mode: One for all DEQs, or one for each, in the order of `model.modules()`.
+            mode: One for all DEQs and loops; or one for each DEQ, in the order of `model.modules()`, and one for all
+                loops; `None` for those that the model has.
 
         Returns:
             Gradients in the order of the parameters, zero where there is none; warnings in short.
@@ -95,10 +100,13 @@ class Trial:
             InvalidOptionError: If the loss is no scalar that can be differentiated.
         """
         self.found.restore()
-        deqs = deqs_of(self.model)
+        deqs = deqs_in(self.model)
         with ExitStack() as switched:
-            for deq, own in zip(deqs, mode if isinstance(mode, Sequence) else [mode] * len(deqs), strict=True):
-                switched.enter_context(use_backward(deq, own))
+            if mode is not None:
+                *of_deqs, of_loops = mode if isinstance(mode, Sequence) else [mode] * (len(deqs) + 1)
+                for deq, own in zip(deqs, of_deqs, strict=True):
+                    switched.enter_context(use_backward(deq, own))
+                switched.enter_context(loops_by(of_loops))
             loss = loss_of(self.model, self.batch, self.loss_fn)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -112,6 +120,18 @@ class Trial:
                     loss, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
         return list(gradients), tuple(notes)
+
+
+def deqs_in(model: nn.Module) -> list[DEQBase]:
+    """The DEQs of a model, of which there are none if it runs loops instead.
+
+    Args:
+        model: The model.
+
+    Returns:
+        DEQs in the order of `model.modules()`.
+    """
+    return deqs_of(model) if any(isinstance(part, DEQBase) for part in model.modules()) else []
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
@@ -251,13 +271,17 @@ def capture_all(
 
     Raises:
         InvalidOptionError: If the loss reaches no equilibrium.
+        NoDEQError: If there is neither a DEQ nor a loop.
     """
     names = {module: name for name, module in trial.model.named_modules()}
     captures: list[Capture] = []
     silent: list[Capture] = []
-    references = [Reference(captures, names[deq], silent, tol, max_iter) for deq in deqs_of(trial.model)]
+    deqs = [names[deq] for deq in deqs_in(trial.model)]
+    references = [Reference(captures, name, silent, tol, max_iter) for name in (*deqs, LOOP)]
     gradient, notes = trial.gradient(references)
     found = _numbered(captures or silent)
+    if not found and not deqs:
+        deqs_of(trial.model)  # which says what is missing
     if not found:
         raise InvalidOptionError("the loss has no gradient with respect to an equilibrium of any DEQ in the model.")
     said = dict.fromkeys([*notes, *(capture.adjoint.note for capture in found if capture.adjoint.note)])

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.host import deqs_of
-from torchdeq_ep.measuring.capture import Trial, capture_all, left_as_found
-from torchdeq_ep.measuring.comparison import OnProgress, Steps
+from torchdeq_ep.measuring.capture import Trial, capture_all, deqs_in, left_as_found
 from torchdeq_ep.measuring.diagnosis import Diagnosis
+from torchdeq_ep.measuring.planning import OnProgress, Steps
 from torchdeq_ep.measuring.splitting import LARGE, STEPS, Examination
 from torchdeq_ep.modes import EquilibriumPropagation, ModeLike, get_backward
 
@@ -66,13 +65,13 @@ def diagnose(
     mode = get_backward(backward)
     if not isinstance(mode, EquilibriumPropagation):
         raise InvalidOptionError(f"only modes of equilibrium propagation have these errors to diagnose, not {mode!r}.")
-    deqs = deqs_of(model)
+    deqs = deqs_in(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with left_as_found(model) as found, torch.enable_grad():
         if not all(deq.training for deq in deqs):
             model.train()
         trial = Trial(model, batch, loss_fn, list(trained.values()), found)
-        tell = Steps(on_progress, 1 + len(deqs) * STEPS)
+        tell = Steps(on_progress, 1 + max(len(deqs), 1) * STEPS)
         tell("the equilibria")
         captures = capture_all(trial, LARGE.tol, LARGE.steps)[1]
         tell.total = 1 + len(captures) * STEPS

@@ -12,27 +12,35 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torchdeq_ep._options import check_count
+from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.certificate import adjoint_residual
-from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.host import deqs_of
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
-from torchdeq_ep.measuring.capture import Capture, Trial, capture_all, caught_warnings, left_as_found, short
+from torchdeq_ep.measuring.capture import (
+    Capture,
+    Trial,
+    capture_all,
+    caught_warnings,
+    deqs_in,
+    left_as_found,
+    short,
+)
 from torchdeq_ep.measuring.costs import milliseconds
 from torchdeq_ep.measuring.costs import peak_memory as peak_memory
+from torchdeq_ep.measuring.planning import OWN_SOLVER, Entry, OnProgress, Steps, plan
 from torchdeq_ep.measuring.tables import Comparison, Row
-from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, available_backwards, get_backward
-from torchdeq_ep.relaxation import Solver, check_solver
+from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, Unrolled
+from torchdeq_ep.relaxation import Solver
 from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed
 
-OWN_SOLVER = "own"
-OnProgress = Callable[[str, int, int], None]
-"""Told what is measured next, how many steps of the whole are done, and how many there are."""
+Exact = Literal["equilibrium", "steps"]
+"""What an error is measured against: the gradient of the equilibrium, or that through the steps that were made."""
+EXACT = get_args(Exact)
 
 
 def compare(
@@ -42,6 +50,7 @@ def compare(
     backwards: Sequence[str | ModeLike] | str | ModeLike | None = None,
     solvers: Sequence[str | Solver | None] | str | Solver | None = None,
     *,
+    exact: Exact = "equilibrium",
     repeats: int = 5,
     on_progress: OnProgress | None = None,
 ) -> Comparison:
@@ -59,13 +68,16 @@ def compare(
     * a `loss_fn` whose first parameter is called `model`: `loss_fn(model, batch)`, for models that need more than that.
 
     Args:
-        model: A module with at least one torchdeq DEQ.
+        model: A module with at least one torchdeq DEQ, or one that runs a [`loop`][torchdeq_ep.loop].
         batch: See above.
         loss_fn: Returns a scalar.
         backwards: Names, specs (`"hep:n_points=6"`) or modes; by default every registered one. A mode that refuses the
             model has a row that says why.
         solvers: What drives each of them: names of solvers registered with torchdeq, callables of the same signature,
             and `None` for the package's own relaxation, which is the default.
+        exact: What errors are relative to: `"equilibrium"`, the exact gradient of an equilibrium at the state at which
+            the forward pass stopped; or `"steps"`, backpropagation through the steps that it made, the gradient of what
+            was computed. How far the two are apart is measured either way.
         repeats: Number of timings of each mode; the median counts. Modes take turns, so drift of the machine hits all.
         on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end, and not
             between timings.
@@ -77,7 +89,8 @@ def compare(
     Raises:
         UnknownBackwardError: If no backward mode has such a name.
         InvalidOptionError: If an option or a solver does not exist, or the loss has nothing to do with a DEQ.
-        NoDEQError: If there is no DEQ in the model.
+        NoDEQError: If there is no DEQ in the model, and no loop ran.
+        MissingHistoryError: If errors are to be relative to the steps made, and those of the solver are not plain.
 
     Example:
         >>> import torch, torchdeq
@@ -94,133 +107,86 @@ def compare(
     """
     entries = plan(backwards, solvers)
     check_count("repeats", repeats)
-    deqs = deqs_of(model)
+    check_choice("exact", exact, EXACT)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise InvalidOptionError(f"no parameter of {type(model).__name__} requires a gradient, so there is none.")
     with left_as_found(model) as found, torch.enable_grad():
-        if not all(deq.training for deq in deqs):
+        if not all(deq.training for deq in deqs_in(model)):
             model.train()
         trial = Trial(model, batch, loss_fn, trained, found)
         tell = Steps(on_progress, len(entries) + 3)
         tell("the exact gradient")
-        exact_gradient, captures, notes = capture_all(trial)
+        equilibrium, captures, notes = capture_all(trial)
         # Which parameters does an error vector reach? Not a read-out, whose gradient is the same whatever the mode.
         without, _ = trial.gradient(_NoErrorVector())
-        reached = [k for k, pair in enumerate(zip(exact_gradient, without, strict=True)) if _differ(*pair)]
+        reached = [k for k, pair in enumerate(zip(equilibrium, without, strict=True)) if _differ(*pair)]
+        references, more = _references(trial, equilibrium, reached, exact)
         tell("the spectral radius")
         radii = [_radius(capture) for capture in captures]
         for capture in captures:
             _find_out(capture)
-        rows = _measure(entries, trial, captures, [exact_gradient[k] for k in reached], reached, repeats, tell)
+        rows = _measure(entries, trial, captures, references, reached, repeats, tell)
     return Comparison(
         rows=tuple(rows),
         reference=" and ".join(dict.fromkeys(capture.method for capture in captures)),
         state_entries=sum(capture.equilibrium.z.numel() for capture in captures),
         device=str(captures[0].equilibrium.z.device),
         repeats=repeats,
-        warnings=notes,
+        warnings=(*notes, *more),
         reference_residual=_largest([capture.adjoint.residual for capture in captures]),
         free_residual=_largest([capture.equilibrium.residual for capture in captures]),
         spectral_radius=_largest(radii),
+        exact=exact,
+        gap=references.gap,
+        own_errors=references.own_errors,
     )
 
 
-class Steps:
-    """Tells a caller how far the work is.
-
-    Args:
-        on_progress: Whom to tell, if anyone.
-        total: Number of steps.
-
-    Example:
-        >>> steps = Steps(print, 2)
-        >>> steps("the first")
-        the first 0 2
-        >>> steps("the second")
-        the second 1 2
-        >>> steps.end()
-        done 2 2
-    """
-
-    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
-        self._on_progress, self.total = on_progress, total
-        self._done = 0
-
-    def __call__(self, what: str) -> None:
-        """Before a step.
-
-        Args:
-            what: What it is about.
-        """
-        if self._on_progress is not None:
-            self._on_progress(what, self._done, self.total)
-        self._done += 1
-
-    def end(self) -> None:
-        """After the last step."""
-        if self._on_progress is not None:
-            self._on_progress("done", self.total, self.total)
-
-
 @dataclass(frozen=True)
-class Entry:
-    """A row to be measured: its labels, and the mode or the reason why there is none."""
+class References:
+    """The two gradients that may be called exact, and the one of the model as it is, of the parameters reached."""
 
-    backward: str
-    solver: str
-    mode: ModeLike | None
-    error: str = ""
+    exact: Exact
+    equilibrium: Tensor
+    steps: Tensor | None
+    own: Tensor | None
 
+    @property
+    def chosen(self) -> Tensor:
+        return self.steps if self.exact == "steps" and self.steps is not None else self.equilibrium
 
-def plan(
-    backwards: Sequence[str | ModeLike] | str | ModeLike | None,
-    solvers: Sequence[str | Solver | None] | str | Solver | None,
-) -> tuple[Entry, ...]:
-    """The rows that [`compare`][torchdeq_ep.measuring.compare] will measure; refuses names that do not exist.
+    @property
+    def other(self) -> Tensor | None:
+        return self.equilibrium if self.exact == "steps" else self.steps
 
-    Args:
-        backwards: As given to `compare`.
-        solvers: As given to `compare`.
+    @property
+    def gap(self) -> float:
+        return math.nan if self.other is None else _relative_error(self.other, self.chosen)
 
-    Returns:
-        Every mode with every solver.
-
-    Raises:
-        UnknownBackwardError: If no backward mode has such a name.
-        InvalidOptionError: If an option or a solver does not exist, or there is nothing to compare.
-
-    Example:
-        >>> [(entry.backward, entry.solver) for entry in plan(["ift", "ep"], [None, "anderson"])]
-        [('ift', 'own'), ('ift', 'anderson'), ('ep', 'own'), ('ep', 'anderson')]
-    """
-    chosen = list(available_backwards()) if backwards is None else _as_list(backwards)
-    drivers = [None] if solvers is None else _as_list(solvers)
-    for name, choice in (("backwards", chosen), ("solvers", drivers)):
-        if not choice:
-            raise InvalidOptionError(f"there is nothing to compare: {name} is empty.")
-    for spec in chosen:
-        get_backward(spec)
-    for solver in drivers:
-        check_solver(solver)
-    return tuple(_entry(spec, solver) for spec in chosen for solver in drivers)
+    @property
+    def own_errors(self) -> tuple[float, float]:
+        """Relative to the gradient of the equilibrium, and to that of the steps."""
+        if self.own is None:
+            return math.nan, math.nan
+        to_steps = math.nan if self.steps is None else _relative_error(self.own, self.steps)
+        return _relative_error(self.own, self.equilibrium), to_steps
 
 
-def _as_list(choice: Any) -> list[Any]:
-    return [choice] if isinstance(choice, str) or callable(choice) else list(choice)
-
-
-def _entry(spec: str | ModeLike, solver: str | Solver | None) -> Entry:
-    backward, driver = _label(spec), OWN_SOLVER if solver is None else _label(solver)
-    try:
-        # Not every mode takes a solver, one from a plugin say.
-        return Entry(backward, driver, get_backward(spec) if solver is None else get_backward(spec, solver=solver))
-    except EPError as error:
-        return Entry(backward, driver, None, short(error))
-
-
-def _label(choice: Any) -> str:
-    return choice if isinstance(choice, str) else getattr(choice, "__name__", None) or repr(choice)
+def _references(
+    trial: Trial, equilibrium: Sequence[Tensor], reached: Sequence[int], exact: Exact
+) -> tuple[References, list[str]]:
+    found: dict[str, Tensor | None] = {"steps": None, "own": None}
+    notes = []
+    for name, mode in (("steps", Unrolled()), ("own", None)):
+        try:
+            gradient, _ = trial.gradient(mode)
+            found[name] = _joined([gradient[k] for k in reached])
+        except Exception as error:  # a solver whose steps are not plain, or not enough memory for all of them
+            if name == exact:
+                raise
+            notes.append(f"no gradient {'through the steps made' if name == 'steps' else 'of its own'}: {short(error)}")
+    return References(exact, _joined([equilibrium[k] for k in reached]), **found), notes
 
 
 class _NoErrorVector(Mode):
@@ -262,7 +228,7 @@ def _measure(
     entries: Sequence[Entry],
     trial: Trial,
     captures: Sequence[Capture],
-    exact_gradient: Sequence[Tensor],
+    references: References,
     reached: Sequence[int],
     repeats: int,
     tell: Steps,
@@ -271,7 +237,8 @@ def _measure(
     figures: dict[int, dict[str, Any]] = {}
     errors = {k: entry.error for k, entry in enumerate(entries)}
     calls: dict[int, Callable[[], object]] = {}
-    exact = _joined([capture.exact for capture in captures]), _joined(exact_gradient)
+    passes: dict[int, Callable[[], object]] = {}
+    exact = _joined([capture.exact for capture in captures])
     for k, entry in enumerate(entries):
         tell(entry.backward if entry.solver == OWN_SOLVER else f"{entry.backward} / {entry.solver}")
         if entry.mode is None:
@@ -279,13 +246,19 @@ def _measure(
         # Each has its own memory of what was said, or the warnings of the first would silence the others.
         own = [capture.anew() for capture in captures]
         try:
-            figures[k] = _figures(entry.mode, trial, own, exact, reached)
+            figures[k] = _figures(entry.mode, trial, own, exact, references, reached)
         except Exception as error:  # one mode, perhaps of a plugin, must not cost the others their rows
             errors[k] = short(error)
         else:
             calls[k] = partial(_solve_all, entry.mode, own)
+            if "gradient_error" in figures[k]:
+                passes[k] = partial(trial.gradient, entry.mode)
     tell("times")
-    times, failed = milliseconds(calls, captures[0].equilibrium.z.device, repeats)
+    device = captures[0].equilibrium.z.device
+    of_passes, _ = milliseconds(passes, device, repeats)
+    for k, figure in of_passes.items():
+        figures[k]["step_milliseconds"] = figure
+    times, failed = milliseconds({k: call for k, call in calls.items() if not _is_bound(entries[k])}, device, repeats)
     for k in calls:
         figures[k]["milliseconds"] = times.get(k, math.nan)
         if k in failed:
@@ -294,11 +267,24 @@ def _measure(
     return [Row(e.backward, e.solver, error=errors[k], **figures.get(k, {})) for k, e in enumerate(entries)]
 
 
+def _is_bound(entry: Entry) -> bool:
+    """Whether a mode makes nothing of an equilibrium by itself, without what a solver or loop keeps for it."""
+    return getattr(entry.mode, "needs", None) is not None
+
+
 def _figures(
-    mode: ModeLike, trial: Trial, captures: Sequence[Capture], exact: tuple[Tensor, Tensor], reached: Sequence[int]
+    mode: ModeLike,
+    trial: Trial,
+    captures: Sequence[Capture],
+    exact_adjoint: Tensor,
+    references: References,
+    reached: Sequence[int],
 ) -> dict[str, Any]:
     """All of a row but the time. A mode that solves the equilibria and then fails in the model has those figures."""
-    exact_adjoint, exact_gradient = exact
+    if getattr(mode, "needs", None) is not None:
+        with caught_warnings() as notes:
+            found = _gradient_figures(mode, trial, references, reached)
+        return {**found, "warnings": tuple(notes)}
     with caught_warnings() as notes:
         vectors, calls, reports = _solve_all(mode, captures)
     error_vector = _joined(vectors)
@@ -315,10 +301,7 @@ def _figures(
     }
     unusable = [f"no usable estimate: {_fault(report)}" for report in reports if not report.is_usable]
     try:
-        gradient, _ = trial.gradient(mode)
-        reached_gradient = _joined([gradient[j] for j in reached])
-        figures["gradient_error"] = _relative_error(reached_gradient, exact_gradient)
-        figures["gradient_cosine"] = cosine(reached_gradient, exact_gradient)
+        figures |= _gradient_figures(mode, trial, references, reached)
     except Exception as error:
         notes.append(f"no gradient: {short(error)}")
     try:
@@ -328,6 +311,17 @@ def _figures(
     except Exception as error:
         notes.append(f"no memory: {short(error)}")
     return {**figures, "warnings": tuple(dict.fromkeys([*unusable, *notes]))}
+
+
+def _gradient_figures(mode: ModeLike, trial: Trial, references: References, reached: Sequence[int]) -> dict[str, float]:
+    """How far the gradient of the whole model is from the two that may be called exact."""
+    every, _ = trial.gradient(mode)
+    gradient = _joined([every[j] for j in reached])
+    return {
+        "gradient_error": _relative_error(gradient, references.chosen),
+        "gradient_cosine": cosine(gradient, references.chosen),
+        "other_error": math.nan if references.other is None else _relative_error(gradient, references.other),
+    }
 
 
 def _adjoint_residuals(captures: Sequence[Capture], vectors: Sequence[Tensor]) -> list[float]:

@@ -12,12 +12,15 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.measuring.capture import CERTAIN
 from torchdeq_ep.measuring.files import plain, require
 from torchdeq_ep.measuring.plots import Point, Words, check_plot, scatter
+from torchdeq_ep.measuring.ranking import ranking
 from torchdeq_ep.measuring.style import save
 
 BASELINE = "ift"
 """The mode that times are quoted relative to."""
 WIDE = 150
-"""Characters in a line from which on all columns of the printed table have room."""
+"""Characters in a line from which on the details of the printed table have room, """
+WIDEST = 175
+"""and all columns."""
 _MISSING = {"none": "there is no reference", "zero": "the cotangent is zero", "least squares": "I - J is singular"}
 """Why an error has no number although the mode has an estimate, by the reference."""
 _SMALLEST_ERROR = 1e-16
@@ -46,6 +49,9 @@ class Row:
         usable: Whether every estimate was one: not diverged, with a residual of 0.1 at most; `None` as above.
         adjoint_residual: Largest residual `|v - J^T v - g| / |g|` of an error vector in the exact equation: what a
             training run [reports](certificate.md) where the error itself is not known.
+        other_error: As `gradient_error`, relative to the other gradient that may be called exact: that through the
+            steps made, or, with `exact="steps"`, that of the equilibrium.
+        step_milliseconds: Median time of a forward and backward pass of the whole model.
         nudge_error: Largest [error of a finite amplitude](certificate.md#nudge-error) that a solve reported.
 
     Example:
@@ -71,6 +77,8 @@ class Row:
     usable: bool | None = None
     adjoint_residual: float = math.nan
     nudge_error: float = math.nan
+    other_error: float = math.nan
+    step_milliseconds: float = math.nan
 
     @property
     def label(self) -> str:
@@ -101,11 +109,14 @@ class Comparison:
             the DEQs, as are the next two. Above 0.001 it is not exact, and the sentence says so.
         free_residual: Relative residual of the free phase, `|f(z*) - z*| / |z*|`.
         spectral_radius: Of the Jacobian at `z*`, to a few per cent, from up to 30 products; NaN where `f` offers none.
+        exact: What errors of gradients are relative to, `"equilibrium"` or `"steps"`.
+        gap: How far the other of these is from it, relatively; NaN where there is no gradient through the steps made.
+        own_errors: How far the gradient of the model as it is is from that of the equilibrium, and that of the steps.
 
     Example:
         >>> rows = (Row("ift", "own", gradient_error=1e-7, milliseconds=2.0), Row("ep", "own", gradient_error=1e-3))
         >>> print(Comparison(rows, "dense", 8, "cpu", 5).to_markdown().splitlines()[-1])
-        | ep | own | 1.0e-03 | - | - | - | - | - | - | - | - | - | - | - | - | |
+        | ep | own | 1.0e-03 | - | - | - | - | - | - | - | - | - | - | - | - | - | - | |
     """
 
     rows: tuple[Row, ...]
@@ -117,6 +128,9 @@ class Comparison:
     reference_residual: float = math.nan
     free_residual: float = math.nan
     spectral_radius: float = math.nan
+    exact: str = "equilibrium"
+    gap: float = math.nan
+    own_errors: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def baseline(self) -> Row | None:
@@ -235,7 +249,7 @@ class Comparison:
         what = "reference" if self._is_inexact else "exact"
         return (
             f"{opening}{closest.label} is closest to the {what} gradient (error "
-            f"{closest.gradient_error:.0e}) and {subject}the fastest ({speed}){closing}.{self._caveat()}"
+            f"{closest.gradient_error:.0e}) and {subject}the fastest ({speed}){closing}.{self._caveat()}{ranking(self)}"
         )
 
     @property
@@ -264,12 +278,14 @@ class Column:
         text: The cell of a row.
         is_text: Set flush left.
         is_detail: Left out where the room is scarce.
+        is_extra: Left out unless there is room for everything.
     """
 
     title: str
     text: Callable[[Comparison, Row], str]
     is_text: bool = False
     is_detail: bool = False
+    is_extra: bool = False
 
 
 def _number(value: float, form: str) -> str:
@@ -292,6 +308,7 @@ COLUMNS = (
     Column("solver", lambda _, row: row.solver, is_text=True),
     Column("gradient error", lambda table, row: _error(table, row, row.gradient_error, ".1e")),
     Column("gradient cosine", lambda table, row: _error(table, row, row.gradient_cosine, ".6f"), is_detail=True),
+    Column("to the other", lambda _, row: _number(row.other_error, ".1e"), is_extra=True),
     Column("adjoint error", lambda table, row: _error(table, row, row.adjoint_error, ".1e")),
     Column("adjoint cosine", lambda table, row: _error(table, row, row.adjoint_cosine, ".6f"), is_detail=True),
     Column("adjoint residual", lambda _, row: _number(row.adjoint_residual, ".1e")),
@@ -300,6 +317,7 @@ COLUMNS = (
     Column("calls", lambda _, row: _number(row.calls, ".0f")),
     Column("ms", lambda _, row: _number(row.milliseconds, ".2f")),
     Column("x ift", lambda table, row: _number(table.relative_time(row), ".2f")),
+    Column("step ms", lambda _, row: _number(row.step_milliseconds, ".2f"), is_extra=True),
     Column("peak MiB", lambda _, row: _number(row.peak_mib, ".2f"), is_detail=True),
     Column("beta", lambda _, row: _number(row.beta, ".2g"), is_detail=True),
     Column("converged", lambda _, row: _yes_or_no(row.converged), is_detail=True),
@@ -324,7 +342,9 @@ def to_rich(comparison: Comparison, width: int = WIDE) -> Any:
     rich_table = require("rich.table", "rich", "A table in the terminal")
     box = require("rich.box", "rich", "A table in the terminal")
     hidden = {"notes"} | ({"solver"} if len({row.solver for row in comparison.rows}) == 1 else set())
-    shown = [column for column in COLUMNS if column.title not in hidden and not (column.is_detail and width < WIDE)]
+    if width < WIDEST:
+        hidden |= {column.title for column in COLUMNS if column.is_extra or (column.is_detail and width < WIDE)}
+    shown = [column for column in COLUMNS if column.title not in hidden]
     table = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown:
         heading = column.title.replace(" ", "\n")

@@ -14,6 +14,17 @@ from torchdeq_ep.modes.registry import describe_backward as describe_backward
 from torchdeq_ep.modes.registry import get_backward as get_backward
 from torchdeq_ep.modes.registry import register_backward as register_backward
 from torchdeq_ep.modes.report import NudgeReport as NudgeReport
+from torchdeq_ep.modes.reversible import Reversible as Reversible
 from torchdeq_ep.modes.schedules import Online as Online
+from torchdeq_ep.modes.series import Neumann as Neumann
+from torchdeq_ep.modes.series import OneStep as OneStep
+from torchdeq_ep.modes.shine import Shine as Shine
 from torchdeq_ep.modes.stencils import Stencil as Stencil
+from torchdeq_ep.modes.steps import Path as Path
+from torchdeq_ep.modes.steps import Phantom as Phantom
+from torchdeq_ep.modes.steps import StepwiseMode as StepwiseMode
+from torchdeq_ep.modes.steps import Trajectory as Trajectory
+from torchdeq_ep.modes.steps import Unrolled as Unrolled
+from torchdeq_ep.modes.tangents import require_equilibrium as require_equilibrium
 from torchdeq_ep.modes.tangents import tangent_mode as tangent_mode
+from torchdeq_ep.relaxation.kept import Need as Need

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteError, NudgeDivergedError
+from torchdeq_ep.jacobian import OperatorMetric
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import GMRES, Run, Solver, check_solver, relax
+from torchdeq_ep.relaxation.kept import Need
 from torchdeq_ep.state import (
     Equilibrium,
     Packing,
@@ -49,6 +51,9 @@ class Mode(ABC):
         >>> mode(lambda z: 0.5 * z, torch.zeros(2), torch.ones(2))
         tensor([2., 2.])
     """
+
+    at_equilibrium: ClassVar[bool] = True
+    """Whether its gradient presumes that the state is an equilibrium, so that one that is not is worth a warning."""
 
     def __call__(self, f: Callable[..., Any], z_star: State, cotangent: State) -> State:
         """The error vector at a fixed point.
@@ -91,8 +96,9 @@ class Mode(ABC):
         equilibrium.memory.passes += 1
         equilibrium.used.assumed_symmetry = self.assumes_symmetry
         equilibrium.require_finite()
-        if equilibrium.residual > UNCONVERGED_STATE:
-            speak_up_of_free_phase(equilibrium)
+        if self.at_equilibrium and equilibrium.residual > UNCONVERGED_STATE:
+            with undisturbed(equilibrium.records):
+                speak_up_of_free_phase(equilibrium)
         if equilibrium.cotangent_size == 0.0:
             return torch.zeros_like(equilibrium.z), NudgeReport(repr(self), calls=0)
         with undisturbed(equilibrium.records):
@@ -111,6 +117,11 @@ class Mode(ABC):
     def assumes_symmetry(self) -> bool:
         """Whether the limit of the mode is the exact error vector only where `J` (or `J M`) is symmetric."""
         return False
+
+    @property
+    def needs(self) -> Need | None:
+        """What the mode takes from the forward pass beside `f` and `z*`: it is `Equilibrium.history` then."""
+        return None
 
     @abstractmethod
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
@@ -227,3 +238,9 @@ def check_correction(correction: object) -> None:
     """Raises InvalidOptionError unless it is one that the nudged modes accept."""
     if correction not in (None, "asymmetric"):
         raise InvalidOptionError(f"correction must be None or 'asymmetric', not {correction!r}.")
+
+
+def check_correction_of(metric: object, correction: object) -> None:
+    """Raises InvalidOptionError for the correction beside an operator, with either of which the limit is exact."""
+    if correction is not None and isinstance(metric, OperatorMetric):
+        raise InvalidOptionError("the asymmetric correction takes diagonal metrics: leave out one of the two.")

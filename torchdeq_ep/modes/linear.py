@@ -8,15 +8,22 @@ symmetric, or with a metric or a correction that makes up for it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from torchdeq_ep._options import check_metric
 from torchdeq_ep.errors import FallbackWarning
-from torchdeq_ep.jacobian import Metric, Product, jvp, vjp
+from torchdeq_ep.jacobian import Metric, OperatorMetric, Product, jvp, vjp
 from torchdeq_ep.jacobian.metric import diagonal_metric, scaled_adjoint
-from torchdeq_ep.modes.base import DEFAULT_MAX_ITER, Correction, Derivative, RelaxedMode, check_correction
+from torchdeq_ep.modes.base import (
+    DEFAULT_MAX_ITER,
+    Correction,
+    Derivative,
+    RelaxedMode,
+    check_correction,
+    check_correction_of,
+)
 from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.relaxation import GMRES, gmres, relax_linear
@@ -103,7 +110,8 @@ class InfinitesimalEP(LinearMode):
     Args:
         metric: Positive diagonal `M` as a function of the state, e.g. an
             [`ActivityMetric`][torchdeq_ep.jacobian.ActivityMetric]; the result is `M^-1 (I - J)^-1 M g`. `"auto"` fits
-            one to the Jacobian, see [`automatic_metric`][torchdeq_ep.jacobian.automatic_metric].
+            one to the Jacobian, see [`automatic_metric`][torchdeq_ep.jacobian.automatic_metric]. An
+            [`OperatorMetric`][torchdeq_ep.jacobian.OperatorMetric] is any symmetric positive operator.
         correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
         solver: Name of a torchdeq solver or a callable; `"gmres"` for a Krylov space of each sample; `None` for the
             package's own.
@@ -129,6 +137,7 @@ class InfinitesimalEP(LinearMode):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_metric(self.metric)
+        check_correction_of(self.metric, self.correction)
         check_correction(self.correction)
 
     @property
@@ -136,6 +145,8 @@ class InfinitesimalEP(LinearMode):
         return self.correction is None
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        if isinstance(self.metric, OperatorMetric):
+            return solve_by_operator(self, self.metric, equilibrium)
         metric, metric_calls = diagonal_metric(self.metric, equilibrium.f, equilibrium.z)
         equilibrium.used.metric = metric
         force = equilibrium.cotangent if metric is None else metric * equilibrium.cotangent
@@ -148,6 +159,30 @@ class InfinitesimalEP(LinearMode):
         vector = displacement if metric is None else displacement / metric
         self.finish(equilibrium, "the infinitesimal nudge", vector, report)
         return vector, report
+
+
+def solve_by_operator(
+    mode: RelaxedMode, metric: OperatorMetric, equilibrium: Equilibrium
+) -> tuple[Tensor, NudgeReport]:
+    """The error vector with a metric that is an operator: that of `M g` without a metric, and `M^-1` of it.
+
+    Args:
+        mode: The mode; its field `metric` is replaced.
+        metric: The metric.
+        equilibrium: The free equilibrium. The cotangent is frozen, whatever its loss.
+
+    Returns:
+        An error vector, and its report.
+    """
+    plain: Any = mode
+    kind = "accept" if mode.on_divergence == "ift" else mode.on_divergence
+    force = metric.apply(equilibrium.cotangent)
+    posed = replace(equilibrium, cotangent=force, loss_of_state=None)
+    displacement, report = replace(plain, metric=None, on_divergence=kind)._solve(posed)
+    if mode.on_divergence == "ift" and not report.is_usable:
+        return fall_back(mode, equilibrium, "the nudge", report)
+    equilibrium.used.metric = metric
+    return metric.inverse(displacement), replace(report, backward=repr(mode))
 
 
 def fall_back(

@@ -13,10 +13,10 @@ from torch import Tensor
 from torchdeq_ep._options import check_choice, check_metric
 from torchdeq_ep.errors import InvalidOptionError, PrecisionWarning, TruncationWarning, unknown_name
 from torchdeq_ep.holomorphic.context import Piecewise
-from torchdeq_ep.jacobian import Metric
+from torchdeq_ep.jacobian import Metric, OperatorMetric
 from torchdeq_ep.modes.accuracy import FACTOR, measured_nudge_error, smaller_factor
 from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
-from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
+from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction, check_correction_of
 from torchdeq_ep.modes.force import NudgedProblem
 from torchdeq_ep.modes.judgement import (
     FreeLimit,
@@ -25,7 +25,7 @@ from torchdeq_ep.modes.judgement import (
     is_converged,
     require_repeatable,
 )
-from torchdeq_ep.modes.linear import fall_back
+from torchdeq_ep.modes.linear import fall_back, solve_by_operator
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.schedules import NudgedPhases, Online
 from torchdeq_ep.modes.stencils import Stencil
@@ -113,6 +113,7 @@ class EquilibriumPropagation(RelaxedMode):
         elif not isinstance(self.stencil, Stencil):
             raise InvalidOptionError(f"stencil must be a tep.Stencil or the name of one, not {self.stencil!r}.")
         check_metric(self.metric)
+        check_correction_of(self.metric, self.correction)
         check_correction(self.correction)
         check_choice("scale", self.scale, ("relative", "absolute"))
         check_choice("batching", self.batching, ("auto", "vmap", "loop"))
@@ -122,6 +123,8 @@ class EquilibriumPropagation(RelaxedMode):
             check_choice("schedule", self.schedule, ("parallel", "online"))
 
     def _solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
+        if isinstance(self.metric, OperatorMetric):
+            return solve_by_operator(self, self.metric, equilibrium)
         memory, measuring = equilibrium.memory, equilibrium.memory.calls
         stencil = cast(Stencil, self.stencil).resolve(equilibrium.resolution)
         problem = NudgedProblem.pose(equilibrium, self.metric, self.correction, self.piecewise)

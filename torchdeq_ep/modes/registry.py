@@ -11,10 +11,15 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown_name
-from torchdeq_ep.modes.base import Mode
+from torchdeq_ep.modes.base import Mode, OnDivergence
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
+from torchdeq_ep.modes.reversible import Reversible
+from torchdeq_ep.modes.series import Neumann, OneStep
+from torchdeq_ep.modes.shine import Shine
 from torchdeq_ep.modes.stencils import Beta, Stencil
+from torchdeq_ep.modes.steps import Phantom, Unrolled
+from torchdeq_ep.relaxation import GMRES
 
 ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 """What a mode is: `(f, z_star, cotangent) -> error vector`."""
@@ -51,6 +56,46 @@ def asymmetric(*, beta: Beta = "auto", **options: Any) -> Mode:
     return symmetric(beta=beta, **{"correction": "asymmetric", **options})
 
 
+def one_step() -> Mode:
+    """`one-step`: The cotangent itself, as if the last argument of the map were a constant: no products."""
+    return OneStep()
+
+
+def jacobian_free() -> Mode:
+    """`jfb`: Another name of `one-step`."""
+    return OneStep()
+
+
+def neumann(*, k: int = 5, tau: float = 1.0) -> Mode:
+    """`neumann`: `k` terms of the Neumann series of `ift`, damped by `tau`. Options: `k`, `tau`."""
+    return Neumann(k, tau)
+
+
+def phantom(*, k: int = 5, tau: float = 0.5) -> Mode:
+    """`phantom`: Backpropagation through `k` damped steps from `z*`, as torchdeq defines it. Options: `k`, `tau`."""
+    return Phantom(k, tau)
+
+
+def unrolled(*, k: int | None = None) -> Mode:
+    """`unrolled`: Backpropagation through the last `k` steps made, or all of them (BPTT). Option: `k`."""
+    return Unrolled(k)
+
+
+def gmres(*, max_iter: int | None = None, tol: float | None = None, on_divergence: OnDivergence = "shrink") -> Mode:
+    """`gmres`: As `ift`, solved by GMRES, with a Krylov space for each sample. Options: `max_iter`, `tol`."""
+    return ImplicitDifferentiation(solver=GMRES, max_iter=max_iter, tol=tol, on_divergence=on_divergence)
+
+
+def shine(*, refine: int = 0, fallback: float | None = None) -> Mode:
+    """`shine`: The inverse that the forward solver `broyden-inverse` estimated. Options: `refine`, `fallback`."""
+    return Shine(refine, fallback)
+
+
+def reversible() -> Mode:
+    """`reversible`: The steps of the solver `reversible`, run backwards: exact, with memory for two states."""
+    return Reversible()
+
+
 _factories: dict[str, Callable[..., ModeLike]] = {
     "ift": ImplicitDifferentiation,
     "ep-one-sided": one_sided,
@@ -60,6 +105,14 @@ _factories: dict[str, Callable[..., ModeLike]] = {
     "hep-online": holomorphic_online,
     "ep-infinitesimal": InfinitesimalEP,
     "aep": asymmetric,
+    "one-step": one_step,
+    "jfb": jacobian_free,
+    "neumann": neumann,
+    "phantom": phantom,
+    "unrolled": unrolled,
+    "gmres": gmres,
+    "shine": shine,
+    "reversible": reversible,
 }
 
 
@@ -79,12 +132,12 @@ def register_backward(name: str, factory: Callable[..., ModeLike], *, overwrite:
         InvalidOptionError: If the name is taken or unusable, or the factory cannot be called.
 
     Example:
-        >>> def one_step():
-        ...     return lambda f, z_star, cotangent: cotangent  # v = g: the Jacobian-free backward
-        >>> register_backward("jacobian-free", one_step)
-        >>> "jacobian-free" in available_backwards()
+        >>> def half_step():
+        ...     return lambda f, z_star, cotangent: 0.5 * cotangent
+        >>> register_backward("half-step", half_step)
+        >>> "half-step" in available_backwards()
         True
-        >>> del _factories["jacobian-free"]  # this example leaves nothing behind
+        >>> del _factories["half-step"]  # this example leaves nothing behind
     """
     if not isinstance(name, str) or not name or set(name) & set(":,="):
         raise InvalidOptionError(f"a backward mode cannot be named {name!r}: no colon, comma or equals sign, please.")

@@ -8,17 +8,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torchdeq_ep.errors import TransformError
 from torchdeq_ep.modes.base import Mode, OnDivergence, RelaxedMode
 from torchdeq_ep.modes.linear import InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.registry import ModeLike
 
 
+def require_equilibrium(mode: ModeLike) -> None:
+    """Refuse a mode whose gradient is not that of the equilibrium.
+
+    Args:
+        mode: Any mode.
+
+    Raises:
+        TransformError: If it differentiates steps, sums a part of a series, or needs what a solver left.
+    """
+    if isinstance(mode, Mode) and (mode.needs is not None or not mode.at_equilibrium):
+        raise TransformError(
+            f"{mode!r} is an approximation that belongs to a backward pass: it has no forward derivative, and the "
+            "transforms of torch.func do not see it. Call loss.backward(), or use 'ift', 'aep' or 'ep'."
+        )
+
+
 def tangent_mode(mode: ModeLike) -> Mode:
     """The mode that solves `d = J d + force` in the way of another.
 
     Args:
-        mode: Any mode.
+        mode: Any mode that solves an equation of the equilibrium.
 
     Returns:
         Plain nudges of the same stencil for equilibrium propagation; for a mode that takes products with the Jacobian,
@@ -31,6 +48,7 @@ def tangent_mode(mode: ModeLike) -> Mode:
         >>> tangent_mode(get_backward("ift:max_iter=7"))
         InfinitesimalEP(solver=None, max_iter=7, tol=None, on_divergence='shrink', metric=None, correction=None)
     """
+    require_equilibrium(mode)
     if not isinstance(mode, RelaxedMode):
         return InfinitesimalEP()
     # Implicit differentiation has the adjoint to fall back on, which is no tangent.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ class Used:
     """What a mode used, for those who judge its error vector.
 
     Args:
-        metric: Diagonal of `M`, or `None` for the identity.
+        metric: Diagonal of `M`, an operator with `apply` and `inverse`, or `None` for the identity.
         assumed_symmetry: Whether its equation has `J` where the exact one has `J^T`.
     """
 
-    metric: Tensor | None = None
+    metric: Any = None
     assumed_symmetry: bool = False
 
 
@@ -45,6 +46,7 @@ class Equilibrium:
         rows: Where the samples of a batch lie in the state, if it may hold any.
         memory: What the layer remembers of earlier passes, and what speaks up.
         used: What the mode used for it.
+        history: What the solver left for a mode that needs it.
 
     Example:
         >>> z = torch.tensor([3.0, 4.0])
@@ -63,6 +65,7 @@ class Equilibrium:
     rows: Rows | None = None
     memory: Memory = field(default_factory=Memory)
     used: Used = field(default_factory=Used)
+    history: object = None
 
     @cached_property
     def size(self) -> float:

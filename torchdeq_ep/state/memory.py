@@ -90,7 +90,7 @@ class Memory:
     seen_in_evaluation: bool = False
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
 
-    _due: int = 1
+    _due: int = field(default=1, init=False)
 
     def is_due(self, beta: float) -> bool:
         """Whether the nudge error is to be measured.

@@ -235,13 +235,24 @@ class Packing:
         Returns:
             A function from a packed state to a packed state.
         """
-        spread = self.container is not None and not _takes_sequence(f, len(self.shapes))
+        step = self.state_map(f)
 
         def packed_map(packed: Tensor) -> Tensor:
-            state = self.unpack(packed)
-            return self.pack(f(*state) if spread else f(state))
+            return self.pack(step(self.unpack(packed)))
 
         return packed_map
+
+    def state_map(self, f: Callable[..., Any]) -> Callable[[State], State]:
+        """`f` as a map of states as they are, one argument in the container of this packing.
+
+        Args:
+            f: As for [`map`][torchdeq_ep.state.Packing.map].
+
+        Returns:
+            A function from a state to what `f` returns.
+        """
+        spread = self.container is not None and not _takes_sequence(f, len(self.shapes))
+        return (lambda state: cast(State, f(*state))) if spread else f
 
 
 def _takes_sequence(f: Callable[..., Any], n_tensors: int) -> bool:
