@@ -13,6 +13,11 @@ from torchdeq_ep.modes.base import Mode, OnDivergence, RelaxedMode
 from torchdeq_ep.modes.linear import InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.registry import ModeLike
+from torchdeq_ep.modes.series import Neumann, OneStep
+from torchdeq_ep.modes.shine import Shine
+from torchdeq_ep.modes.steps import StepwiseMode
+
+_APPROXIMATIONS = (StepwiseMode, OneStep, Neumann, Shine)
 
 
 def require_equilibrium(mode: ModeLike) -> None:
@@ -24,7 +29,7 @@ def require_equilibrium(mode: ModeLike) -> None:
     Raises:
         TransformError: If it differentiates steps, sums a part of a series, or needs what a solver left.
     """
-    if isinstance(mode, Mode) and (mode.needs is not None or not mode.at_equilibrium):
+    if isinstance(mode, _APPROXIMATIONS):
         raise TransformError(
             f"{mode!r} is an approximation that belongs to a backward pass: it has no forward derivative, and the "
             "transforms of torch.func do not see it. Call loss.backward(), or use 'ift', 'aep' or 'ep'."
