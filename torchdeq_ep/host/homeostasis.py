@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
 from torchdeq_ep._options import check_choice, check_count, check_metric
-from torchdeq_ep.closing import is_transforming
-from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, TransformError, unknown_name
+from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
 from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController
 from torchdeq_ep.host.deqs import deqs_of, fixed_point
 from torchdeq_ep.host.hooks import FixedPointHandle
-from torchdeq_ep.host.injection import Nothing, with_gradient
+from torchdeq_ep.host.injection import Nothing, refuse_transforms, with_gradient
 from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
 
@@ -362,11 +361,7 @@ class _Regulator:
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not deq.training:
             return None
-        if is_transforming():
-            raise TransformError(
-                "homeostasis is a term of a training loss that its hook adds, and a transform of torch.func would "
-                "differentiate that too. Remove the homeostasis first: handle.remove()."
-            )
+        refuse_transforms()
         step, self._calls = self._calls, self._calls + 1
         options = self._options
         if isinstance(options.every, int) and step % options.every:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdeq_ep.closing import is_transforming
+from torchdeq_ep.errors import TransformError
+
 
 class Nothing:
     """What is left of a regulator in a copy of its DEQ, whose penalty nobody could ask for."""
@@ -16,6 +19,15 @@ class Nothing:
         return None
 
     ask = __call__
+
+
+def refuse_transforms() -> None:
+    """Raise TransformError inside a transform of `torch.func`, which would differentiate a penalty with the loss."""
+    if is_transforming():
+        raise TransformError(
+            "homeostasis is a term of a training loss that its hook adds, and a transform of torch.func would "
+            "differentiate that too. Remove the homeostasis first: handle.remove()."
+        )
 
 
 def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
