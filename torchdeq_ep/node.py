@@ -23,6 +23,7 @@ from torchdeq_ep.state import (
     Packing,
     change_tolerance,
     first_derivative_only,
+    forget_casts,
     norm,
     relative_difference,
     tensors_of,
@@ -91,6 +92,7 @@ def attach(
 
 def _value_at(f: Map, z: Tensor, certificate: bool) -> tuple[Tensor, Recording | None]:
     """`f(z)`, recorded at a state that asks for a gradient where `f` allows it."""
+    forget_casts()
     if certificate:
         state = recorded(z)
         try:

@@ -18,7 +18,7 @@ from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.modes import ModeLike, NudgeReport
 from torchdeq_ep.node import Layer, connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, forget_casts, undisturbed
 
 Loss = Callable[[Any], Tensor]
 
@@ -104,6 +104,7 @@ class EquilibriumRule:
 
     def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule, recorded at their sources where `func` allows it: found out once."""
+        forget_casts()
         if self.certificate and self.memory.recordable and torch.is_grad_enabled():
             try:
                 visited = self.steps.visit(func, z_pred, detach=lambda z: recorded(func.detach(z)))
