@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.host import deqs_of
 from torchdeq_ep.measuring.capture import Trial, capture_all, left_as_found
-from torchdeq_ep.measuring.comparison import OnProgress, Steps
 from torchdeq_ep.measuring.diagnosis import Diagnosis
+from torchdeq_ep.measuring.progress import OnProgress, Steps
 from torchdeq_ep.measuring.splitting import LARGE, STEPS, Examination
 from torchdeq_ep.modes import EquilibriumPropagation, ModeLike, get_backward
 
@@ -41,7 +41,8 @@ def diagnose(
         batch: As for [`compare`][torchdeq_ep.measuring.compare].
         loss_fn: As for `compare`.
         backward: A mode of equilibrium propagation, or the spec of one.
-        on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end.
+        on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end. By default
+            a notebook shows a bar, and nothing else does.
 
     Returns:
         The diagnosis.

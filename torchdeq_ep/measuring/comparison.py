@@ -25,14 +25,13 @@ from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
 from torchdeq_ep.measuring.capture import Capture, Trial, capture_all, caught_warnings, left_as_found, short
 from torchdeq_ep.measuring.costs import milliseconds
 from torchdeq_ep.measuring.costs import peak_memory as peak_memory
+from torchdeq_ep.measuring.progress import OnProgress, Steps
 from torchdeq_ep.measuring.tables import Comparison, Row
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, check_solver
 from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed
 
 OWN_SOLVER = "own"
-OnProgress = Callable[[str, int, int], None]
-"""Told what is measured next, how many steps of the whole are done, and how many there are."""
 
 
 def compare(
@@ -68,7 +67,7 @@ def compare(
             and `None` for the package's own relaxation, which is the default.
         repeats: Number of timings of each mode; the median counts. Modes take turns, so drift of the machine hits all.
         on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end, and not
-            between timings.
+            between timings. By default a notebook shows a bar, and nothing else does.
 
     Returns:
         The table; see [`Comparison`][torchdeq_ep.measuring.Comparison]. What cannot be measured is a cell without a
@@ -124,43 +123,6 @@ def compare(
         free_residual=_largest([capture.equilibrium.residual for capture in captures]),
         spectral_radius=_largest(radii),
     )
-
-
-class Steps:
-    """Tells a caller how far the work is.
-
-    Args:
-        on_progress: Whom to tell, if anyone.
-        total: Number of steps.
-
-    Example:
-        >>> steps = Steps(print, 2)
-        >>> steps("the first")
-        the first 0 2
-        >>> steps("the second")
-        the second 1 2
-        >>> steps.end()
-        done 2 2
-    """
-
-    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
-        self._on_progress, self.total = on_progress, total
-        self._done = 0
-
-    def __call__(self, what: str) -> None:
-        """Before a step.
-
-        Args:
-            what: What it is about.
-        """
-        if self._on_progress is not None:
-            self._on_progress(what, self._done, self.total)
-        self._done += 1
-
-    def end(self) -> None:
-        """After the last step."""
-        if self._on_progress is not None:
-            self._on_progress("done", self.total, self.total)
 
 
 @dataclass(frozen=True)
