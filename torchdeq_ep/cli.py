@@ -84,9 +84,7 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torchdeq-ep {version('torchdeq-ep')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    listing = subparsers.add_parser("list", help="name all backward modes and solvers")
-    listing.set_defaults(run=_list)
-
+    subparsers.add_parser("list", help="name all backward modes and solvers").set_defaults(run=_list)
     comparing = subparsers.add_parser(
         "compare",
         help="measure backward modes on a model: how exact, how fast, how large",
@@ -128,17 +126,20 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
     _add_problem_and_files(diagnosing, "alignment against amplitude")
     diagnosing.set_defaults(run=_diagnose)
+    _add_texts(subparsers)
+    for name, entry in commands.items():
+        origin = entry.dist.name if entry.dist else entry.value
+        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
+    return parser
+
+
+def _add_texts(subparsers: Any) -> None:
     telling = subparsers.add_parser("env", help="print versions and settings, for a report")
     telling.add_argument("--json", action="store_true", help="as JSON")
     telling.set_defaults(run=_env)
     explaining = subparsers.add_parser("errors", help="print what the documentation says about an error or warning")
     explaining.add_argument("name", nargs="?", metavar="NAME", help="class of the error; default: list them")
     explaining.set_defaults(run=_errors)
-
-    for name, entry in commands.items():
-        origin = entry.dist.name if entry.dist else entry.value
-        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
-    return parser
 
 
 def _add_problem_and_files(parser: argparse.ArgumentParser, picture: str) -> None:

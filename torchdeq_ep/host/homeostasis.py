@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
-from torchdeq_ep._display import html_fields
 from torchdeq_ep._options import check_choice, check_count, check_metric
 from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
 from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController
@@ -60,9 +59,6 @@ class HomeostasisReport(SymmetryMeasurement):
     weights: dict[str, float] = field(default_factory=dict)
     alignment: dict[str, float] = field(default_factory=dict)
 
-    def _repr_html_(self) -> str:
-        return html_fields(self)
-
 
 class HomeostasisHandle:
     """What [`register_homeostasis`][torchdeq_ep.host.register_homeostasis] returns.
@@ -91,8 +87,7 @@ class HomeostasisHandle:
         self._asking = [r.register() for r in regulators if isinstance(r, ErrorVectorRegulator)]
 
     def __repr__(self) -> str:
-        last = self.last
-        told = "nothing measured yet" if last is None else f"symmetry {last.symmetry:.3f}, penalty {last.penalty:.3g}"
+        told = f"penalty {self.last.penalty:.3g}" if self.last else "nothing measured yet"
         return f"<{type(self).__name__} on {len(self.deqs)} DEQ{'' if len(self.deqs) == 1 else 's'}: {told}>"
 
     @property
