@@ -1,9 +1,16 @@
-# `make demo` and `make test` need python3.11, make and git, and set everything else up in .venv.
+# `make demo` and `make test` need a Python of at least 3.11, make and git, and set everything else up in .venv.
 
-PYTHON ?= python3.11
+# The Python that .venv is made with: the first of these that runs and is new enough, or the one that is named, as in
+#   make install PYTHON=python3.13
+PYTHON ?=
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3 python
+# Installs in a fraction of pip's time, where it is there; `make UV=` does without.
+UV ?= $(shell command -v uv)
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/pip --disable-pip-version-check install -qq)
 
 # Distributions of their own, each with its tests: installed, tested and checked with the package.
 # Not that of deepinv: it brings torchvision, whose binaries must be those of the installed torch, and which breaks other
@@ -15,33 +22,48 @@ PLUGIN_TESTS := $(wildcard $(addsuffix /tests,$(PLUGINS)))
 #   make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
 
-# What `make demo` compares: a module and a factory in it, e.g. DEMO=my_package.models:make. Empty: the built-in model.
+# A model of your own for `make demo` to compare: a module and a factory in it, e.g. DEMO=my_package.models:make.
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow bench lint types docs figures ordinary certificate along clean
+.PHONY: help install demo test matrix slow bench lint types docs wheels owner figures ordinary certificate along clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and alone, pinned: left to the resolver, another build of it may be chosen, gigabytes larger.
 $(STAMP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
-	@echo "setting up $(VENV) (a few minutes, once)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip --disable-pip-version-check install -qq $(TORCH_FLAGS) -c constraints.txt torch
-	@$(BIN)/pip --disable-pip-version-check install -qq -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
+	@found=; for python in $(or $(PYTHON),$(PYTHONS)); do \
+	    $$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && found=$$python && break; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "no Python of at least 3.11 among: $(or $(PYTHON),$(PYTHONS))"; \
+	    echo "Install one, or name it: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3"; exit 1; \
+	fi; \
+	echo "setting up $(VENV) with $$found (a few minutes, once)"; \
+	if [ -n "$(UV)" ]; then $(UV) venv --quiet $(if $(PYTHON),--clear,--allow-existing) --python "$$(command -v $$found)" $(VENV); \
+	else $$found -m venv $(if $(PYTHON),--clear) $(VENV) \
+	    || { echo "Debian and Ubuntu have the module in a package of its own: apt install python3-venv"; exit 1; }; fi
+	@$(INSTALL) $(TORCH_FLAGS) -c constraints.txt torch
+	@$(INSTALL) -c constraints.txt -e '.[dev]' $(addprefix -e ./,$(PLUGINS))
 	@touch $@
 
 install: $(STAMP) ## set up the environment and do nothing else
 
-demo: $(STAMP) ## compare the backward passes on a small model: a plot, a table and the numbers in demo/
+demo: $(STAMP) ## train an ordinary model by four gradients and compare them: a figure, a table and the numbers in demo/
 	@mkdir -p demo
-	@$(BIN)/torchdeq-ep compare $(DEMO) --plot demo/compare.png --markdown demo/compare.md --json demo/compare.json
+	@$(BIN)/torchdeq-ep $(if $(DEMO),compare $(DEMO),demo) --plot demo/demo.png --markdown demo/demo.md --json demo/demo.json
 	@echo
-	@echo "written: demo/compare.png  demo/compare.md  demo/compare.json"
+	@echo "written: demo/demo.png  demo/demo.md  demo/demo.json"
 
 test: $(STAMP) ## run the tests and the examples in docstrings and documentation, without the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
+
+# What to test, and how: MATRIX='--python 3.12 --versions newest', for example; python tests/matrix.py --help.
+MATRIX ?= --record
+
+matrix: $(STAMP) ## run the tests on the oldest and newest versions that are supported, on every Python found
+	@$(BIN)/python tests/matrix.py $(MATRIX) --torch-flags='$(TORCH_FLAGS)'
 
 # pytest exits with 5 if no test was collected.
 slow: $(STAMP) ## run the slow tests
@@ -65,6 +87,18 @@ types: $(STAMP) ## check types
 docs: $(STAMP) ## build the documentation: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "written: site/index.html"
+
+wheels: $(STAMP) ## build the distributions, check them, and use them in an environment without the checkout
+	@rm -rf dist && mkdir -p build
+	@for part in . $(PLUGINS); do $(BIN)/python -m build --no-isolation --outdir dist $$part >build/build.log 2>&1 \
+	    || { cat build/build.log; exit 1; }; done
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python tests/wheels.py dist --torch-flags='$(TORCH_FLAGS)'
+
+owner: ## write NAME where OWNER stands for the account on the host, and CITATION.cff with it
+	@test -n "$(NAME)" || { echo "who? make owner NAME=account"; exit 1; }
+	@git grep -lE '(github.com|githubusercontent.com)/OWNER/|//OWNER\.github\.io' -- . ':!Makefile' | xargs sed -i \
+	    -e 's#\(github.com\|githubusercontent.com\)/OWNER/#\1/$(NAME)/#g' -e 's#//OWNER\.github\.io#//$(NAME).github.io#g'
 
 figures: $(STAMP) ## measure and draw the figures of the documentation again
 	@$(BIN)/python docs/figures/alignment.py

@@ -27,8 +27,8 @@ error. `sweep` ends with 1 if a run has failed.
 
 | commands | come with |
 | --- | --- |
-| `list`, `errors` | `torchdeq-ep` |
-| `compare`, `diagnose` | `torchdeq-ep[compare]` |
+| `list`, `env`, `errors` | `torchdeq-ep` |
+| `demo`, `compare`, `diagnose` | `torchdeq-ep[compare]` |
 | `physics` | `torchdeq-ep-physics[recipes]` |
 | `train`, `sweep` | `torchdeq-ep-lightning` |
 
@@ -39,6 +39,8 @@ the remaining arguments to an exit code.
 GUIDES = {
     "compare": "[Compare backward passes](compare.md)",
     "diagnose": "[Find out why a gradient is off](diagnose.md)",
+    "demo": "[the first page](index.md)",
+    "env": "[Versions and support](support.md#where-to-ask-and-what-to-send)",
     "errors": "[Errors and warnings](errors.md)",
     "physics": "[Physical networks](physics.md)",
     "train": "[Train the papers' networks](train.md)",
@@ -49,6 +51,8 @@ EXAMPLES = {
     "list": "torchdeq-ep list",
     "compare": "torchdeq-ep compare my_package.models:factory --backward ep --backward hep:n_points=6 --plot out.png",
     "diagnose": "torchdeq-ep diagnose my_package.models:factory --markdown diagnosis.md",
+    "demo": "torchdeq-ep demo --plot demo.png",
+    "env": "torchdeq-ep env",
     "errors": "torchdeq-ep errors NotHolomorphicError",
     "physics": "torchdeq-ep physics iris --simulator twin --steps 20",
     "train": "torchdeq-ep train digits-mlp --backward hep:n_points=4 --seed 1 --model.angle 30 --trainer.max_epochs 5",

@@ -17,13 +17,19 @@ def _seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def docs_script() -> Callable[[str], ModuleType]:
-    """Loads a script of `docs/` by its name."""
+def load_script() -> Callable[[Path], ModuleType]:
+    """Loads a script that is part of no package."""
 
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "docs" / f"{name}.py")
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def docs_script(load_script: Callable[[Path], ModuleType]) -> Callable[[str], ModuleType]:
+    """Loads a script of `docs/` by its name."""
+    return lambda name: load_script(Path(__file__).parents[1] / "docs" / f"{name}.py")

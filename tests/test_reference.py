@@ -1,4 +1,4 @@
-"""docs/api.md has every public name, and the docstring behind each of its entries is complete.
+"""The pages docs/api-*.md have every public name, and the docstring behind each of their entries is complete.
 
 Sections are those of Google's style. What a call raises is what its own body raises: an `EPError` by name. A class is
 called through its constructor, with the checks that this calls.
@@ -22,8 +22,8 @@ import pytest
 
 import torchdeq_ep as tep
 
-REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
-ENTRIES = re.findall(r"^::: (torchdeq_ep[\w.]*)$", REFERENCE.read_text(), re.MULTILINE)
+PAGES = sorted((Path(__file__).resolve().parent.parent / "docs").glob("api-*.md"))
+ENTRIES = [name for page in PAGES for name in re.findall(r"^::: (torchdeq_ep[\w.]*)$", page.read_text(), re.MULTILINE)]
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):\n((?:\n|    .*(?:\n|\Z))*)", re.MULTILINE)
 NAMES = re.compile(r"^    \*{0,2}(\w+):", re.MULTILINE)
 NAMESPACES = ["torchdeq_ep"] + [

@@ -127,6 +127,19 @@ class Custom(nn.Module):
         return self.deq(f, 0.1 * self.x)[0][-1]
 
 
+def _takes_products(name):
+    """Skips a model that this torch has no product `J u` for: up to 2.8, `grid_sample` is differentiable only once."""
+    if not name.startswith("flow"):
+        return
+    grid, weight = torch.zeros(1, 2, 2, 2, requires_grad=True), torch.zeros(1, 1, 2, 2, requires_grad=True)
+    value = functional.grid_sample(torch.zeros(1, 1, 2, 2), grid, align_corners=False)
+    (pulled,) = torch.autograd.grad(value, grid, weight, create_graph=True)
+    try:
+        torch.autograd.grad(pulled.sum(), weight)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
 MODELS = {
     "graph": ImplicitGraph,
     "flow-sliced": lambda: FlowUpdate("sliced"),
@@ -151,6 +164,7 @@ def _gradient(model, backward=None):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_modes_match_implicit_differentiation(name):
+    _takes_products(name)
     torch.manual_seed(0)
     model = MODELS[name]()
     reference = _gradient(model)
@@ -160,6 +174,7 @@ def test_exact_modes_match_implicit_differentiation(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nudges_match_their_limit(name):
+    _takes_products(name)
     torch.manual_seed(0)
     model = MODELS[name]()
     limit = _gradient(model, "ep-infinitesimal")

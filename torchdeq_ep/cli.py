@@ -1,4 +1,4 @@
-"""The command line: `list`, `compare`, `diagnose`, `errors`, and commands of other distributions."""
+"""The command line: `list`, `compare`, `demo`, `diagnose`, `env`, `errors`, and commands of other distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.functional import cross_entropy
 
+from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import EPError, InvalidOptionError, unknown_name
 from torchdeq_ep.measuring import (
     EXACT,
@@ -26,6 +28,7 @@ from torchdeq_ep.measuring import (
     check_writable,
     compare,
     diagnose,
+    environment,
     plan,
     require,
     to_rich,
@@ -33,6 +36,7 @@ from torchdeq_ep.measuring import (
     train_digits,
     write_text,
 )
+from torchdeq_ep.measuring.demo import COMPARED, EPOCHS, NEXT, courses_to_markdown, courses_to_rich, demonstrate
 from torchdeq_ep.modes import available_backwards, describe_backward, get_backward
 
 COMMAND_GROUP = "torchdeq_ep.commands"
@@ -58,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Without this, torch's profiler, which measures the memory, writes two lines to the terminal for each mode.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it: the user's own modules can be named
     commands = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP) if entry.name not in _BUILT_IN}
@@ -83,9 +85,7 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torchdeq-ep {version('torchdeq-ep')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    listing = subparsers.add_parser("list", help="name all backward modes and solvers")
-    listing.set_defaults(run=_list)
-
+    subparsers.add_parser("list", help="name all backward modes and solvers").set_defaults(run=_list)
     comparing = subparsers.add_parser(
         "compare",
         help="measure backward modes on a model: how exact, how fast, how large",
@@ -115,6 +115,16 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
     comparing.set_defaults(run=_compare)
 
+    showing = subparsers.add_parser(
+        "demo",
+        help="train an ordinary model by four gradients, and compare them",
+        description="Train a transformer block on handwritten digits by torchdeq's own gradient, by ep, by ep with "
+        "homeostasis and by aep, from the same weights; then compare the gradients on the trained model.",
+    )
+    showing.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of training (default: {EPOCHS})")
+    _add_files(showing, "alignment and accuracy against the steps of training")
+    showing.set_defaults(run=_demo)
+
     diagnosing = subparsers.add_parser(
         "diagnose",
         help="split the error of an EP gradient into its causes, and say what to do about the largest",
@@ -124,14 +134,20 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
     _add_problem_and_files(diagnosing, "alignment against amplitude")
     diagnosing.set_defaults(run=_diagnose)
-    explaining = subparsers.add_parser("errors", help="print what the documentation says about an error or warning")
-    explaining.add_argument("name", nargs="?", metavar="NAME", help="class of the error; default: list them")
-    explaining.set_defaults(run=_errors)
-
+    _add_texts(subparsers)
     for name, entry in commands.items():
         origin = entry.dist.name if entry.dist else entry.value
         subparsers.add_parser(name, help=f"from {origin}", add_help=False)
     return parser
+
+
+def _add_texts(subparsers: Any) -> None:
+    telling = subparsers.add_parser("env", help="print versions and settings, for a report")
+    telling.add_argument("--json", action="store_true", help="as JSON")
+    telling.set_defaults(run=_env)
+    explaining = subparsers.add_parser("errors", help="print what the documentation says about an error or warning")
+    explaining.add_argument("name", nargs="?", metavar="NAME", help="class of the error; default: list them")
+    explaining.set_defaults(run=_errors)
 
 
 def _add_problem_and_files(parser: argparse.ArgumentParser, picture: str) -> None:
@@ -141,6 +157,10 @@ def _add_problem_and_files(parser: argparse.ArgumentParser, picture: str) -> Non
         metavar="package.module:factory",
         help="a function without arguments that returns (model, batch, loss_fn)",
     )
+    _add_files(parser, picture)
+
+
+def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument("--plot", metavar="FILE", help=f"draw {picture} (.png, .svg, .pdf)")
@@ -166,6 +186,18 @@ def _description(name: str) -> str:
         return f"({str(error).splitlines()[0]})"
 
 
+def _env(options: argparse.Namespace) -> int:
+    found = environment()
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return 0
+    for title, entries in found.items():
+        sys.stdout.write(f"{title}\n")
+        width = max(len(name) for name in entries)
+        sys.stdout.writelines(f"  {name:{width}}  {value}\n" for name, value in entries.items())
+    return 0
+
+
 def _errors(options: argparse.Namespace) -> int:
     page = Path(__file__).with_name("errors.md")  # put there in a wheel
     page = page if page.is_file() else Path(__file__).parents[1] / "docs" / "errors.md"
@@ -186,8 +218,7 @@ def _first_line(thing: Any) -> str:
 def _compare(options: argparse.Namespace) -> int:
     solvers = [None if name == "own" else name for name in options.solver or ["own"]]
     plan(options.backward, solvers)
-    if options.repeats < 1:
-        raise InvalidOptionError(f"--repeats must be at least 1, not {options.repeats}.")
+    check_count("--repeats", options.repeats)
     console, (model, batch, loss_fn) = _prepare(options)
     with _progress(console) as show:
         table = compare(
@@ -202,6 +233,23 @@ def _compare(options: argparse.Namespace) -> int:
         )
     _show(console, table)
     _write_results(options, table, f"{table.to_markdown()}\n\n{table.sentence()}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    check_count("--epochs", options.epochs)
+    console = _console(options)
+    with _progress(console) as show:
+        shown = demonstrate(options.epochs, show)
+    console.print("A transformer block trained on digits by four gradients, from the same weights:\n", highlight=False)
+    console.print(courses_to_rich(shown.courses))
+    console.print("The gradients on the model that was trained by ep with homeostasis:", highlight=False)
+    with _progress(console) as show:
+        table = compare(shown.model, shown.batch, cross_entropy, COMPARED, repeats=3, on_progress=show)
+    _show(console, table)
+    markdown = f"{courses_to_markdown(shown.courses)}\n\n{table.to_markdown()}\n\n{table.sentence()}"
+    _write_files(options, {**shown.to_dict(), "comparison": table.to_dict()}, markdown, shown.plot)
+    console.print(f"\n{NEXT}", markup=False, highlight=False)
     return 0
 
 
@@ -233,25 +281,34 @@ def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, Problem]:
-    """The console and the problem. All that can be refused is refused here, before a measurement that may take long."""
+    console = _console(options)
+    return console, _trained_digits(console) if options.factory is None else load_problem(options.factory)
+
+
+def _console(options: argparse.Namespace) -> Any:
+    """Where to print. Files that cannot be written are refused here, before a measurement that may take long."""
     if options.json not in (None, "-"):
         check_writable(options.json)
     if options.markdown is not None:
         check_writable(options.markdown)
     if options.plot is not None:
         check_plot(options.plot)
-    consoles = require("rich.console", "rich", "The table in the terminal")
     # Standard output is for the figures alone if they go there.
-    console = consoles.Console(stderr=options.json == "-")
-    return console, _trained_digits(console) if options.factory is None else load_problem(options.factory)
+    return require("rich.console", "rich", "The table in the terminal").Console(stderr=options.json == "-")
 
 
 def _write_results(options: argparse.Namespace, results: Comparison | Diagnosis, markdown: str) -> None:
-    _write_json(options.json, results.to_dict())
+    _write_files(options, results.to_dict(), markdown, results.plot)
+
+
+def _write_files(
+    options: argparse.Namespace, figures: dict[str, Any], markdown: str, plot: Callable[[str], object]
+) -> None:
+    _write_json(options.json, figures)
     if options.markdown is not None:
         write_text(options.markdown, f"{markdown}\n")
     if options.plot is not None:
-        results.plot(options.plot)
+        plot(options.plot)
 
 
 def _trained_digits(console: Any) -> Problem:
@@ -352,7 +409,7 @@ def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
     return command(arguments)
 
 
-_BUILT_IN = ("list", "compare", "diagnose", "errors")
+_BUILT_IN = ("list", "compare", "demo", "diagnose", "env", "errors")
 
 
 if __name__ == "__main__":

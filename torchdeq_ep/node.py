@@ -17,7 +17,7 @@ from torchdeq_ep.layer import Layer, solve
 from torchdeq_ep.linear_solve import Linear, in_batch, is_in_batch, linear_solve
 from torchdeq_ep.modes import ModeLike, NudgeReport, Path, StepwiseMode, get_backward, require_equilibrium
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, tensors_of
+from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, forget_casts, tensors_of
 from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
 from torchdeq_ep.transformed import connect_transformed
 
@@ -89,6 +89,7 @@ def attach(
 
 def _value_at(f: Map, z: Tensor, certificate: bool) -> tuple[Tensor, Recording | None]:
     """`f(z)`, recorded at a state that asks for a gradient where `f` allows it."""
+    forget_casts()
     if certificate and not may_have_tangents():
         state = recorded(z)
         try:

@@ -149,7 +149,7 @@ def test_it_lowers_the_number_that_every_pass_reports():
     ):
         for _ in range(40):
             optimizer.zero_grad()
-            (functional.mse_loss(model(inputs()), torch.ones(B, N)) + homeostasis.penalty()).backward()
+            (functional.mse_loss(model(inputs()), torch.ones(B, N).double()) + homeostasis.penalty()).backward()
             optimizer.step()
             residuals.append(homeostasis.last.penalty)
     assert residuals[-1] < residuals[0] / 3
@@ -333,7 +333,7 @@ def test_training_holds_the_target():
         alignments = []
         for _ in range(120):
             optimizer.zero_grad()
-            (functional.mse_loss(model(inputs()), torch.ones(B, N)) + homeostasis.penalty()).backward()
+            (functional.mse_loss(model(inputs()), torch.ones(B, N).double()) + homeostasis.penalty()).backward()
             optimizer.step()
             alignments.append(homeostasis.last.alignment["deq"])
     assert alignments[0] < 0.9

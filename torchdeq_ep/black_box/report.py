@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from torchdeq_ep._display import html_fields
 from torchdeq_ep.black_box.containers import map_tensors
 from torchdeq_ep.errors import InvalidOptionError
 
@@ -55,6 +56,9 @@ class EquilibriumReport:
     law_noise: float = math.nan
     free_residual: float = math.nan
     reciprocity: float = math.nan
+
+    def _repr_html_(self) -> str:
+        return html_fields(self)
 
     def interval(self, level: float = 0.95) -> tuple[Any, Any]:
         """Half widths of the confidence intervals for `theta` and `x`, by Student's distribution.

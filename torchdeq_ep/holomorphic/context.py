@@ -121,8 +121,8 @@ class HolomorphicMode(FrozenStatistics):
 
     def _apply(self, func: Operation, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if policy.kind is Kind.NATIVE:
-            dtype = kwargs.get("dtype")
-            drops = isinstance(dtype, torch.dtype) and not dtype.is_complex
+            dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+            drops = any(not dtype.is_complex for dtype in dtypes)
             value = None if drops else func(*args, **kwargs)
             if policy.group not in _MAY_BE_REAL and _any_complex(args[:1]) and (drops or _is_real(value)):
                 self._refuse(_display_name(func, policy), "casts to a real dtype here, which drops the imaginary part")

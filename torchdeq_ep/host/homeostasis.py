@@ -86,6 +86,10 @@ class HomeostasisHandle:
         self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
         self._asking = [r.register() for r in regulators if isinstance(r, ErrorVectorRegulator)]
 
+    def __repr__(self) -> str:
+        told = f"penalty {self.last.penalty:.3g}" if self.last else "nothing measured yet"
+        return f"<{type(self).__name__} on {len(self.deqs)} DEQ{'' if len(self.deqs) == 1 else 's'}: {told}>"
+
     @property
     def deqs(self) -> tuple[DEQBase, ...]:
         """The DEQs that are regularised, in the order of `module.modules()`."""

@@ -44,6 +44,9 @@ class FixedPointHandle:
             deq.register_forward_hook(hook, with_kwargs=True) for deq, hook in zip(deqs, hooks, strict=True)
         ]
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} on {len(self.deqs)} DEQ{'' if len(self.deqs) == 1 else 's'}>"
+
     def remove(self) -> None:
         """Take the hook off every DEQ; a second call does nothing."""
         for handle in self._handles:

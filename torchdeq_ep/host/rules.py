@@ -22,7 +22,7 @@ from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Trajectory
 from torchdeq_ep.node import connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
 from torchdeq_ep.relaxation.kept import kept_by, replay
-from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, tensors_of, undisturbed
+from torchdeq_ep.state import Autocast, Equilibrium, Map, Memory, Packing, forget_casts, tensors_of, undisturbed
 from torchdeq_ep.transformed import connect_transformed
 
 Loss = Callable[[Any], Tensor]
@@ -129,6 +129,7 @@ class EquilibriumRule:
 
     def _visited(self, func: Any, z_pred: Any) -> list[tuple[Any, Any]]:
         """The states of the rule, recorded at their sources where `func` allows it: found out once."""
+        forget_casts()
         if self.certificate and self.memory.recordable and torch.is_grad_enabled() and not may_have_tangents():
             try:
                 visited = self.steps.visit(func, z_pred, detach=lambda z: recorded(func.detach(z)))

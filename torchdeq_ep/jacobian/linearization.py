@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdeq_ep._options import check_count
 from torchdeq_ep.errors import JacobianProductError
 from torchdeq_ep.relaxation import Product as Product
-from torchdeq_ep.state import Map, Packing, State, row_dots
+from torchdeq_ep.state import Map, Packing, State, forward_derivative, row_dots
 
 _NO_PRODUCT = (
     "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "
@@ -120,8 +120,7 @@ def products(f: Map, z: Tensor) -> tuple[Product, Product]:
 
 
 def _forward_mode(f: Map, z: Tensor, vector: Tensor) -> Tensor:
-    with torch.no_grad():
-        tangent: Tensor = torch.func.jvp(f, (z.detach(),), (vector,))[1]
+    tangent = forward_derivative(f, z, vector)
     return tangent.to(vector.dtype)  # torch widens that of a 0-dimensional tensor times a number
 
 
@@ -142,7 +141,8 @@ def dense_jacobian(f: Map, z: Tensor, chunk_size: int = 64) -> Tensor:
         tensor([[2., 0.],
                 [0., 6.]])
     """
-    product = vjp(f, z)
+    with sdpa_kernel(SDPBackend.MATH):  # vmap is slow through the fused attention kernels, and says so
+        product = vjp(f, z)
     basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device)
     rows = []
     for chunk in torch.split(basis, chunk_size):

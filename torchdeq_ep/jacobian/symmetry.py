@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from torchdeq_ep._display import html_fields
 from torchdeq_ep._options import check_choice
 from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
@@ -104,6 +105,9 @@ class SymmetryMeasurement:
     symmetry_se: float
     asymmetry: float
     asymmetry_se: float
+
+    def _repr_html_(self) -> str:
+        return html_fields(self)
 
 
 def measure_symmetry(

@@ -28,3 +28,4 @@ from torchdeq_ep.measuring.style import save as save
 from torchdeq_ep.measuring.tables import Comparison as Comparison
 from torchdeq_ep.measuring.tables import Row as Row
 from torchdeq_ep.measuring.tables import to_rich as to_rich
+from torchdeq_ep.measuring.versions import environment as environment

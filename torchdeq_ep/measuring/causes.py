@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.measuring.capture import Trial, capture_all, deqs_in, left_as_found
 from torchdeq_ep.measuring.diagnosis import Diagnosis
-from torchdeq_ep.measuring.planning import OnProgress, Steps
+from torchdeq_ep.measuring.progress import OnProgress, Steps
 from torchdeq_ep.measuring.splitting import LARGE, STEPS, Examination
 from torchdeq_ep.modes import EquilibriumPropagation, ModeLike, get_backward
 
@@ -40,7 +40,8 @@ def diagnose(
         batch: As for [`compare`][torchdeq_ep.measuring.compare].
         loss_fn: As for `compare`.
         backward: A mode of equilibrium propagation, or the spec of one.
-        on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end.
+        on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end. By default
+            a notebook shows a bar, and nothing else does.
 
     Returns:
         The diagnosis.

@@ -32,7 +32,8 @@ from torchdeq_ep.measuring.capture import (
 )
 from torchdeq_ep.measuring.costs import milliseconds
 from torchdeq_ep.measuring.costs import peak_memory as peak_memory
-from torchdeq_ep.measuring.planning import OWN_SOLVER, Entry, OnProgress, Steps, plan
+from torchdeq_ep.measuring.planning import OWN_SOLVER, Entry, plan
+from torchdeq_ep.measuring.progress import OnProgress, Steps
 from torchdeq_ep.measuring.tables import Comparison, Row
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, Unrolled
 from torchdeq_ep.relaxation import Solver
@@ -80,7 +81,7 @@ def compare(
             was computed. How far the two are apart is measured either way.
         repeats: Number of timings of each mode; the median counts. Modes take turns, so drift of the machine hits all.
         on_progress: Called as `on_progress(what, done, total)` before each step of the work and at its end, and not
-            between timings.
+            between timings. By default a notebook shows a bar, and nothing else does.
 
     Returns:
         The table; see [`Comparison`][torchdeq_ep.measuring.Comparison]. What cannot be measured is a cell without a

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -79,7 +81,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         return math.nan
     try:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with _unlogged(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             call()
         events = profiler.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
@@ -90,3 +92,17 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         in_use += change
         peak = max(peak, in_use)
     return float(peak) if changes else math.nan
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the two lines that PyTorch's profiler writes to standard error whenever it runs."""
+    variable = "KINETO_LOG_LEVEL"
+    if variable in os.environ:
+        yield
+        return
+    os.environ[variable] = "99"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable, None)

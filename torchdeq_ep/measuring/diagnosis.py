@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchdeq_ep._display import html_lines, html_table
 from torchdeq_ep.jacobian import SymmetryMeasurement
 from torchdeq_ep.measuring.files import plain, require
 from torchdeq_ep.measuring.plots import Panel, check_plot, draw_panels
@@ -158,7 +159,7 @@ class LayerDiagnosis:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What [`diagnose`][torchdeq_ep.measuring.diagnose] returns: one entry for each DEQ that the loss reaches.
 
@@ -177,6 +178,13 @@ class Diagnosis:
 
     backward: str
     layers: tuple[LayerDiagnosis, ...]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.backward}: {' '.join(self.advice)}>"
+
+    def _repr_html_(self) -> str:
+        parts, measures = html_table(_HEADINGS, _rows(self)), html_table(_MEASURES, _measures(self))
+        return parts + measures + html_lines(self.advice)
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -202,23 +210,30 @@ class Diagnosis:
         parts, measures = _markdown(_HEADINGS, _rows(self)), _markdown(_MEASURES, _measures(self))
         return "\n".join([*parts, "", *measures, "", *self.advice])
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the cosine to the exact gradient against the amplitude for each stencil, with the asymmetry floor.
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the cosine to the exact gradient against the amplitude for each stencil, and the limit of all of them.
 
         Args:
-            path: File to write; its suffix chooses the format.
+            path: File to write, if any; its suffix chooses the format.
+
+        Returns:
+            The `matplotlib.figure.Figure`, which a notebook shows.
 
         Raises:
             MissingDependencyError: If matplotlib is not installed.
             InvalidOptionError: If the file cannot be written.
         """
-        check_plot(path)
+        if path is not None:
+            check_plot(path)
         panels = [
             Panel(f"{layer.name or 'DEQ'}: how well is the gradient aligned?", layer.sweep, layer.floor)
             for layer in self.layers
         ]
         words = ("amplitude beta, relative to the state", "cosine to the exact gradient", "limit of every nudge")
-        save(draw_panels(panels, AMPLITUDES, *words), path)
+        figure = draw_panels(panels, AMPLITUDES, *words)
+        if path is not None:
+            save(figure, path)
+        return figure
 
 
 def _rows(diagnosis: Diagnosis) -> list[list[str]]:

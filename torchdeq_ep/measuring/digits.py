@@ -54,6 +54,19 @@ class TrainedDigits:
     accuracy: float
 
 
+def load_digits() -> Batch:
+    """scikit-learn's handwritten digits.
+
+    Returns:
+        Pixels of shape `(1797, 64)` between 0 and 1, and the digits.
+
+    Raises:
+        MissingDependencyError: If scikit-learn is not installed.
+    """
+    data = require("sklearn.datasets", "scikit-learn", "The digits example").load_digits()
+    return torch.as_tensor(data.data, dtype=torch.float32) / 16, torch.as_tensor(data.target)
+
+
 def train_digits(backward: str = "ep", on_step: Callable[[int, int], None] | None = None) -> TrainedDigits:
     """Train the model on scikit-learn's digits, with the gradients of a backward mode.
 
@@ -68,10 +81,7 @@ def train_digits(backward: str = "ep", on_step: Callable[[int, int], None] | Non
         MissingDependencyError: If scikit-learn is not installed.
         UnknownBackwardError: If no backward mode has that name.
     """
-    datasets = require("sklearn.datasets", "scikit-learn", "The digits example")
-    data = datasets.load_digits()
-    pixels = torch.as_tensor(data.data, dtype=torch.float32) / 16
-    digits = torch.as_tensor(data.target)
+    pixels, digits = load_digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         order = torch.randperm(len(pixels))

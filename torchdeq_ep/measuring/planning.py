@@ -1,8 +1,8 @@
-"""What a comparison is to measure, and how far it is."""
+"""What a comparison is to measure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,45 +12,6 @@ from torchdeq_ep.modes import ModeLike, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, check_solver
 
 OWN_SOLVER = "own"
-OnProgress = Callable[[str, int, int], None]
-"""Told what is measured next, how many steps of the whole are done, and how many there are."""
-
-
-class Steps:
-    """Tells a caller how far the work is.
-
-    Args:
-        on_progress: Whom to tell, if anyone.
-        total: Number of steps.
-
-    Example:
-        >>> steps = Steps(print, 2)
-        >>> steps("the first")
-        the first 0 2
-        >>> steps("the second")
-        the second 1 2
-        >>> steps.end()
-        done 2 2
-    """
-
-    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
-        self._on_progress, self.total = on_progress, total
-        self._done = 0
-
-    def __call__(self, what: str) -> None:
-        """Before a step.
-
-        Args:
-            what: What it is about.
-        """
-        if self._on_progress is not None:
-            self._on_progress(what, self._done, self.total)
-        self._done += 1
-
-    def end(self) -> None:
-        """After the last step."""
-        if self._on_progress is not None:
-            self._on_progress("done", self.total, self.total)
 
 
 @dataclass(frozen=True)

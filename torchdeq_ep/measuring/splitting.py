@@ -21,7 +21,7 @@ from torchdeq_ep.measuring import capture as capturing
 from torchdeq_ep.measuring.advice import PARTS, Findings, advise
 from torchdeq_ep.measuring.capture import CERTAIN, Adjoint, Capture, caught_warnings, exact_adjoint, short
 from torchdeq_ep.measuring.diagnosis import AMPLITUDES, LayerDiagnosis, Part, Parts
-from torchdeq_ep.measuring.planning import Steps
+from torchdeq_ep.measuring.progress import Steps
 from torchdeq_ep.modes import EquilibriumPropagation, InfinitesimalEP, NudgeReport, Stencil
 from torchdeq_ep.relaxation import relax
 from torchdeq_ep.state import Equilibrium, cosine, norm, undisturbed

@@ -26,7 +26,10 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
-    return require("matplotlib.figure", "matplotlib", "A figure").Figure(figsize=(width, height), facecolor=GROUND)
+    require("matplotlib.figure", "matplotlib", "A figure")
+    from torchdeq_ep.measuring.shown import ShownFigure
+
+    return ShownFigure(figsize=(width, height), facecolor=GROUND)
 
 
 def dress(axes: Any) -> None:

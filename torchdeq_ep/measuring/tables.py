@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torchdeq_ep._display import html_lines, html_table
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.measuring.capture import CERTAIN
 from torchdeq_ep.measuring.files import plain, require
@@ -91,7 +92,7 @@ class Row:
         return (self.error,) if self.error else self.warnings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The table that [`compare`][torchdeq_ep.measuring.compare] returns.
 
@@ -131,6 +132,16 @@ class Comparison:
     exact: str = "equilibrium"
     gap: float = math.nan
     own_errors: tuple[float, float] = (math.nan, math.nan)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self.rows)} backward passes: {self.sentence()}>"
+
+    def _repr_html_(self) -> str:
+        columns = [column for column in _shown(self) if column.title != "converged"]
+        cells = [[column.text(self, row) for column in columns] for row in self.rows]
+        notes = [f"{row.label}: {note}" for row in self.rows for note in row.notes]
+        table = html_table([column.title for column in columns], cells, [column.is_text for column in columns])
+        return table + html_lines([*notes, *self.warnings, self.conditions(), self.sentence()])
 
     @property
     def baseline(self) -> Row | None:
@@ -204,19 +215,24 @@ class Comparison:
         pandas = require("pandas", "pandas", "A data frame")
         return pandas.DataFrame([{**asdict(row), "warnings": "; ".join(row.warnings)} for row in self.rows])
 
-    def plot(self, path: str | Path) -> None:
-        """Draw error against time, and save the picture.
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw error against time, and save the picture where a path is given.
 
         Args:
             path: File to write; its suffix chooses the format (`.png`, `.svg`, `.pdf`).
+
+        Returns:
+            The `matplotlib.figure.Figure`, which a notebook shows.
 
         Raises:
             MissingDependencyError: If matplotlib is not installed.
             InvalidOptionError: If the file cannot be written in this place or format, or no row has figures.
         """
-        path = check_plot(path)
+        path = None if path is None else check_plot(path)
         figure, _ = draw_comparison(self)
-        save(figure, path)
+        if path is not None:
+            save(figure, path)
+        return figure
 
     def sentence(self) -> str:
         """The table in one sentence: the most exact mode, the fastest, and those that could not be used.
@@ -287,6 +303,11 @@ class Column:
     is_detail: bool = False
     is_extra: bool = False
 
+    @property
+    def least_width(self) -> int:
+        """Characters in a line from which on it is shown."""
+        return WIDEST if self.is_extra else WIDE if self.is_detail else 0
+
 
 def _number(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "-"
@@ -326,6 +347,12 @@ COLUMNS = (
 """The columns in order: what was compared, how exact it is, what it costs, what there is to say."""
 
 
+def _shown(comparison: Comparison) -> list[Column]:
+    """The columns that say something beside the notes, which are told below the table."""
+    hidden = {"notes"} | ({"solver"} if len({row.solver for row in comparison.rows}) == 1 else set())
+    return [column for column in COLUMNS if column.title not in hidden]
+
+
 def to_rich(comparison: Comparison, width: int = WIDE) -> Any:
     """The table for a terminal: without the notes, and without the solvers if there is one only.
 
@@ -341,10 +368,7 @@ def to_rich(comparison: Comparison, width: int = WIDE) -> Any:
     """
     rich_table = require("rich.table", "rich", "A table in the terminal")
     box = require("rich.box", "rich", "A table in the terminal")
-    hidden = {"notes"} | ({"solver"} if len({row.solver for row in comparison.rows}) == 1 else set())
-    if width < WIDEST:
-        hidden |= {column.title for column in COLUMNS if column.is_extra or (column.is_detail and width < WIDE)}
-    shown = [column for column in COLUMNS if column.title not in hidden]
+    shown = [column for column in _shown(comparison) if width >= column.least_width]
     table = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown:
         heading = column.title.replace(" ", "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from torchdeq_ep._display import html_fields
 from torchdeq_ep.holomorphic.context import Crossing
 
 MEANINGLESS = 0.1
@@ -78,6 +79,9 @@ class NudgeReport:
     adjoint_residual: float = math.nan
     inconsistency: float = math.nan
     trace: tuple[float, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return html_fields(self)
 
     @property
     def is_usable(self) -> bool:

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torchdeq_ep.holomorphic.context import real_part
 from torchdeq_ep.holomorphic.elementwise import sigmoid
 from torchdeq_ep.holomorphic.registry import continued
+from torchdeq_ep.state import forward_derivative
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -97,9 +98,7 @@ def slope(phi: Activation, x: Tensor) -> Tensor:
             return slope_of_value(phi(x))
     derivative: Tensor
     if x.is_complex():
-        with torch.no_grad():
-            derivative = torch.func.jvp(phi, (x,), (torch.ones_like(x),))[1]
-        return derivative
+        return forward_derivative(phi, x, torch.ones_like(x))
     with torch.enable_grad():
         point = x.requires_grad_()
         (derivative,) = torch.autograd.grad(phi(point).sum(), point)

@@ -5,8 +5,10 @@ from torchdeq_ep.state.calls import Autocast as Autocast
 from torchdeq_ep.state.calls import FrozenStatistics as FrozenStatistics
 from torchdeq_ep.state.calls import Map as Map
 from torchdeq_ep.state.calls import change_tolerance as change_tolerance
+from torchdeq_ep.state.calls import forget_casts as forget_casts
 from torchdeq_ep.state.calls import undisturbed as undisturbed
 from torchdeq_ep.state.derivatives import first_derivative_only as first_derivative_only
+from torchdeq_ep.state.derivatives import forward_derivative as forward_derivative
 from torchdeq_ep.state.equilibrium import Equilibrium as Equilibrium
 from torchdeq_ep.state.memory import Memory as Memory
 from torchdeq_ep.state.norms import cosine as cosine

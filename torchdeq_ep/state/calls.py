@@ -122,8 +122,18 @@ class Autocast:
         Yields:
             Nothing.
         """
+        forget_casts()
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=enabled and self.enabled):
             yield
+
+
+def forget_casts() -> None:
+    """Before `f` is recorded: have autocast cast the parameters anew.
+
+    It keeps those it has cast, and solvers call `f` without autograd. Up to torch 2.8 at least, what was cast there is
+    used again where autograd is on, and then the parameters get no gradient.
+    """
+    torch.clear_autocast_cache()
 
 
 @contextmanager
