@@ -22,7 +22,7 @@ SPECS += [f"{spec}:max_iter=1" for spec in ("ift", "ep", "aep", "ep-infinitesima
     "ep:solver=plain",
     "ift:solver=anderson",
 ]
-EXACT = ("ift", "aep")
+EXACT = ("ift", "aep", "gmres")
 
 
 def settled(radius, seed, dtype, n=8, batch=3):

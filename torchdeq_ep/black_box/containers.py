@@ -32,6 +32,7 @@ def kept(tree: Any, name: str) -> Any:
         InvalidOptionError: If there is anything in it that may hold tensors and is none of the known containers.
 
     Example:
+        >>> import torch
         >>> kept(torch.nn.Linear(2, 1).parameters(), "theta")[1].shape
         torch.Size([1])
         >>> kept({"k": object()}, "theta")  # doctest: +ELLIPSIS
@@ -54,6 +55,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in such a container, in order: of a module its parameters, then its buffers.
 
     Example:
+        >>> import torch
         >>> [tuple(t.shape) for t in tensors_of({"layer": torch.nn.Linear(2, 1), "rate": 0.1})]
         [(1, 2), (1,)]
     """
@@ -68,6 +70,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     """The same container of results: lists and dictionaries for those of torch, a dictionary of names for a module.
 
     Example:
+        >>> import torch
         >>> map_tensors(torch.nn.Linear(2, 1), lambda t: t.numel())
         {'weight': 2, 'bias': 1}
     """
@@ -80,6 +83,7 @@ def of_other_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A container to be used in the place of one: a module is copied, with every tensor changed in place.
 
     Example:
+        >>> import torch
         >>> linear = torch.nn.Linear(2, 1)
         >>> other = of_other_tensors(linear, lambda t: t.detach().requires_grad_())
         >>> type(other).__name__, other.weight is linear.weight

@@ -53,7 +53,7 @@ def gmres(
         The estimate, as a stack of one, with the residual that was measured there.
 
     Example:
-        >>> gmres(lambda v: 0.5 * v, torch.ones(2), tol=1e-6, max_iter=50).value
+        >>> gmres(lambda v: 0.5 * v, torch.ones(2), tol=1e-6, max_iter=50).value.round(decimals=3)
         tensor([[2., 2.]])
     """
     found = None if rows is None else rows()
