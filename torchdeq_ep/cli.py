@@ -7,15 +7,12 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from torchdeq_ep._options import check_count
@@ -37,6 +34,7 @@ from torchdeq_ep.measuring import (
     write_text,
 )
 from torchdeq_ep.measuring.demo import COMPARED, EPOCHS, NEXT, courses_to_markdown, courses_to_rich, demonstrate
+from torchdeq_ep.measuring.problems import Problem, load_problem
 from torchdeq_ep.modes import available_backwards, describe_backward, get_backward
 
 COMMAND_GROUP = "torchdeq_ep.commands"
@@ -44,8 +42,6 @@ COMMAND_GROUP = "torchdeq_ep.commands"
 
 _FAILED = 2
 _ENTRY = re.compile(r"^## (\w+)\n+(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-
-Problem = tuple[nn.Module, Any, Callable[..., Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +82,34 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     subparsers.add_parser("list", help="name all backward modes and solvers").set_defaults(run=_list)
+    _add_compare(subparsers)
+    showing = subparsers.add_parser(
+        "demo",
+        help="train an ordinary model by four gradients, and compare them",
+        description="Train a transformer block on handwritten digits by torchdeq's own gradient, by ep, by ep with "
+        "homeostasis and by aep, from the same weights; then compare the gradients on the trained model.",
+    )
+    showing.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of training (default: {EPOCHS})")
+    _add_files(showing, "alignment and accuracy against the steps of training")
+    showing.set_defaults(run=_demo)
+
+    diagnosing = subparsers.add_parser(
+        "diagnose",
+        help="split the error of an EP gradient into its causes, and say what to do about the largest",
+        description="Split the error of an EP gradient into finite nudge, asymmetry and convergence. Without a "
+        "factory, a small model of handwritten digits is trained by equilibrium propagation first.",
+    )
+    diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
+    _add_problem_and_files(diagnosing, "alignment against amplitude")
+    diagnosing.set_defaults(run=_diagnose)
+    _add_texts(subparsers)
+    for name, entry in commands.items():
+        origin = entry.dist.name if entry.dist else entry.value
+        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
+    return parser
+
+
+def _add_compare(subparsers: Any) -> None:
     comparing = subparsers.add_parser(
         "compare",
         help="measure backward modes on a model: how exact, how fast, how large",
@@ -114,31 +138,6 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     )
     comparing.add_argument("--repeats", type=int, default=5, metavar="N", help="timings of each mode (default: 5)")
     comparing.set_defaults(run=_compare)
-
-    showing = subparsers.add_parser(
-        "demo",
-        help="train an ordinary model by four gradients, and compare them",
-        description="Train a transformer block on handwritten digits by torchdeq's own gradient, by ep, by ep with "
-        "homeostasis and by aep, from the same weights; then compare the gradients on the trained model.",
-    )
-    showing.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of training (default: {EPOCHS})")
-    _add_files(showing, "alignment and accuracy against the steps of training")
-    showing.set_defaults(run=_demo)
-
-    diagnosing = subparsers.add_parser(
-        "diagnose",
-        help="split the error of an EP gradient into its causes, and say what to do about the largest",
-        description="Split the error of an EP gradient into finite nudge, asymmetry and convergence. Without a "
-        "factory, a small model of handwritten digits is trained by equilibrium propagation first.",
-    )
-    diagnosing.add_argument("--backward", default="ep", metavar="SPEC", help="the mode to diagnose (default: ep)")
-    _add_problem_and_files(diagnosing, "alignment against amplitude")
-    diagnosing.set_defaults(run=_diagnose)
-    _add_texts(subparsers)
-    for name, entry in commands.items():
-        origin = entry.dist.name if entry.dist else entry.value
-        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
-    return parser
 
 
 def _add_texts(subparsers: Any) -> None:
@@ -340,62 +339,6 @@ def _write_json(target: str | None, figures: dict[str, Any]) -> None:
         sys.stdout.write(text)
     else:
         write_text(target, text)
-
-
-def load_problem(spelling: str) -> Problem:
-    """The model, batch and loss that a factory returns.
-
-    Args:
-        spelling: `"package.module:factory"`.
-
-    Returns:
-        What the factory returns, checked.
-
-    Raises:
-        InvalidOptionError: If it cannot be imported or called, or does not return a model, a batch and a loss function.
-
-    Example:
-        >>> load_problem("torchdeq_ep.measuring.digits:nothing")
-        Traceback (most recent call last):
-        torchdeq_ep.errors.InvalidOptionError: module 'torchdeq_ep.measuring.digits' has no attribute 'nothing'.
-        More: torchdeq-ep errors InvalidOptionError
-    """
-    module_name, colon, name = spelling.partition(":")
-    if not colon or not module_name or not name:
-        raise InvalidOptionError(f"cannot read {spelling!r}: a factory is written package.module:factory.")
-    try:
-        module = import_module(module_name)
-    except Exception as error:
-        raise InvalidOptionError(f"cannot import {module_name!r}: {_told(error)}") from error
-    factory = getattr(module, name, None)
-    if factory is None:
-        raise InvalidOptionError(f"module {module_name!r} has no attribute {name!r}.")
-    if not callable(factory):
-        raise InvalidOptionError(f"{spelling} is {type(factory).__name__}, not a function that can be called.")
-    try:
-        problem = factory()
-    except EPError:
-        raise
-    except Exception as error:
-        raise InvalidOptionError(f"{spelling} failed: {_told(error)}") from error
-    if not isinstance(problem, tuple) or len(problem) != 3:
-        length = f" of {len(problem)}" if isinstance(problem, tuple) else ""
-        raise InvalidOptionError(
-            f"{spelling} must return a tuple (model, batch, loss_fn), not {type(problem).__name__}{length}."
-        )
-    model, batch, loss_fn = problem
-    if not isinstance(model, nn.Module):
-        raise InvalidOptionError(f"the model that {spelling} returns must be an nn.Module, not {type(model).__name__}.")
-    if not callable(loss_fn):
-        raise InvalidOptionError(f"the loss_fn that {spelling} returns cannot be called: {type(loss_fn).__name__}.")
-    return model, batch, loss_fn
-
-
-def _told(error: Exception) -> str:
-    """What went wrong in the user's code, and where: they get no traceback."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = "" if where.filename.startswith("<frozen") else f" ({where.filename}, line {where.lineno})"
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:

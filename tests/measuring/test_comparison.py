@@ -17,7 +17,8 @@ from torchdeq_ep.measuring import capture as capture_module
 from torchdeq_ep.measuring import comparison as comparison_module
 from torchdeq_ep.measuring.comparison import compare
 from torchdeq_ep.measuring.planning import plan
-from torchdeq_ep.measuring.tables import Comparison, Row
+from torchdeq_ep.measuring.rows import Row
+from torchdeq_ep.measuring.tables import Comparison
 from torchdeq_ep.modes.registry import available_backwards
 
 N = 6

@@ -15,7 +15,8 @@ import torchdeq_ep as tep
 from torchdeq_ep.errors import MissingHistoryError
 from torchdeq_ep.measuring import compare
 from torchdeq_ep.measuring.ranking import cheapest_within
-from torchdeq_ep.measuring.tables import Comparison, Row
+from torchdeq_ep.measuring.rows import Row
+from torchdeq_ep.measuring.tables import Comparison
 
 SPECS = ["unrolled", "unrolled:k=2", "one-step", "ift:tol=1e-12", "aep", "ep"]
 pytestmark = pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.measuring.tables import Comparison, Row, to_rich
+from torchdeq_ep.measuring.rows import Row
+from torchdeq_ep.measuring.tables import Comparison, to_rich
 
 ROWS = (
     Row("ift", "own", 1e-7, 1.0, 2e-7, 1.0, 1e-7, 10, 2.0, 0.5, 0.0, True),

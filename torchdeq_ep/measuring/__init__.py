@@ -18,6 +18,7 @@ from torchdeq_ep.measuring.files import write_text as write_text
 from torchdeq_ep.measuring.files import write_whole as write_whole
 from torchdeq_ep.measuring.planning import plan as plan
 from torchdeq_ep.measuring.plots import check_plot as check_plot
+from torchdeq_ep.measuring.rows import Row as Row
 from torchdeq_ep.measuring.style import COLOURS as COLOURS
 from torchdeq_ep.measuring.style import GROUND as GROUND
 from torchdeq_ep.measuring.style import INK as INK
@@ -26,6 +27,5 @@ from torchdeq_ep.measuring.style import dress as dress
 from torchdeq_ep.measuring.style import new_figure as new_figure
 from torchdeq_ep.measuring.style import save as save
 from torchdeq_ep.measuring.tables import Comparison as Comparison
-from torchdeq_ep.measuring.tables import Row as Row
 from torchdeq_ep.measuring.tables import to_rich as to_rich
 from torchdeq_ep.measuring.versions import environment as environment

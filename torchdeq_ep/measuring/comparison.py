@@ -34,7 +34,8 @@ from torchdeq_ep.measuring.costs import milliseconds
 from torchdeq_ep.measuring.costs import peak_memory as peak_memory
 from torchdeq_ep.measuring.planning import OWN_SOLVER, Entry, plan
 from torchdeq_ep.measuring.progress import OnProgress, Steps
-from torchdeq_ep.measuring.tables import Comparison, Row
+from torchdeq_ep.measuring.rows import Row
+from torchdeq_ep.measuring.tables import Comparison
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, Unrolled
 from torchdeq_ep.relaxation import Solver
 from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed

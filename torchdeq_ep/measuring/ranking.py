@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchdeq_ep.measuring.tables import Comparison, Row
+    from torchdeq_ep.measuring.rows import Row
+    from torchdeq_ep.measuring.tables import Comparison
 
 SHARES = (0.01, 0.05, 0.2)
 """How near is near."""
@@ -26,7 +27,7 @@ def cheapest_within(rows: Sequence[Row], share: float) -> Row | None:
         A row, or `None` if none is near enough.
 
     Example:
-        >>> from torchdeq_ep.measuring.tables import Row
+        >>> from torchdeq_ep.measuring.rows import Row
         >>> rows = [Row("ift", "own", gradient_error=1e-6, step_milliseconds=3.0)]
         >>> rows.append(Row("one-step", "own", gradient_error=0.15, step_milliseconds=1.0))
         >>> cheapest_within(rows, 0.01).label, cheapest_within(rows, 0.2).label
