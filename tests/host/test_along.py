@@ -258,6 +258,19 @@ def test_copies_are_without_it():
         assert z.shape == (2, 3)
 
 
+def test_a_copy_of_a_model_with_homeostasis_trains():
+    model = Model()
+    tep.use_backward(model, "ep", homeostasis="auto")
+    model(inputs()).sum().backward()
+    for again in (False, True):
+        copied = copy.deepcopy(model)
+        copied.zero_grad()
+        if again:
+            tep.use_backward(copied, "ep", homeostasis="auto")
+        copied(inputs()).sum().backward()
+        assert copied.layer[0].weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -130,7 +130,7 @@ class ErrorVectorRegulator:
 
     def register(self) -> RemovableHandle:
         """Ask for the penalty before each forward pass, of whatever rule is then in force."""
-        handle: RemovableHandle = self.deq.register_forward_pre_hook(self.ask)
+        handle: RemovableHandle = self.deq.register_forward_pre_hook(_Asking(self))
         return handle
 
     def ask(self, deq: DEQBase, _: Any) -> None:
@@ -187,6 +187,19 @@ class ErrorVectorRegulator:
         if isinstance(self._weight, WeightController):
             return self._weight.weight
         return self._weight(step) if callable(self._weight) else self._weight
+
+    def __reduce__(self) -> Any:
+        return Nothing, ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Asking:
+    """The hook before a forward pass. Not a bound method: a copy of one is bound to what is left of its regulator."""
+
+    regulator: ErrorVectorRegulator
+
+    def __call__(self, deq: DEQBase, inputs: Any) -> None:
+        self.regulator.ask(deq, inputs)
 
     def __reduce__(self) -> Any:
         return Nothing, ()

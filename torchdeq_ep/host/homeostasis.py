@@ -68,9 +68,8 @@ class HomeostasisHandle:
 
     Example:
         >>> import torch, torchdeq, torchdeq_ep
-        >>> from torchdeq_ep.host.homeostasis import register_homeostasis
         >>> linear, deq = torch.nn.Linear(3, 3), torchdeq.get_deq(ift=True)
-        >>> with register_homeostasis(deq, weight=0.1) as homeostasis:
+        >>> with torchdeq_ep.register_homeostasis(deq, weight=0.1) as homeostasis:
         ...     (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
         ...     (z.sum() + homeostasis.penalty()).backward()
         >>> 0 < homeostasis.last.symmetry < 1

@@ -18,8 +18,6 @@ class Nothing:
     def __call__(self, *_: Any) -> None:
         return None
 
-    ask = __call__
-
 
 def refuse_transforms() -> None:
     """Raise TransformError inside a transform of `torch.func`, which would differentiate a penalty with the loss."""

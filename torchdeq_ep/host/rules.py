@@ -47,7 +47,7 @@ class Penalised(Protocol):
 
 @dataclass
 class Slot:
-    """What one DEQ is told by `nudge_loss` and homeostasis, and what its passes leave for them."""
+    """What one DEQ is told by `nudge_loss` and homeostasis, and what its passes leave for them. A copy is empty."""
 
     loss_of_state: Loss | None = None
     report: NudgeReport | None = None
@@ -57,6 +57,10 @@ class Slot:
     """Of the last forward pass: what the solver kept for a mode that needs it."""
     zero: Tensor | None = None
     """Of the last forward pass: a scalar of value 0, whose cotangent is the weight of that penalty."""
+
+    def __reduce__(self) -> Any:
+        # What is in it belongs to one pass of one DEQ.
+        return Slot, ()
 
 
 @dataclass(frozen=True)
