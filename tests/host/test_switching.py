@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -575,3 +576,16 @@ def test_a_handle_tells_what_the_passes_reported_and_survives_its_end():
     assert "removed" in repr(handle)
     with tep.use_backward(deq, "ift", max_iter=3) as another:
         assert another.last == {}
+
+
+def test_homeostasis_is_not_dropped_in_silence_where_another_library_is_switched(monkeypatch):
+    removed = []
+    entry = SimpleNamespace(
+        load=lambda: lambda module, backward, **options: SimpleNamespace(remove=lambda: removed.append(backward)),
+        value="somebody:adapt",
+    )
+    monkeypatch.setattr("torchdeq_ep.host.switching.entry_points", lambda group: [entry])
+    assert tep.use_backward(nn.Linear(2, 2), "ep") is not None
+    with pytest.raises(InvalidOptionError, match="homeostasis"):
+        tep.use_backward(nn.Linear(2, 2), "ep", homeostasis="auto")
+    assert removed == ["ep"]

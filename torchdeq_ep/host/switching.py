@@ -199,6 +199,12 @@ def use_backward(
     if isinstance(module, nn.Module) and not any(isinstance(part, DEQBase) for part in module.modules()):
         for adapter in entry_points(group=ADAPTERS):
             adapted = adapter.load()(module, backward, **options)
+            if adapted is not None and homeostasis is not None:
+                adapted.remove()
+                raise InvalidOptionError(
+                    f"homeostasis is for the DEQs of torchdeq, and those of {type(module).__name__} are switched by "
+                    f"{adapter.value}. Leave it out."
+                )
             if adapted is not None:
                 return cast(BackwardHandle, adapted)
     mode = get_backward(backward, **options)

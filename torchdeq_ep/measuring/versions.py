@@ -10,7 +10,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution,
 import torch
 
 _OWN = "torchdeq-ep"
-_GROUPS = ("torchdeq_ep.backwards", "torchdeq_ep.commands")
+_GROUPS = ("torchdeq_ep.backwards", "torchdeq_ep.commands", "torchdeq_ep.adapters")
 _OTHERS = ("torchdeq", "torch", "einops", "numpy", "matplotlib", "pandas", "rich", "scikit-learn", "pytorch-lightning")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED")
 
