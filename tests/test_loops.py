@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -332,3 +333,23 @@ def test_phantom_and_its_kin_need_no_history_and_say_so_otherwise(problem, solve
     tep.loop(problem.f, problem.z0, 3, "phantom", solver=solver)
     with pytest.raises(MissingHistoryError):
         tep.attach(problem.f, problem.z0, "unrolled")
+
+
+class Pair(NamedTuple):
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@pytest.mark.parametrize("options", [{}, {"supervise": [2, 4]}, {"halt": lambda z, step: z.low[:, 0] > 0.4 + 0 * step}])
+@pytest.mark.parametrize("backward", ["unrolled", "one-step", "ift"])
+def test_a_namedtuple_of_states_is_one_at_every_step_and_in_the_end(backward, options):
+    weight = torch.tensor(0.5, requires_grad=True)
+
+    def f(pair):
+        return Pair(weight * pair.high + 0.1, weight * pair.low + 0.2)
+
+    found = tep.loop(f, Pair(torch.zeros(2, 1), torch.zeros(2, 1)), 4, backward, **options)
+    states = found if isinstance(found, list) else [found]
+    assert all(type(state) is Pair for state in states)
+    sum(state.low.sum() + state.high.sum() for state in states).backward()
+    assert weight.grad.isfinite()

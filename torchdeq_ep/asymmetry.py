@@ -23,7 +23,7 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.jacobian import OperatorMetric
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
-from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms
+from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms, split_rows
 
 _TINY = 1e-30
 _MOST = 0.9
@@ -104,7 +104,7 @@ class _Samples:
 
     def norms(self, state: Tensor) -> Tensor:
         """The norm of each sample."""
-        return row_norms(state.reshape(1, -1) if self.rows is None else self.rows.split(state.unsqueeze(0)))
+        return row_norms(split_rows(state.unsqueeze(0), self.rows))
 
     def spread(self, numbers: Tensor) -> Tensor:
         """A number for each sample, in the layout of the state."""

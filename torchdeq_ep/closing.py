@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchdeq_ep.errors import EPError, TransformError
 from torchdeq_ep.state import Map
+from torchdeq_ep.state.outside import Watch
 
 _Slot = tuple[dict[str, Any], str, Tensor]
 
@@ -167,10 +168,10 @@ def close(f: Map, z: Tensor) -> tuple[Tensor, ClosedMap]:
         TransformError: If `f` cannot be evaluated under the transforms.
     """
     refuse_tracing()
-    with _Recorder(z) as recorder, named_failures():
+    with Watch(z) as watch, named_failures():
         value = f(z)
-    originals = tuple(tensor for tensor in recorder.found.values() if _is_seen(tensor))
-    return value, ClosedMap(f, originals, tuple(_slots(f, recorder.found)))
+    originals = tuple(tensor for tensor in watch.found.values() if _is_seen(tensor))
+    return value, ClosedMap(f, originals, tuple(_slots(f, watch.found)))
 
 
 @contextmanager
@@ -191,26 +192,6 @@ def refuse_tracing() -> None:
             "an equilibrium cannot be traced (torch.func.linearize, make_fx): its solves decide by what they measure. "
             "Use torch.func.jvp, or jacfwd."
         )
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes each tensor that is used and was not made inside."""
-
-    def __init__(self, z: Tensor) -> None:
-        super().__init__()
-        self._made: dict[int, Tensor] = {id(z): z}
-        self.found: dict[int, Tensor] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            if id(tensor) not in self._made:
-                self.found[id(tensor)] = tensor
-        result = func(*args, **kwargs)
-        self._made.update((id(tensor), tensor) for tensor in _tensors(result))
-        return result
 
 
 class _Substituted(TorchFunctionMode):
@@ -238,16 +219,6 @@ class _Substituted(TorchFunctionMode):
         if type(tree) in (list, tuple):
             return type(tree)(self._replaced(child) for child in tree)
         return tree
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for child in tree:
-            yield from _tensors(child)
-    elif isinstance(tree, dict):
-        yield from _tensors(tuple(tree.values()))
 
 
 def _is_seen(tensor: Tensor) -> bool:

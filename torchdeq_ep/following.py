@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchdeq_ep.layer import Layer
 from torchdeq_ep.modes import NudgeReport
 from torchdeq_ep.modes.steps import Path, StepwiseMode
 from torchdeq_ep.recording import Recording, recorded, recording_of
 from torchdeq_ep.relaxation.reversing import ReversibleRun
-from torchdeq_ep.state import FrozenStatistics, Map, Memory, Packing, norm
+from torchdeq_ep.state import CountedMap, FrozenStatistics, norm
 
 
 @dataclass
@@ -25,22 +26,14 @@ class Followed:
     is the adjoint residual: `v = sum_(i < k) B^i g` leaves `v - J^T v - g = -B^k g`, which is just that.
 
     Args:
-        mode: The mode.
-        packing: Of the state.
-        memory: Of the layer.
+        layer: The layer.
         recordings: Of the state, through the first value and beside it.
-        writer: Called with the report.
-        history: What the solver left.
         calls: Further calls of the map that the mode made.
     """
 
-    mode: StepwiseMode
-    packing: Packing
-    memory: Memory
+    layer: Layer
     recordings: tuple[Recording | None, ...]
-    writer: Callable[[NudgeReport], None] | None
-    history: object = None
-    calls: int = 0
+    calls: int
     size: float = 0.0
     arrived: list[Tensor] = field(default_factory=list)
 
@@ -52,7 +45,7 @@ class Followed:
         """
         self.size = norm(cotangent)
         self.arrived.clear()
-        self.memory.passes += 1
+        self.layer.memory.passes += 1
         for recording in self.recordings:
             if recording is not None:
                 recording.taker = self.take
@@ -65,63 +58,46 @@ class Followed:
             cotangents: As the state has them.
         """
         first = cotangents[0]
-        self.arrived.append(first if len(cotangents) == 1 else self.packing.pack(cotangents, "J^T v"))
+        self.arrived.append(first if len(cotangents) == 1 else self.layer.packing.pack(cotangents, "J^T v"))
 
     def deliver(self) -> None:
         """At the end of the pass: hand the report out."""
         residual = math.nan
         if self.arrived and self.size > 0:
             residual = norm(torch.stack([t.flatten() for t in self.arrived]).sum(0)) / self.size
-            self.memory.certify(residual)
+            self.layer.memory.certify(residual)
         self.arrived.clear()
-        if self.writer is not None:
-            steps, error = self.calls, 0.0
-            if isinstance(self.history, ReversibleRun):
-                steps, error = 2 * self.history.steps, self.history.error
-            report = NudgeReport(repr(self.mode), calls=2 * steps, iterations=steps, residual=error, solved=error)
-            self.writer(replace(report, adjoint_residual=residual))
+        if self.layer.writer is not None:
+            steps, error, history = self.calls, 0.0, self.layer.history
+            if isinstance(history, ReversibleRun):
+                steps, error = 2 * history.steps, history.error
+            report = NudgeReport(repr(self.layer.mode), calls=2 * steps, iterations=steps, residual=error, solved=error)
+            self.layer.writer(replace(report, adjoint_residual=residual))
 
 
 def follow(
-    path: Path,
-    returned: Tensor,
-    mode: StepwiseMode,
-    packing: Packing,
-    memory: Memory,
-    recording: Recording | None,
-    writer: Callable[[NudgeReport], None] | None,
+    layer: Layer, mode: StepwiseMode, free_state: Tensor, value: Tensor, returned: Tensor, recording: Recording | None
 ) -> Tensor:
-    """The value of a layer, with the gradient of the state that a mode comes to.
+    """The value of a layer, with the gradient of the state that its mode comes to.
 
     Args:
-        path: Where the mode starts; its `z` detached.
-        returned: The value of the layer.
-        mode: The mode.
-        packing: Of the state.
-        memory: Of the layer.
-        recording: Of the state at which the value of the path was taken, if any.
-        writer: Called with the report of each backward pass.
+        layer: The layer.
+        mode: Its mode.
+        free_state: Packed `z*`, detached.
+        value: `f(z*)`, with its graph to parameters and inputs.
+        returned: The tensor whose values the result has.
+        recording: Of the state at which the value was taken, if any.
 
     Returns:
         A new tensor.
     """
-    start = path.z if recording is None else recorded(path.z)
-    counted = _Counted(path.f)
+    start = free_state if recording is None else recorded(free_state)
+    counted = CountedMap(layer.f)
     with FrozenStatistics():
-        end = mode.follow(Path(counted, start, path.value, path.history, memory))
-    followed = Followed(mode, packing, memory, (recording, recording_of(start)), writer, path.history, counted.calls)
+        end = mode.follow(Path(counted, start, value, layer.history, layer.memory))
+    followed = Followed(layer, (recording, recording_of(start)), counted.calls)
     connected: Tensor = _ValueOf.apply(followed, returned.detach(), end)  # type: ignore[no-untyped-call]
     return connected
-
-
-class _Counted:
-    def __init__(self, f: Map) -> None:
-        self._f = f
-        self.calls = 0
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.calls += 1
-        return self._f(z)
 
 
 class _ValueOf(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torchdeq_ep.errors import DoubleBackwardError, InvalidOptionError
 from torchdeq_ep.following import follow
 from torchdeq_ep.layer import Layer, solve
 from torchdeq_ep.linear_solve import Linear, in_batch, is_in_batch, linear_solve
-from torchdeq_ep.modes import ModeLike, NudgeReport, Path, StepwiseMode, get_backward, require_equilibrium
+from torchdeq_ep.modes import ModeLike, NudgeReport, StepwiseMode, get_backward, require_equilibrium
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, forget_casts, tensors_of
 from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
@@ -122,8 +122,7 @@ def connect(
     if has_tangent(value):
         require_equilibrium(layer.mode)
     if isinstance(layer.mode, StepwiseMode):
-        path = Path(layer.f, free_state, value, layer.history)
-        return follow(path, returned, layer.mode, layer.packing, layer.memory, recording, layer.writer)
+        return follow(layer, layer.mode, free_state, value, returned, recording)
     return connect_with_penalty(layer, free_state, value, returned, recording)[0]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdeq_ep.state import contained, container_of
+
 _LARGE = 10_000
 _NO_BACKWARD = "NotImplemented"
 _CHECKPOINT = "CheckpointFunctionBackward"
@@ -66,7 +68,7 @@ def recorded(state: Any) -> Any:
     tensors = [state] if isinstance(state, Tensor) else list(state)
     anchor = torch.empty(0, device=tensors[0].device, requires_grad=True)
     outputs = _RecordedState.apply(Recording(), anchor, *tensors)  # type: ignore[no-untyped-call]
-    return outputs[0] if isinstance(state, Tensor) else type(state)(outputs)
+    return contained(container_of(state), outputs)
 
 
 def recording_of(state: Any) -> Recording | None:

@@ -364,3 +364,11 @@ def test_an_ordinary_trained_model_is_compared(trained_cnn: Any) -> None:
 @pytest.mark.parametrize("name", ["auto", "plain"])
 def test_the_names_of_the_own_loop_are_accepted_wherever_a_solver_is(name):
     assert [entry.solver for entry in plan(["ep"], [name])] == [name]
+
+
+def test_a_solver_of_linear_equations_has_a_row_for_every_mode_and_a_reason_where_it_does_not_serve() -> None:
+    table = compare(Linear(), batch(), mean_square, ["ift", "ep"], [None, "gmres"], repeats=1)
+    own, by_gmres, _, refused = table.rows
+    assert by_gmres.gradient_error < 1e-5
+    assert own.solver == "own"
+    assert "linear" in refused.error

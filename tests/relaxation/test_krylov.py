@@ -113,3 +113,10 @@ def test_the_linear_modes_take_it_by_name(mode):
 def test_finite_nudges_refuse_it(mode):
     with pytest.raises(InvalidOptionError, match="linear"):
         tep.get_backward(mode, solver="gmres")
+
+
+def test_a_solution_so_long_that_its_residual_is_lost_counts_for_nothing():
+    gain = torch.tensor([1 - 1e-9, 0.5], dtype=torch.float64)
+    result = gmres(lambda v: gain * v, torch.ones(2, dtype=torch.float64), tol=1e-3, max_iter=20)
+    assert result.value.norm() > 1e8
+    assert result.diverged

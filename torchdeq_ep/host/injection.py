@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchdeq_ep.closing import is_transforming
 from torchdeq_ep.errors import TransformError
+from torchdeq_ep.state import contained, container_of
 
 
 class Nothing:
@@ -39,9 +40,8 @@ def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:
     Returns:
         The same values.
     """
-    if isinstance(state, Tensor):
-        return _Inject.apply(term, factor, state)[0]  # type: ignore[no-untyped-call]
-    return type(state)(_Inject.apply(term, factor, *state))  # type: ignore[no-untyped-call]
+    tensors = [state] if isinstance(state, Tensor) else state
+    return contained(container_of(state), _Inject.apply(term, factor, *tensors))  # type: ignore[no-untyped-call]
 
 
 class _Inject(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torchdeq_ep.node import connect
 from torchdeq_ep.recording import reaches_state, recorded, recording_of
 from torchdeq_ep.relaxation import Solver, find_solver
 from torchdeq_ep.relaxation.kept import solve_and_keep
-from torchdeq_ep.state import Autocast, Memory, Packing, State, norm, tensors_of
+from torchdeq_ep.state import Autocast, Memory, Packing, State, contained, container_of, norm, tensors_of
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 Halt = Callable[[Any, int], Tensor]
@@ -357,7 +357,7 @@ def _detached(state: State) -> State:
 
 
 def _contained(like: State, tensors: Sequence[Any]) -> State:
-    return list(tensors) if isinstance(like, list) else tuple(tensors)
+    return contained(container_of(like), list(tensors))
 
 
 def _where(active: Tensor, new: State, old: State) -> State:

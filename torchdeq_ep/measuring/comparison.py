@@ -38,7 +38,7 @@ from torchdeq_ep.measuring.rows import Row
 from torchdeq_ep.measuring.tables import Comparison
 from torchdeq_ep.modes import Mode, ModeLike, NudgeReport, Unrolled
 from torchdeq_ep.relaxation import Solver
-from torchdeq_ep.state import Equilibrium, Map, cosine, norm, undisturbed
+from torchdeq_ep.state import CountedMap, Equilibrium, cosine, norm, undisturbed
 
 Exact = Literal["equilibrium", "steps"]
 """What an error is measured against: the gradient of the equilibrium, or that through the steps that were made."""
@@ -350,24 +350,12 @@ def _solve_all(mode: ModeLike, captures: Sequence[Capture]) -> tuple[list[Tensor
                 reports.append(report)
                 calls += report.calls
             else:
-                counted = _Counted(equilibrium.f)
+                counted = CountedMap(equilibrium.f)  # such modes do not report their calls
                 with undisturbed():
                     vector = mode(counted, equilibrium.z, equilibrium.cotangent)
                 calls += counted.calls
         vectors.append(vector)
     return vectors, calls, reports
-
-
-class _Counted:
-    """A map that counts its calls, for modes that do not report them."""
-
-    def __init__(self, f: Map) -> None:
-        self._f = f
-        self.calls = 0
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.calls += 1
-        return self._f(z)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from torchdeq_ep.errors import FallbackWarning, InvalidOptionError, NonFiniteErr
 from torchdeq_ep.jacobian import OperatorMetric
 from torchdeq_ep.modes.judgement import UNCONVERGED_STATE, require_repeatable, speak_up, speak_up_of_free_phase
 from torchdeq_ep.modes.report import NudgeReport
-from torchdeq_ep.relaxation import GMRES, Run, Solver, check_solver, relax
+from torchdeq_ep.relaxation import Run, Solver, check_solver, relax
 from torchdeq_ep.relaxation.kept import Need
 from torchdeq_ep.state import (
     Equilibrium,
@@ -168,13 +168,7 @@ class RelaxedMode(Mode):
             raise InvalidOptionError(
                 f"tol must lie between 0 and 1, not be {self.tol!r}: it is relative to the norm of the cotangent."
             )
-        if self.solver == GMRES and not self.linear:
-            raise InvalidOptionError(
-                f"solver={GMRES!r} is for modes whose equation is linear ('ift', 'ep-infinitesimal'): a finite nudge "
-                "moves the state along f itself. Leave solver out, or take 'anderson' or 'broyden'."
-            )
-        if self.solver != GMRES:
-            check_solver(self.solver)
+        check_solver(self.solver, self.linear)
         check_choice("on_divergence", self.on_divergence, get_args(OnDivergence))
 
     def solve(self, equilibrium: Equilibrium) -> tuple[Tensor, NudgeReport]:
@@ -234,13 +228,9 @@ class RelaxedMode(Mode):
         speak_up(equilibrium, what, report, vector)
 
 
-def check_correction(correction: object) -> None:
-    """Raises InvalidOptionError unless it is one that the nudged modes accept."""
+def check_correction(correction: object, metric: object) -> None:
+    """Raises InvalidOptionError unless it is one that the nudged modes accept, beside that metric."""
     if correction not in (None, "asymmetric"):
         raise InvalidOptionError(f"correction must be None or 'asymmetric', not {correction!r}.")
-
-
-def check_correction_of(metric: object, correction: object) -> None:
-    """Raises InvalidOptionError for the correction beside an operator, with either of which the limit is exact."""
-    if correction is not None and isinstance(metric, OperatorMetric):
+    if correction is not None and isinstance(metric, OperatorMetric):  # with either of which the limit is exact
         raise InvalidOptionError("the asymmetric correction takes diagonal metrics: leave out one of the two.")

@@ -22,6 +22,7 @@ from torchdeq_ep.state import (
     norm,
     relative_difference,
     row_norms,
+    split_rows,
 )
 
 UNCONVERGED_STATE = 1e-2
@@ -120,8 +121,7 @@ class FreeLimit:
         return row_norms(self._split(tensor.unsqueeze(0), height))
 
     def _split(self, stack: Tensor, height: int) -> Tensor:
-        rows = self.equilibrium.rows
-        return stack.reshape(1, -1) if height == 1 or rows is None else rows.split(stack)
+        return split_rows(stack, None if height == 1 else self.equilibrium.rows)
 
 
 def require_repeatable(equilibrium: Equilibrium) -> None:

@@ -22,7 +22,6 @@ from torchdeq_ep.modes.base import (
     Derivative,
     RelaxedMode,
     check_correction,
-    check_correction_of,
 )
 from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
@@ -137,8 +136,7 @@ class InfinitesimalEP(LinearMode):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_metric(self.metric)
-        check_correction_of(self.metric, self.correction)
-        check_correction(self.correction)
+        check_correction(self.correction, self.metric)
 
     @property
     def assumes_symmetry(self) -> bool:

@@ -16,7 +16,7 @@ from torchdeq_ep.holomorphic.context import Piecewise
 from torchdeq_ep.jacobian import Metric, OperatorMetric
 from torchdeq_ep.modes.accuracy import FACTOR, measured_nudge_error, smaller_factor
 from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
-from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction, check_correction_of
+from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
 from torchdeq_ep.modes.force import NudgedProblem
 from torchdeq_ep.modes.judgement import (
     FreeLimit,
@@ -113,8 +113,7 @@ class EquilibriumPropagation(RelaxedMode):
         elif not isinstance(self.stencil, Stencil):
             raise InvalidOptionError(f"stencil must be a tep.Stencil or the name of one, not {self.stencil!r}.")
         check_metric(self.metric)
-        check_correction_of(self.metric, self.correction)
-        check_correction(self.correction)
+        check_correction(self.correction, self.metric)
         check_choice("scale", self.scale, ("relative", "absolute"))
         check_choice("batching", self.batching, ("auto", "vmap", "loop"))
         if self.piecewise is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdeq_ep.errors import MissingHistoryError
 from torchdeq_ep.relaxation.driven import Solver
 from torchdeq_ep.relaxation.reversing import ReversibleRun
-from torchdeq_ep.state import Map, Rows, change_tolerance, relative_difference
+from torchdeq_ep.state import Map, Rows, change_tolerance, relative_difference, tensors_of
 
 Need = Literal["steps", "inverse", "reversible"]
 """What a mode takes from the solver: the graph of its steps, its approximate inverse, or its two coupled iterates."""
@@ -85,17 +85,13 @@ def replay(step: Callable[[Any], Any], start: Any, solved: Any, counts: Tensor) 
             picked = torch.where(due, z, picked)
         else:
             picked = z
-    for one, other in zip(_tensors(picked), _tensors(solved), strict=True):
+    for one, other in zip(tensors_of(picked), tensors_of(solved), strict=True):
         if relative_difference(one.detach(), other.detach()) > change_tolerance(torch.finfo(other.dtype).eps):
             raise MissingHistoryError(
                 "'unrolled' without a number of steps differentiates plain steps, and those of this solver are not: it "
                 "mixes or extrapolates. Choose f_solver='fixed_point_iter', or steps from z* ('unrolled:k=10')."
             )
     return picked
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    return [state] if isinstance(state, Tensor) else list(state)
 
 
 def solve_and_keep(

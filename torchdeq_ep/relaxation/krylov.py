@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.relaxation.loop import FindRows, Relaxation
-from torchdeq_ep.relaxation.phases import NOTABLE, Enough
+from torchdeq_ep.relaxation.phases import Enough, count_notable
 from torchdeq_ep.relaxation.solvers import Product, in_units
-from torchdeq_ep.state import in_the_middle, norm, row_norms
+from torchdeq_ep.state import in_the_middle, join_rows, norm, row_norms, split_rows
 
-GMRES = "gmres"
-"""Its name among the solvers of the linear modes."""
 LONGEST = 50
 """How many vectors are kept; then it begins anew from where it stands."""
 
@@ -62,10 +60,10 @@ def gmres(
         enough = in_units(enough, unit)
 
     def split(vector: Tensor) -> Tensor:
-        return vector.reshape(1, -1) if found is None else found.split(vector.unsqueeze(0))
+        return split_rows(vector.unsqueeze(0), found)
 
     def join(matrix: Tensor) -> Tensor:
-        return matrix.reshape(wide.shape) if found is None else found.join(matrix, wide.unsqueeze(0))[0]
+        return join_rows(matrix, found, wide.unsqueeze(0))[0]
 
     def pushed(matrix: Tensor) -> Tensor:
         return split(product(join(matrix).to(force.dtype)).to(wide.dtype))
@@ -94,16 +92,16 @@ def gmres(
         if smallest <= max(tol, floor) or not gains:
             break
     of_left = row_norms(at_best)[best_left]
-    notable = int((of_left >= NOTABLE * of_left.max()).sum()) if len(of_left) else 0
-    return Relaxation(
+    result = Relaxation(
         value=join(best).unsqueeze(0) * unit,
         residual=math.hypot(smallest, norm(of_left) / size),
         trace=tuple(trace),
         steps=len(trace),
         diverged=not math.isfinite(smallest),
-        left=notable,
+        left=count_notable(of_left),
         solved=smallest,
     )
+    return result.after(norm(best), size)
 
 
 class _Space:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchdeq_ep.relaxation.progress import Progress
-from torchdeq_ep.state import Rows, norm, row_norms
+from torchdeq_ep.state import Rows, join_rows, norm, row_norms, split_rows
 
 Enough = Callable[[Tensor, Tensor], Tensor]
 
 _UNSEEN = 4
-NOTABLE = 0.1
+_NOTABLE = 0.1
 _FEW = 4
 _SMALLEST = 1e-300
 
@@ -188,17 +188,17 @@ class Mixing(Phase):
         self._left = enough, kept
         left = norms[enough]
         self.left_residual = norm(left)
-        self.rows_left = int((left >= NOTABLE * left.max()).sum())
+        self.rows_left = count_notable(left)
         return residuals.masked_fill(enough.unsqueeze(1), 0.0)
 
     def _with_rows_left(self, point: Tensor) -> Tensor:
         return point if self._left is None else torch.where(self._left[0].unsqueeze(1), self._left[1], point)
 
     def _split(self, stack: Tensor) -> Tensor:
-        return stack.reshape(1, -1) if self._rows is None else self._rows.split(stack)
+        return split_rows(stack, self._rows)
 
     def _join(self, matrix: Tensor, like: Tensor) -> Tensor:
-        return matrix.reshape(like.shape) if self._rows is None else self._rows.join(matrix, like)
+        return join_rows(matrix, self._rows, like)
 
     def _shape_like(self, values: Tensor) -> None:
         height, width = values.shape
@@ -224,6 +224,16 @@ class Mixing(Phase):
 
     def _forget(self) -> None:
         self._last, self._slot, self._known = None, -1, 0
+
+
+def count_notable(norms: Tensor) -> int:
+    """How many residuals of rows are within a tenth of the largest: those that hold what is left.
+
+    Example:
+        >>> count_notable(torch.tensor([1.0, 0.5, 0.01])), count_notable(torch.zeros(0))
+        (2, 0)
+    """
+    return int((norms >= _NOTABLE * norms.max()).sum()) if len(norms) else 0
 
 
 def _steps_unseen(trace: list[float], gap: int, tol: float) -> int:

@@ -22,6 +22,9 @@ Run = Callable[..., Relaxation]
 OWN_SOLVERS: dict[str, int | None] = {"auto": None, "plain": 1}
 """Names of the package's own loop, and how many values each may combine."""
 
+GMRES = "gmres"
+"""Name of the solver of linear equations, which has no part in the loop."""
+
 _ORDINARY = 1e10
 """Forces up to this size, and down to its inverse, are taken as they are."""
 
@@ -130,17 +133,18 @@ def in_units(enough: Enough, unit: float) -> Enough:
     return lambda points, norms: enough(points * unit, norms * unit)
 
 
-def check_solver(solver: str | Solver | None) -> str | Solver:
+def check_solver(solver: str | Solver | None, linear: bool = False) -> str | Solver:
     """What a choice of solver stands for.
 
     Args:
         solver: As for [`relax`][torchdeq_ep.relaxation.relax].
+        linear: Whether it is to solve a linear equation, which `"gmres"` does too.
 
     Returns:
-        `"auto"` or `"plain"` for the package's own loop, and the solver itself otherwise.
+        `"auto"`, `"plain"` or `"gmres"` for the package's own, and the solver itself otherwise.
 
     Raises:
-        InvalidOptionError: If no solver of that name is registered.
+        InvalidOptionError: If no solver of that name is registered, or it is for linear equations and this is none.
 
     Example:
         >>> check_solver(None), check_solver("plain"), check_solver("anderson").__name__
@@ -148,7 +152,12 @@ def check_solver(solver: str | Solver | None) -> str | Solver:
     """
     if solver is None:
         return "auto"
-    return solver if isinstance(solver, str) and solver in OWN_SOLVERS else find_solver(solver)
+    if solver == GMRES and not linear:
+        raise InvalidOptionError(
+            f"solver={GMRES!r} is for modes whose equation is linear ('ift', 'ep-infinitesimal'): a finite nudge "
+            "moves the state along f itself. Leave solver out, or take 'anderson' or 'broyden'."
+        )
+    return solver if isinstance(solver, str) and solver in (*OWN_SOLVERS, GMRES) else find_solver(solver)
 
 
 def find_solver(solver: str | Solver) -> Solver:
@@ -172,6 +181,6 @@ def find_solver(solver: str | Solver) -> Solver:
     from torchdeq.solver import _solvers
 
     if solver not in _solvers:
-        raise InvalidOptionError(unknown_name("solver", solver, {**OWN_SOLVERS, **_solvers}))
+        raise InvalidOptionError(unknown_name("solver", solver, {**OWN_SOLVERS, GMRES: None, **_solvers}))
     found: Solver = _solvers[solver]
     return found

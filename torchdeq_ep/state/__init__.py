@@ -2,6 +2,7 @@
 
 from torchdeq_ep.state.calls import STATEFUL as STATEFUL
 from torchdeq_ep.state.calls import Autocast as Autocast
+from torchdeq_ep.state.calls import CountedMap as CountedMap
 from torchdeq_ep.state.calls import FrozenStatistics as FrozenStatistics
 from torchdeq_ep.state.calls import Map as Map
 from torchdeq_ep.state.calls import change_tolerance as change_tolerance
@@ -20,6 +21,10 @@ from torchdeq_ep.state.norms import row_dots as row_dots
 from torchdeq_ep.state.norms import row_norms as row_norms
 from torchdeq_ep.state.packing import Packing as Packing
 from torchdeq_ep.state.packing import State as State
+from torchdeq_ep.state.packing import contained as contained
+from torchdeq_ep.state.packing import container_of as container_of
 from torchdeq_ep.state.packing import tensors_of as tensors_of
 from torchdeq_ep.state.rows import Rows as Rows
 from torchdeq_ep.state.rows import are_independent as are_independent
+from torchdeq_ep.state.rows import join_rows as join_rows
+from torchdeq_ep.state.rows import split_rows as split_rows

@@ -127,6 +127,27 @@ class Autocast:
             yield
 
 
+class CountedMap:
+    """A map that counts its calls.
+
+    Args:
+        f: The map.
+
+    Example:
+        >>> counted = CountedMap(torch.cos)
+        >>> counted(torch.zeros(1)), counted.calls
+        (tensor([1.]), 1)
+    """
+
+    def __init__(self, f: Map) -> None:
+        self._f = f
+        self.calls = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self._f(z)
+
+
 def forget_casts() -> None:
     """Before `f` is recorded: have autocast cast the parameters anew.
 

@@ -14,12 +14,25 @@ from torch.utils._pytree import tree_leaves
 from torchdeq_ep.state.calls import Map
 
 
-class _Watch(TorchFunctionMode):
-    """Keeps every tensor that asks for a gradient and was not made inside this context."""
+class Watch(TorchFunctionMode):
+    """Notes every tensor that is used inside this context and was not made there.
 
-    def __init__(self, state: Tensor) -> None:
+    Args:
+        state: What is handed in, and counts as made inside.
+        is_wanted: Which of them to note, asked when one is first met.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> with Watch(z := torch.zeros(2)) as watch:
+        ...     _ = (weight * z).sum()
+        >>> [tensor is weight for tensor in watch.found.values()]
+        [True]
+    """
+
+    def __init__(self, state: Tensor, is_wanted: Callable[[Tensor], bool] = lambda tensor: True) -> None:
         super().__init__()
-        self.inside: dict[int, Tensor] = {id(state): state}
+        self._inside: dict[int, Tensor] = {id(state): state}
+        self._is_wanted = is_wanted
         self.found: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -30,12 +43,12 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and id(tensor) not in self.inside and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and id(tensor) not in self._inside and self._is_wanted(tensor):
                 self.found[id(tensor)] = tensor
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and id(tensor) not in self.found:
-                self.inside[id(tensor)] = tensor  # kept, so that nothing else gets its number
+                self._inside[id(tensor)] = tensor  # kept, so that nothing else gets its number
         return result
 
 
@@ -59,7 +72,7 @@ def call_watched(f: Map, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         >>> len(outside), outside[0] is x
         (1, True)
     """
-    with torch.enable_grad(), _Watch(z) as watch:
+    with torch.enable_grad(), Watch(z, lambda tensor: tensor.requires_grad) as watch:
         value = f(z)
     found = list(watch.found.values())
     ends = {tensor.grad_fn for tensor in found if tensor.grad_fn is not None} | {z.grad_fn}

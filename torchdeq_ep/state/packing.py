@@ -71,6 +71,25 @@ def _check_layout(tensors: Sequence[Tensor], source: str) -> None:
             )
 
 
+def container_of(state: State) -> Container:
+    """What a state comes in: `None` for a bare tensor, `list`, `tuple`, or a namedtuple."""
+    if isinstance(state, Tensor):
+        return None
+    return type(state) if hasattr(state, "_fields") else list if isinstance(state, list) else tuple  # type: ignore[return-value]
+
+
+def contained(container: Container, tensors: Sequence[Tensor]) -> State:
+    """Tensors in such a container.
+
+    Example:
+        >>> contained(tuple, [torch.zeros(1)]), contained(None, [torch.zeros(1)])
+        ((tensor([0.]),), tensor([0.]))
+    """
+    if container is None:
+        return tensors[0]
+    return container(*tensors) if hasattr(container, "_fields") else container(tensors)
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a state, one tensor or several of any shapes, is laid out as a single real tensor.
@@ -114,9 +133,7 @@ class Packing:
             MapContractError: If it is no state: a floating or complex tensor, or a sequence of such.
         """
         tensors = tensors_of(state)
-        container: Container = None if isinstance(state, Tensor) else (list if isinstance(state, list) else tuple)
-        if isinstance(state, tuple) and hasattr(state, "_fields"):
-            container = type(state)
+        container = container_of(state)
         dtypes = tuple(torch.float32 if lenient and t.dtype in _COARSE else t.dtype for t in tensors)
         return cls(container, tuple(t.shape for t in tensors), dtypes, lenient)
 
@@ -221,9 +238,7 @@ class Packing:
         return len(self.shapes) == 1 and not self.dtypes[0].is_complex
 
     def _wrap(self, tensors: list[Tensor]) -> State:
-        if self.container is None:
-            return tensors[0]
-        return self.container(*tensors) if hasattr(self.container, "_fields") else self.container(tensors)
+        return contained(self.container, tensors)
 
     def map(self, f: Callable[..., Any]) -> Map:
         """`f` as a map of packed states.

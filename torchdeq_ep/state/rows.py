@@ -72,6 +72,28 @@ class Rows:
         return [self.count * part * pair for part in self.parts]
 
 
+def split_rows(stack: Tensor, rows: Rows | None) -> Tensor:
+    """One row for each sample of each state in a stack, or one for all of it where there are no samples.
+
+    Args:
+        stack: As for `Rows.split`.
+        rows: Where the samples lie, if there are any.
+
+    Returns:
+        A matrix.
+
+    Example:
+        >>> split_rows(torch.zeros(1, 2, 3), None).shape, split_rows(torch.zeros(1, 2, 3), Rows(2, (3,))).shape
+        (torch.Size([1, 6]), torch.Size([2, 3]))
+    """
+    return stack.reshape(1, -1) if rows is None else rows.split(stack)
+
+
+def join_rows(matrix: Tensor, rows: Rows | None, like: Tensor) -> Tensor:
+    """The stack that was split, in the shape of `like`."""
+    return matrix.reshape(like.shape) if rows is None else rows.join(matrix, like)
+
+
 def are_independent(f: Callable[[Tensor], Tensor], z: Tensor, value: Tensor, rows: Rows) -> bool:
     """Whether a random half of the rows can be moved without any effect on the other half, tried twice.
 
