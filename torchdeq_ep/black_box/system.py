@@ -316,10 +316,7 @@ class System:
         """
         if self.repeats < 2:
             return (None, None), math.nan
-        theta, x = (
-            of_other_tensors(tree, lambda t: t.detach().requires_grad_(t.requires_grad))
-            for tree in (self.theta, self.x)
-        )
+        theta, x = (of_other_tensors(tree, _as_leaf) for tree in (self.theta, self.x))
         leaves = [t for t in (*tensors_of(theta), *tensors_of(x)) if t.requires_grad]
         variances: dict[int, Tensor] = {}
         if leaves:

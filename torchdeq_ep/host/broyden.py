@@ -10,12 +10,9 @@ from torch import Tensor
 from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
-from torchdeq_ep.errors import InvalidOptionError, unknown_name
-from torchdeq_ep.host.solver import STOP_MODES
+from torchdeq_ep.host.solver import TINY, check_stop_mode, statistics_of
 from torchdeq_ep.relaxation.inverse import BroydenRun, InverseEstimate, broyden
 from torchdeq_ep.state import Rows, are_independent
-
-_TINY = 1e-9
 
 
 def broyden_inverse_solver(
@@ -53,8 +50,7 @@ def broyden_inverse_solver(
         >>> z.round(decimals=3)
         tensor([[0.7390]])
     """
-    if stop_mode not in STOP_MODES:
-        raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+    check_stop_mode(stop_mode)
     wide = torch.promote_types(x0.dtype, torch.float32)
     count = len(x0) if x0.dim() > 1 else 1
     value = func(x0)
@@ -66,7 +62,7 @@ def broyden_inverse_solver(
         return matrix - func(matrix.reshape(x0.shape).to(x0.dtype)).to(wide).reshape(count, -1)
 
     def is_done(z: Tensor, sizes: Tensor) -> bool:
-        scale = 1.0 if stop_mode == "abs" else torch.linalg.vector_norm(z, dim=1) + _TINY
+        scale = 1.0 if stop_mode == "abs" else torch.linalg.vector_norm(z, dim=1) + TINY
         return bool((sizes / scale).max() < tol)
 
     run = broyden(residual, x0.to(wide).reshape(count, -1), InverseEstimate(count), max_iter, is_done)
@@ -78,15 +74,8 @@ def broyden_inverse_solver(
 
 def _statistics(run: BroydenRun) -> SolverStat:
     absolute = run.sizes.T.float()
-    size = torch.linalg.vector_norm(run.state, dim=1, keepdim=True).float() + _TINY
-    lowest, step = absolute.min(1)
-    return SolverStat(
-        abs_lowest=lowest,
-        rel_lowest=lowest / size[:, 0],
-        abs_trace=absolute,
-        rel_trace=absolute / size,
-        nstep=(step + 1).float(),
-    )
+    size = torch.linalg.vector_norm(run.state, dim=1, keepdim=True).float() + TINY
+    return statistics_of(absolute, absolute / size, (absolute.argmin(1) + 1).float())
 
 
 broyden_inverse_solver.keeps = "inverse"  # type: ignore[attr-defined]

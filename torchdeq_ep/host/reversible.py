@@ -10,11 +10,9 @@ from torch import Tensor
 from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
-from torchdeq_ep.errors import InvalidOptionError, MissingHistoryError, unknown_name
-from torchdeq_ep.host.solver import STOP_MODES
+from torchdeq_ep.errors import InvalidOptionError, MissingHistoryError
+from torchdeq_ep.host.solver import TINY, check_stop_mode, statistics_of
 from torchdeq_ep.relaxation.reversing import ReversibleRun, step_forth
-
-_TINY = 1e-9
 
 
 def reversible_solver(
@@ -56,8 +54,7 @@ def reversible_solver(
         >>> z.round(decimals=3), len(runs)
         (tensor([[0.7390]]), 1)
     """
-    if stop_mode not in STOP_MODES:
-        raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+    check_stop_mode(stop_mode)
     if not 0 < beta < 1:
         raise InvalidOptionError(f"beta must lie between 0 and 1, not be {beta!r}: the states are relaxed by it.")
     if max_iter < 2:
@@ -81,18 +78,12 @@ def reversible_solver(
         residual = ((z - before) / beta).reshape(rows, -1)
         value = before.reshape(rows, -1) + residual
         absolute.append(torch.linalg.vector_norm(residual, dim=1).float())
-        relative.append(absolute[-1] / (torch.linalg.vector_norm(value, dim=1).float() + _TINY))
+        relative.append(absolute[-1] / (torch.linalg.vector_norm(value, dim=1).float() + TINY))
         if bool((absolute if stop_mode == "abs" else relative)[-1].max() < tol):
             break
     on_history(ReversibleRun(x0, y, z, len(absolute), beta))
     traces = torch.stack(absolute, 1), torch.stack(relative, 1)
-    statistics = SolverStat(
-        abs_lowest=traces[0].amin(1),
-        rel_lowest=traces[1].amin(1),
-        abs_trace=traces[0],
-        rel_trace=traces[1],
-        nstep=torch.full((rows,), float(2 * len(absolute))),
-    )
+    statistics = statistics_of(*traces, torch.full((rows,), float(2 * len(absolute))))
     result = z.to(x0.dtype)
     return result, [result.clone() for _ in indexing or ()], statistics
 

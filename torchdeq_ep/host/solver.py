@@ -15,7 +15,34 @@ from torchdeq_ep.relaxation import Relaxation, iterate
 from torchdeq_ep.state import Rows, are_independent, row_norms
 
 STOP_MODES = ("abs", "rel")
-_TINY = 1e-9
+TINY = 1e-9
+"""Added to what is divided by, as torchdeq's solvers do."""
+
+
+def check_stop_mode(stop_mode: str) -> None:
+    """Raises InvalidOptionError unless it is one of torchdeq's."""
+    if stop_mode not in STOP_MODES:
+        raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+
+
+def statistics_of(absolute: Tensor, relative: Tensor, steps: Tensor) -> SolverStat:
+    """What torchdeq's solvers tell of a solve.
+
+    Args:
+        absolute: Residual of each row at each step, of shape `(rows, steps)`.
+        relative: The same, relative.
+        steps: Numbers of steps.
+
+    Returns:
+        torchdeq's statistics.
+    """
+    return SolverStat(
+        abs_lowest=absolute.amin(1),
+        rel_lowest=relative.amin(1),
+        abs_trace=absolute,
+        rel_trace=relative,
+        nstep=steps,
+    )
 
 
 def relaxation_solver(
@@ -57,8 +84,7 @@ def relaxation_solver(
         >>> z.round(decimals=3)
         tensor([[0.7390]])
     """
-    if stop_mode not in STOP_MODES:
-        raise InvalidOptionError(unknown_name("stop_mode", stop_mode, STOP_MODES))
+    check_stop_mode(stop_mode)
     if max_iter < 1:
         raise InvalidOptionError(f"max_iter must be at least 1, not {max_iter}: the solver returns a value of the map.")
     wide = torch.promote_types(x0.dtype, torch.float32)
@@ -102,7 +128,7 @@ def relaxation_solver(
 
 
 def _row_norms(value: Tensor) -> Tensor:
-    return row_norms(value) + _TINY
+    return row_norms(value) + TINY
 
 
 def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:
@@ -110,13 +136,7 @@ def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:
     measured = torch.tensor([list(result.trace)])
     converted = measured / size if stop_mode == "abs" else measured * size
     absolute, relative = (measured, converted) if stop_mode == "abs" else (converted, measured)
-    return SolverStat(
-        abs_lowest=absolute.amin(1),
-        rel_lowest=relative.amin(1),
-        abs_trace=absolute,
-        rel_trace=relative,
-        nstep=torch.tensor([float(result.steps)]),
-    )
+    return statistics_of(absolute, relative, torch.tensor([float(result.steps)]))
 
 
 register_solver("relaxation", relaxation_solver)
