@@ -69,7 +69,7 @@ def products(model: nn.Module, rows: bool) -> int:
     return report.iterations
 
 
-@pytest.mark.parametrize("name", ["ift", "ep", "ep-one-sided", "aep"])
+@pytest.mark.parametrize("name", ["ift", "gmres", "one-step", "ep", "ep-one-sided", "aep"])
 @pytest.mark.parametrize("kind", ["cnn", "pre-norm", "two-scale"])
 def test_trained_model(benchmark: BenchmarkFixture, kind: str, name: str) -> None:
     benchmark.group = "trained"
