@@ -11,7 +11,6 @@ import torch
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_BREAKS_HAVE_REASONS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 _REASON = (
     "TransformError of torchdeq_ep: an equilibrium cannot be part of one graph, because its solves decide by what they "
     "measure. Compile without fullgraph=True, or compile the map f alone."
@@ -38,8 +37,7 @@ def not_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     @functools.wraps(function)
     def eager(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if torch.compiler.is_compiling():
-            if _BREAKS_HAVE_REASONS:
-                torch._dynamo.graph_break(msg=_REASON)
+            torch._dynamo.graph_break(msg=_REASON)
             return _disabled(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
