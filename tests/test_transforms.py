@@ -167,6 +167,32 @@ def test_approximations_are_seen_by_no_transform(entry, transform, mode):
         ALL[transform](lambda x: ENTRIES[entry](ROOT, x, mode), X)
 
 
+@pytest.mark.parametrize("transform", ["is_grads_batched", "functional.jacobian"])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("mode", ["one-step", "neumann:k=3", "phantom:k=3,tau=0.5", "unrolled:k=3"])
+def test_batched_cotangents_of_an_approximation(entry, transform, mode):
+    def layer(x):
+        return ENTRIES[entry](ROOT, x, mode)
+
+    assert relative_error(ALL[transform](layer, X), torch.autograd.functional.jacobian(layer, X)) < 1e-12
+
+
+@pytest.mark.parametrize(("solver", "mode"), [("broyden-inverse", "shine"), ("reversible", "reversible")])
+def test_batched_cotangents_of_what_a_solver_keeps(solver, mode):
+    core = torchdeq.get_deq(f_solver=solver, f_tol=1e-10, f_max_iter=30)
+    tep.use_backward(core, mode)
+
+    def layer(x):
+        return core(lambda z: _f(z, ROOT, x), torch.zeros_like(x))[0][-1]
+
+    one_by_one = torch.autograd.functional.jacobian(layer, X)
+    if mode == "shine":
+        with pytest.raises(TransformError, match="kept of one forward pass"):
+            ALL["functional.jacobian"](layer, X)
+    else:
+        assert torch.equal(ALL["functional.jacobian"](layer, X), one_by_one)
+
+
 @pytest.mark.parametrize("mode", TRUNCATED)
 def test_every_approximation_is_refused(mode):
     with pytest.raises((TransformError, MissingHistoryError)):

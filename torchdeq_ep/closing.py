@@ -38,6 +38,11 @@ def is_transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def is_in_batch(cotangent: Tensor) -> bool:
+    """Whether a cotangent is one of a batch, that of `torch.func` or that of `is_grads_batched`."""
+    return is_transforming() or bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))
+
+
 def may_have_tangents() -> bool:
     """Whether tensors may carry tangents: in a `dual_level`, or in a transform of `torch.func`."""
     return forward_ad._current_level >= 0 or is_transforming()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdeq_ep.closing import is_in_batch
 from torchdeq_ep.layer import Layer
 from torchdeq_ep.modes import NudgeReport
 from torchdeq_ep.modes.steps import Path, StepwiseMode
@@ -108,5 +109,6 @@ class _ValueOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, None, Tensor]:
-        ctx.followed.begin(cotangent)
+        if not is_in_batch(cotangent):  # a stack of passes has no one residual
+            ctx.followed.begin(cotangent)
         return None, None, cotangent

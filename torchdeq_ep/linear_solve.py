@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from torchdeq_ep.closing import is_differentiable, is_transforming, named_failures, refuse_tracing, without_tangent
+from torchdeq_ep.closing import is_differentiable, named_failures, refuse_tracing, without_tangent
 from torchdeq_ep.errors import DoubleBackwardError, EPError, TransformError
 from torchdeq_ep.layer import Layer, solve
 from torchdeq_ep.modes import Mode, tangent_mode
@@ -68,9 +68,17 @@ class Linear:
 
         Returns:
             The problem of the stack.
+
+        Raises:
+            TransformError: If the mode uses what the solver of one forward pass kept.
         """
         metric = getattr(self.layer.mode, "metric", None)
         layer = self.layer
+        if layer.history is not None:
+            raise TransformError(
+                f"{layer.mode!r} uses what the solver kept of one forward pass, which a batch of cotangents cannot "
+                "share. Pass them one by one, without is_grads_batched and vectorize, or use 'ift' or 'aep'."
+            )
         if callable(metric):
             layer = replace(layer, mode=replace(layer.mode, metric=torch.vmap(metric)))  # type: ignore[type-var]
         batched = torch.vmap(self.map, in_dims=(0, *dims))
@@ -180,11 +188,6 @@ def _random_numbers_allowed() -> Iterator[None]:
     finally:
         if depth:
             torch._C._vmapmode_increment_nesting()
-
-
-def is_in_batch(cotangent: Tensor) -> bool:
-    """Whether a cotangent is one of a batch, of either kind."""
-    return is_transforming() or bool(torch._C._functorch.is_legacy_batchedtensor(cotangent))
 
 
 def for_forward_mode(rule: Callable[..., Any]) -> Callable[..., Any]:

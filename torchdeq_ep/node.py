@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.certificate import Certificate, certified, certify, speak_up_of_certificate
-from torchdeq_ep.closing import has_tangent, is_transforming, may_have_tangents
+from torchdeq_ep.closing import has_tangent, is_in_batch, is_transforming, may_have_tangents
 from torchdeq_ep.compiling import not_compiled
 from torchdeq_ep.errors import DoubleBackwardError, InvalidOptionError
 from torchdeq_ep.following import follow
 from torchdeq_ep.layer import Layer, solve
-from torchdeq_ep.linear_solve import Linear, in_batch, is_in_batch, linear_solve
+from torchdeq_ep.linear_solve import Linear, in_batch, linear_solve
 from torchdeq_ep.modes import ModeLike, NudgeReport, StepwiseMode, get_backward, require_equilibrium
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
 from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, forget_casts, tensors_of
