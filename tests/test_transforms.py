@@ -63,7 +63,11 @@ def _switched(root, x, mode):
     return functional_call(model, {"root": root}, (x,))
 
 
-ENTRIES = {"attach": _attached, "switched": _switched}
+def _looped(root, x, mode):
+    return tep.loop(lambda z: _f(z, root, x), torch.zeros_like(x), STEPS, mode)
+
+
+ENTRIES = {"attach": _attached, "switched": _switched, "loop": _looped}
 
 
 def _directional(function, x, along):
@@ -161,7 +165,7 @@ def test_every_cell_is_right_or_refused(entry, transform, mode):
 
 @pytest.mark.parametrize("transform", [name for name in ALL if name not in ("is_grads_batched", "functional.jacobian")])
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("mode", ["neumann", "unrolled:k=3"])
+@pytest.mark.parametrize("mode", ["neumann", "phantom:k=3"])
 def test_approximations_are_seen_by_no_transform(entry, transform, mode):
     with pytest.raises(TransformError, match="approximation"):
         ALL[transform](lambda x: ENTRIES[entry](ROOT, x, mode), X)
@@ -191,6 +195,49 @@ def test_batched_cotangents_of_what_a_solver_keeps(solver, mode):
             ALL["functional.jacobian"](layer, X)
     else:
         assert torch.equal(ALL["functional.jacobian"](layer, X), one_by_one)
+
+
+@pytest.mark.parametrize("entry", ["attach", "switched"])
+def test_steps_from_the_equilibrium_are_seen_by_no_transform(entry):
+    with pytest.raises(TransformError, match="approximation"):
+        jvp(lambda x: ENTRIES[entry](ROOT, x, "unrolled:k=3"), (X,), (ALONG,))
+
+
+@pytest.mark.parametrize("transform", FIRST)
+@pytest.mark.parametrize(
+    "options", [{}, {"supervise": [20, STEPS]}, {"halt": lambda z, step: torch.arange(len(z)) < step - 30}]
+)
+@pytest.mark.parametrize("mode", ["unrolled", "unrolled:k=3"])
+def test_steps_of_a_loop_are_what_every_transform_differentiates(mode, options, transform):
+    """Truncated steps have a tangent: nothing before them does."""
+
+    def by_hand(x):
+        kept = 3 if mode.endswith("3") else STEPS - options.get("supervise", [0])[0]
+        z = _unrolled(ROOT, x).detach() if kept == 3 else torch.zeros_like(x)
+        for _ in range(kept):
+            z = _f(z, ROOT, x)
+        return z
+
+    def looped(x):
+        found = tep.loop(lambda z: _f(z, ROOT, x), torch.zeros_like(x), STEPS, mode, **options)
+        return found[-1] if "supervise" in options else found
+
+    assert relative_error(ALL[transform](looped, X), ALL[transform](by_hand, X)) < 1e-6
+
+
+def test_a_loop_whose_samples_halted_before_is_refused():
+    halt = {"halt": lambda z, step: torch.arange(len(z)) == 0, "supervise": [3, 6]}
+    with pytest.raises(TransformError, match="have halted have no gradient"):
+        grad(lambda x: tep.loop(lambda z: _f(z, ROOT, x), torch.zeros_like(x), 6, "ift", **halt)[-1].sum())(X)
+
+
+def test_a_solver_of_a_loop_cannot_be_batched():
+    def solved(x):
+        return tep.loop(lambda z: _f(z, ROOT, x), torch.zeros_like(x), STEPS, "ift", solver="anderson", tol=1e-12)
+
+    assert relative_error(jacfwd(solved)(X), _expected("jacfwd")) < 1e-7
+    with pytest.raises(TransformError, match="cannot be evaluated"):
+        vmap(solved)(torch.stack([X, X]))
 
 
 @pytest.mark.parametrize("mode", TRUNCATED)

@@ -17,7 +17,8 @@ class LoopReport:
 
     Args:
         steps: Steps made.
-        residual: Size of the last step relative to the state, over the whole state.
+        residual: Size of the last step relative to the state, over the whole state; NaN under transforms of
+            `torch.func`, where it is not measured.
         contraction: Size of the last step relative to the one before; NaN after one step or a solver.
         row_steps: With halting, the number of steps of each sample.
         trace: Size of every step relative to the state.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep._options import check_choice, check_count
-from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.closing import is_transforming, may_have_tangents, named_failures
+from torchdeq_ep.errors import InvalidOptionError, TransformError
 from torchdeq_ep.layer import Layer
 from torchdeq_ep.loops.report import LoopReport
+from torchdeq_ep.loops.states import detached, in_container, where, with_gradient
 from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Unrolled, get_backward
 from torchdeq_ep.node import connect
 from torchdeq_ep.recording import reaches_state, recorded, recording_of
 from torchdeq_ep.relaxation import Solver, find_solver
 from torchdeq_ep.relaxation.kept import solve_and_keep
-from torchdeq_ep.state import Autocast, Memory, Packing, State, contained, container_of, norm, tensors_of
+from torchdeq_ep.state import Autocast, Memory, Packing, State, norm, tensors_of
+from torchdeq_ep.transformed import connect_transformed
 
 AnyState = TypeVar("AnyState", bound=Tensor | Sequence[Tensor])
 Halt = Callable[[Any, int], Tensor]
@@ -168,13 +171,14 @@ def loop(
     autocast = Autocast.current(tensors[0].device.type)
     packing = Packing.of(z0, lenient=autocast.enabled)
     run = _Run(f, mode, packing, autocast, writer, certificate, halt, on_stop is not None, memory or Memory())
-    if solver is not None:
-        states = [run.solved(find_solver(solver), z0, steps, tol)]
-    else:
-        states, z, begin = [], cast(State, z0), 0
-        for end in ends:
-            states.append(run.segment(z, begin, end))
-            z, begin = (states[-1] if carry == "graph" else _detached(states[-1])), end
+    with named_failures() if is_transforming() else nullcontext():
+        if solver is not None:
+            states = [run.solved(find_solver(solver), z0, steps, tol)]
+        else:
+            states, z, begin = [], cast(State, z0), 0
+            for end in ends:
+                states.append(run.segment(z, begin, end))
+                z, begin = (states[-1] if carry == "graph" else detached(states[-1])), end
     if on_stop is not None:
         on_stop(run.report())
     return cast(AnyState, states[-1]) if supervise is None else cast(list[AnyState], states)
@@ -213,28 +217,35 @@ class _Run:
         """Steps from `begin` to `end`, with the gradient of the mode."""
         unrolled = isinstance(self.mode, Unrolled)
         kept = self.mode.k if isinstance(self.mode, Unrolled) else 1
-        if not torch.is_grad_enabled() or (unrolled and (kept is None or (self.halt is None and kept >= end - begin))):
+        if not _is_followed() or (unrolled and (kept is None or (self.halt is None and kept >= end - begin))):
             return self.steps(z, begin, end)[0]
         assert kept is not None
         if self.halt is None:
             with torch.no_grad():
-                z = self.steps(_detached(z), begin, end - kept)[0]
+                # Without tangents as well, which no_grad leaves.
+                z = detached(self.steps(detached(z), begin, end - kept)[0])
             if unrolled:
-                return self.steps(_detached(z), end - kept, end)[0]
+                return self.steps(z, end - kept, end)[0]
             value, source = self.recorded_step(z)
             self.note(z, value)
             self.made = end
             return self.connected(source, value, value)
         with torch.no_grad():
             before = self.row_steps
-            last, window = self.steps(_detached(z), begin, end, kept)
+            last, window = self.steps(detached(z), begin, end, kept)
+            last, start = detached(last), detached(window[0])
         assert self.row_steps is not None
         own = self.row_steps if before is None else self.row_steps - before
         if unrolled:
-            return _with_gradient(last, self.repeated(window[0], own, kept))
-        value, source = self.recorded_step(window[0])
+            return with_gradient(last, self.repeated(start, own, kept))
+        value, source = self.recorded_step(start)
         moved = own > 0  # a sample that had halted before has no step here, and no gradient
-        return self.connected(source, _where(moved, value, _detached(value)), last)
+        if is_transforming() and not bool(moved.all()):
+            raise TransformError(
+                "samples that have halted have no gradient in later segments, and a transform of torch.func would give "
+                "them one. Call loss.backward(), use 'unrolled', or ask for no state after a sample has halted."
+            )
+        return self.connected(source, where(moved, value, detached(value)), last)
 
     def steps(self, z: State, begin: int, end: int, kept: int = 0) -> tuple[State, list[State]]:
         """Plain steps; and for each sample the states before its last `kept` ones, if there are so many."""
@@ -251,13 +262,13 @@ class _Run:
                 continue
             if not bool(self.active.any()):
                 break
-            window = [_where(self.active, later, state) for state, later in pairwise([*window, z])]
-            value = _where(self.active, value, z)
+            window = [where(self.active, later, state) for state, later in pairwise([*window, z])]
+            value = where(self.active, value, z)
             self.note(z, value)
             z, self.made = value, index + 1
             self.row_steps = self.row_steps + self.active
             with torch.no_grad():
-                halted = self.halt(_detached(z), index + 1)
+                halted = self.halt(detached(z), index + 1)
             self.active = self.active & ~self.checked(halted)
         return z, window
 
@@ -279,7 +290,7 @@ class _Run:
         """The last `kept` steps of each sample once more, with their graph."""
         step = self.packing.state_map(self.f)
         for index in range(kept):
-            z = _where(kept - index <= own, self.like(z, step(z)), z)
+            z = where(kept - index <= own, self.like(z, step(z)), z)
         return z
 
     def solved(self, solver: Solver, z0: State, steps: int, tol: float) -> State:
@@ -287,7 +298,7 @@ class _Run:
         need: Need | None = getattr(self.mode, "needs", None)
         f = self.packing.map(self.f)
         start = self.packing.pack(z0, "z0")
-        grad = torch.is_grad_enabled()
+        grad = _is_followed()
         start = start if need in ("steps", "reversible") else start.detach()
         options: dict[str, Any] = {"max_iter": steps, "tol": tol, "stop_mode": "rel"}
         z, history, self.made = solve_and_keep(solver, f, start, self.packing.rows, need if grad else None, **options)
@@ -304,7 +315,7 @@ class _Run:
     def recorded_step(self, z: State) -> tuple[State, State]:
         """One step with its graph, at a state that asks for a gradient where `f` allows it; and that state."""
         step = self.packing.state_map(self.f)
-        if self.certificate:
+        if self.certificate and not may_have_tangents():
             source = recorded(z)
             try:
                 value = self.like(z, step(source))
@@ -325,9 +336,12 @@ class _Run:
             memory=self.memory,
             history=history,
         )
-        free = self.packing.pack(_detached(source), "the loop")
-        packed = self.packing.pack(value), self.packing.pack(_detached(returned))
-        connected = connect(layer, free, *packed, recording_of(source))
+        free = self.packing.pack(detached(source), "the loop")
+        values = self.packing.pack(detached(returned))
+        if is_transforming():
+            connected = connect_transformed(layer, free, values)
+        else:
+            connected = connect(layer, free, self.packing.pack(value), values, recording_of(source))
         return self.packing.restore(connected, like=returned)
 
     def like(self, z: State, value: Any) -> State:
@@ -335,12 +349,12 @@ class _Run:
         if not self.is_checked:
             self.packing.pack(value)  # which refuses what is no state of the same shapes
             self.is_checked = True
-        return cast(State, value) if isinstance(z, Tensor) else _contained(z, value)
+        return cast(State, value) if isinstance(z, Tensor) else in_container(z, value)
 
     def note(self, z: State, value: State) -> None:
-        """Keep how large a step was, if somebody asks for it."""
-        if self.measured:
-            old, new = (self.packing.pack(_detached(state)) for state in (z, value))
+        """Keep how large a step was, if somebody asks for it; a transform follows numbers that may have no value."""
+        if self.measured and not is_transforming():
+            old, new = (self.packing.pack(detached(state)) for state in (z, value))
             self.sizes.append((norm(new - old), norm(old) or 1.0))
 
     def report(self) -> LoopReport:
@@ -350,34 +364,6 @@ class _Run:
         return LoopReport(self.made, trace[-1] if trace else math.nan, contraction, self.row_steps, trace)
 
 
-def _detached(state: State) -> State:
-    if isinstance(state, Tensor):
-        return state.detach()
-    return _contained(state, [tensor.detach() for tensor in state])
-
-
-def _contained(like: State, tensors: Sequence[Any]) -> State:
-    return contained(container_of(like), list(tensors))
-
-
-def _where(active: Tensor, new: State, old: State) -> State:
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        return torch.where(active.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-    return _contained(old, [_where(active, a, b) for a, b in zip(new, old, strict=True)])
-
-
-def _with_gradient(value: State, end: State) -> State:
-    if isinstance(value, Tensor) and isinstance(end, Tensor):
-        result: Tensor = _SameValue.apply(value, end)  # type: ignore[no-untyped-call]
-        return result
-    return _contained(value, [_with_gradient(a, b) for a, b in zip(value, end, strict=True)])
-
-
-class _SameValue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, end: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
-        return None, cotangent
+def _is_followed() -> bool:
+    """Whether a derivative of any kind may be asked for."""
+    return torch.is_grad_enabled() or may_have_tangents()
