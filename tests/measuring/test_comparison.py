@@ -185,7 +185,7 @@ def test_warnings_of_modes_are_notes_in_their_rows() -> None:
 
 def test_every_registered_mode_is_compared_by_default_and_each_with_each_solver() -> None:
     table = compare(Linear(), batch(), mean_square, repeats=1)
-    assert tuple(row.backward for row in table.rows) == available_backwards()
+    assert [row.backward for row in table.rows] == [name for name in available_backwards() if name != "jfb"]
     table = compare(Linear(), batch(), mean_square, ["ift", "ep"], [None, "anderson"], repeats=1)
     assert [row.label for row in table.rows] == ["ift", "ift / anderson", "ep", "ep / anderson"]
     assert table.rows[1].gradient_error < 1e-5

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.certificate import adjoint_residual
-from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.errors import InvalidOptionError, MissingHistoryError
 from torchdeq_ep.jacobian.spectrum import rough_spectral_radius
 from torchdeq_ep.measuring.capture import (
     Capture,
@@ -184,7 +184,10 @@ def _references(
         try:
             gradient, _ = trial.gradient(mode)
             found[name] = _joined([gradient[k] for k in reached])
-        except Exception as error:  # a solver whose steps are not plain, or not enough memory for all of them
+        except MissingHistoryError:  # a solver whose steps are not plain has no such gradient
+            if name == exact:
+                raise
+        except Exception as error:  # not enough memory for all of them
             if name == exact:
                 raise
             notes.append(f"no gradient {'through the steps made' if name == 'steps' else 'of its own'}: {short(error)}")

@@ -45,7 +45,7 @@ def plan(
         >>> [(entry.backward, entry.solver) for entry in plan(["ift", "ep"], [None, "anderson"])]
         [('ift', 'own'), ('ift', 'anderson'), ('ep', 'own'), ('ep', 'anderson')]
     """
-    chosen = list(available_backwards()) if backwards is None else _as_list(backwards)
+    chosen = _each_once(available_backwards()) if backwards is None else _as_list(backwards)
     drivers = [None] if solvers is None else _as_list(solvers)
     for name, choice in (("backwards", chosen), ("solvers", drivers)):
         if not choice:
@@ -55,6 +55,14 @@ def plan(
     for solver in drivers:
         check_solver(solver, linear=True)  # other modes refuse it, each in its row
     return tuple(_entry(spec, solver) for spec in chosen for solver in drivers)
+
+
+def _each_once(names: Sequence[str]) -> list[str]:
+    """Without further names of the same mode."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(repr(get_backward(name)), name)
+    return list(first.values())
 
 
 def _as_list(choice: Any) -> list[Any]:
