@@ -101,6 +101,7 @@ owner: ## write NAME where OWNER stands for the account on the host, and CITATIO
 	    -e 's#\(github.com\|githubusercontent.com\)/OWNER/#\1/$(NAME)/#g' -e 's#//OWNER\.github\.io#//$(NAME).github.io#g'
 
 figures: $(STAMP) ## measure and draw the figures of the documentation again
+	@$(BIN)/python docs/figures/nudge.py
 	@$(BIN)/python docs/figures/alignment.py
 	@$(BIN)/python docs/figures/estimators.py
 	@$(BIN)/python docs/figures/benchmarks.py
