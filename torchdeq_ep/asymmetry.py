@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.jacobian import OperatorMetric
+from torchdeq_ep.jacobian import as_operator
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms, split_rows
@@ -60,18 +59,14 @@ class AsymmetryPenalty:
 
         Raises:
             JacobianProductError: If an operation in `f` cannot be differentiated twice.
-            InvalidOptionError: If the metric in use is an operator.
         """
-        rows, metric = equilibrium.independent_rows(), equilibrium.used.metric
-        if isinstance(metric, OperatorMetric):
-            raise InvalidOptionError("homeostasis takes diagonal metrics, and this backward has an operator.")
-        m = torch.ones((), dtype=v.dtype, device=v.device) if metric is None else metric.to(v.dtype)
+        rows, metric = equilibrium.independent_rows(), as_operator(equilibrium.used.metric)
         with FrozenStatistics():
             local = linearize(equilibrium.f, equilibrium.z, autocast, batched=False)
         if equilibrium.used.assumed_symmetry:  # v = M^-1 J M v + g: the product is known
             through = v - equilibrium.cotangent
         else:
-            through = local.forward((m * v).unsqueeze(0))[0] / m
+            through = metric.inverse(local.forward(metric.apply(v).unsqueeze(0))[0])
         samples = _Samples(rows, v)
         scale = samples.spread(_inverse(samples.norms(v)))
         u, pushed = v * scale, through * scale
@@ -82,10 +77,10 @@ class AsymmetryPenalty:
             self.on_value(float(a.float().square().sum()) / samples.count, float(rates.quantile(_MOST)))
             if not is_weighed:
                 return (None,) * len(self.leaves)
-            left = local.adjoint((a / m).unsqueeze(0), create_graph=True)[0]
+            left = local.adjoint(metric.inverse(a).unsqueeze(0), create_graph=True)[0]
             excess = samples.spread((rates - NEAR_ONE).clamp(min=0) * _inverse(rates))
             away = self.guard * excess * pulled.detach()
-            bilinear = ((left * (m * u)).sum() - (pulled * (a - away)).sum()) / samples.count
+            bilinear = ((left * metric.apply(u)).sum() - (pulled * (a - away)).sum()) / samples.count
         if not bilinear.requires_grad:
             return (None,) * len(self.leaves)
         return torch.autograd.grad(bilinear, self.leaves, weight.to(bilinear), retain_graph=True, allow_unused=True)

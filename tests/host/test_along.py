@@ -16,7 +16,7 @@ from torchdeq_ep.asymmetry import AsymmetryPenalty
 from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError
 from torchdeq_ep.host.along import WeightController
 from torchdeq_ep.host.homeostasis import register_homeostasis
-from torchdeq_ep.jacobian import dense_jacobian
+from torchdeq_ep.jacobian import OperatorMetric, dense_jacobian
 from torchdeq_ep.state import Autocast, Equilibrium, Rows, relative_difference
 
 B, N = 3, 6
@@ -353,8 +353,14 @@ def test_training_holds_the_target():
     assert alignments[-1] > 0.93
 
 
-def test_with_a_metric_it_is_the_asymmetry_that_the_metric_leaves():
+@pytest.mark.parametrize("kind", ["diagonal", "operator"])
+def test_with_a_metric_it_is_the_asymmetry_that_the_metric_leaves(kind):
+    generator = torch.Generator().manual_seed(4)
+    root = torch.randn(N, N, generator=generator, dtype=torch.float64)
+    mixing = torch.eye(N, dtype=torch.float64) + 0.1 * root @ root.T
     metric = tep.ActivityMetric("tanh")
+    if kind == "operator":
+        metric = OperatorMetric(lambda v: v @ mixing, lambda v: torch.linalg.solve(mixing, v.T).T)
 
     class Tanh(Model):
         def f(self, z, x):
@@ -372,8 +378,9 @@ def test_with_a_metric_it_is_the_asymmetry_that_the_metric_leaves():
         gradients[weight] = torch.cat([p.grad.flatten() for p in model.parameters()])
     model = Tanh()
     z, jacobian, _ = pieces(model, "ep")
-    m, g = metric(z).flatten(), readout().expand(B, N).reshape(-1)
-    through = jacobian * m / m[:, None]
+    g = readout().expand(B, N).reshape(-1)
+    m = torch.diag(metric(z).flatten()) if kind == "diagonal" else torch.block_diag(*[mixing] * B)
+    through = torch.linalg.solve(m, jacobian @ m)
     v = torch.linalg.solve(torch.eye(B * N, dtype=torch.float64) - through, g).reshape(B, -1)
     u = (v / v.norm(dim=1, keepdim=True)).flatten()
     a = through @ u - jacobian.T @ u
@@ -382,7 +389,7 @@ def test_with_a_metric_it_is_the_asymmetry_that_the_metric_leaves():
     point = z.detach().requires_grad_()
     value = model.f(point, x).flatten()
     rows = torch.stack([torch.autograd.grad(each, point, create_graph=True)[0].flatten() for each in value])
-    scalar = ((a / m) @ (rows @ (m * u)) - a @ (rows.T @ u)) / B
+    scalar = (torch.linalg.solve(m, a) @ (rows @ (m @ u)) - a @ (rows.T @ u)) / B
     expected = torch.autograd.grad(scalar, list(model.parameters()), allow_unused=True)
     expected = torch.cat([torch.zeros(0) if e is None else e.flatten() for e in expected])
     assert relative_difference(gradients[2.0] - gradients[0.0], expected) < 1e-5

@@ -57,6 +57,26 @@ class OperatorMetric:
 Metric = Callable[[Tensor], Tensor] | OperatorMetric | Literal["auto"]
 
 
+def as_operator(metric: Tensor | OperatorMetric | None) -> OperatorMetric:
+    """A metric as a mode used it, as an operator.
+
+    Args:
+        metric: The diagonal of `M`, an operator, or `None` for the identity.
+
+    Returns:
+        `M` and its inverse.
+
+    Example:
+        >>> as_operator(torch.tensor([1.0, 2.0])).inverse(torch.ones(2)), as_operator(None).apply(torch.ones(2))
+        (tensor([1.0000, 0.5000]), tensor([1., 1.]))
+    """
+    if isinstance(metric, OperatorMetric):
+        return metric
+    if metric is None:
+        return OperatorMetric(lambda v: v, lambda v: v)
+    return OperatorMetric(lambda v: metric.to(v.dtype) * v, lambda v: v / metric.to(v.dtype))
+
+
 @dataclass(frozen=True)
 class ActivityMetric:
     """The metric of a layer with one elementwise activation and otherwise symmetric weights.
