@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -237,6 +238,24 @@ def test_a_deq_that_is_not_switched_is_named():
     model(inputs())
 
 
+@pytest.mark.parametrize(("mode", "along"), [("ep", True), ("ift", True), ("unrolled:k=2", False), (None, False)])
+def test_where_there_is_an_error_vector_it_is_the_default(mode, along):
+    model = Model()
+    with tep.use_backward(model, mode) if mode else nullcontext(), register_homeostasis(model) as homeostasis:
+        ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+        assert bool(homeostasis.last.alignment) is along
+        assert along or homeostasis.last.weights == {"deq": 0.1}
+
+
+def test_a_weight_of_ones_own_takes_random_directions_unless_told():
+    model = Model()
+    with tep.use_backward(model, "ep"):
+        for options, has_vector in (({}, False), ({"estimator": "error-vector"}, True)):
+            with register_homeostasis(model, 2.0, **options) as homeostasis:
+                ((model(inputs()) @ readout()).sum() + homeostasis.penalty()).backward()
+                assert bool(homeostasis._asking) is has_vector
+
+
 def test_it_can_be_registered_before_the_switch_and_outlive_it():
     model = Model()
     homeostasis = register_homeostasis(model, weight=1.0, estimator="error-vector")
@@ -274,7 +293,7 @@ def test_a_copy_of_a_model_with_homeostasis_trains():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"weight": "auto"}, "error-vector"),
+        ({"weight": "auto", "estimator": "paper"}, "error-vector"),
         ({"estimator": "error-vector", "weight": "auto", "target": 1.5}, "target"),
         ({"estimator": "error-vector", "weight": -1.0}, "weight"),
         ({"estimator": "error_vector"}, "estimator"),

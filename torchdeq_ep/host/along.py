@@ -16,6 +16,7 @@ from torchdeq_ep.host.injection import Nothing, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.judgement import NEAR_ONE
+from torchdeq_ep.modes.steps import StepwiseMode
 from torchdeq_ep.state import Equilibrium, cosine, row_dots
 
 AUTO: Final = "auto"
@@ -25,6 +26,12 @@ _SMALLEST, _LARGEST = 0.1, 1000.0
 _EVERY = 10
 _GAIN, _GUARD_GAIN = 3.0, 0.3
 _REFERENCE_TOL, _REFERENCE_STEPS = 3e-2, 50
+
+
+def has_error_vector(deq: DEQBase) -> bool:
+    """Whether the backward pass of a DEQ is one of this package that solves for an error vector."""
+    rule = deq.produce_grad[-1]
+    return isinstance(rule, EquilibriumRule) and not isinstance(rule.mode, StepwiseMode)
 
 
 @dataclass

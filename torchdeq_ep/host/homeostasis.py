@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from torchdeq.core import DEQBase
 
 from torchdeq_ep._options import check_choice, check_count, check_metric
-from torchdeq_ep.errors import EPWarning, InvalidOptionError, NoDEQError, unknown_name
-from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController
+from torchdeq_ep.errors import EPWarning, InvalidOptionError
+from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController, has_error_vector
 from torchdeq_ep.host.deqs import deqs_of, fixed_point
 from torchdeq_ep.host.hooks import FixedPointHandle
 from torchdeq_ep.host.injection import Nothing, refuse_transforms, with_gradient
+from torchdeq_ep.host.weights import Inject, Schedule, Weight, check_weight, factor_of, weights_by_name
 from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
 
-Schedule = Callable[[int], float]
-Weight = float | Schedule | Literal["auto"] | Mapping[str, float | Schedule]
 Direction = Estimator | Literal["error-vector"]
-Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
 
 _MANY_UNCOLLECTED = 100
+_RANDOM_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,9 @@ def _along_error_vectors(regulators: Sequence[ErrorVectorRegulator]) -> Homeosta
 
 def register_homeostasis(
     module: nn.Module,
-    weight: Weight = 0.1,
+    weight: Weight | None = None,
     probes: int = 5,
-    estimator: Direction = "antisymmetric",
+    estimator: Direction | None = None,
     every: int | float = 1,
     *,
     metric: Metric | None = None,
@@ -206,18 +205,20 @@ def register_homeostasis(
 ) -> HomeostasisHandle:
     """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
 
-    `(loss + homeostasis.penalty()).backward()` is all that a training loop needs. It does not depend on the backward
-    pass of the DEQs. In evaluation mode nothing is measured. The forward result, buffers and torch's random state stay
-    as they are. A copy or a pickle of the module is without homeostasis.
+    `(loss + homeostasis.penalty()).backward()` is all that a training loop needs. Where all DEQs have an error vector,
+    that is where they have been switched, it acts along that, with a weight that finds itself; otherwise in random
+    directions, which do not depend on the backward pass. In evaluation mode nothing is measured. The forward result,
+    buffers and torch's random state stay as they are. A copy or a pickle of the module is without homeostasis.
 
     Args:
         module: A model that contains torchdeq DEQs, or such a DEQ.
         weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ; or a
             dict of these by DEQ name, as in `module.named_modules()`, which leaves out the DEQs it does not name. With
             0 the Jacobian is measured, but no graph is built. `"auto"`, along the error vector, holds the alignment of
-            error vectors at `target` with the least weight.
+            error vectors at `target` with the least weight. By default that, or 0.1 in random directions.
         probes: Number of Gaussian probes at each forward pass.
         estimator: `"antisymmetric"`, or `"paper"`; see [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
+            By default `"error-vector"` if the weight finds itself, and `"antisymmetric"` if it is given.
             `"error-vector"` takes no probes: the direction is the error vector of each sample, the only one in which
             the asymmetry meets the gradient. The penalty is then measured in the backward pass, of a
             DEQ that was switched by [`use_backward`][torchdeq_ep.use_backward], and `probes`, `every`, `metric` and
@@ -251,7 +252,8 @@ def register_homeostasis(
         >>> (z,), info = deq(lambda z: 0.5 * torch.tanh(linear(z)), torch.zeros(2, 3))
         >>> loss = z.sum() + homeostasis.penalty()
     """
-    check_choice("estimator", estimator, (*ESTIMATORS, "error-vector"))
+    if estimator is not None:
+        check_choice("estimator", estimator, (*ESTIMATORS, "error-vector"))
     if isinstance(every, bool) or not (
         (isinstance(every, int) and every >= 1) or (isinstance(every, float) and 0 < every < 1)
     ):
@@ -261,6 +263,11 @@ def register_homeostasis(
     check_count("probes", probes)
     check_metric(metric)
     deqs = deqs_of(module)
+    if weight is None:
+        along = estimator == "error-vector" or (estimator is None and all(map(has_error_vector, deqs)))
+        weight = AUTO if along else _RANDOM_WEIGHT
+    if estimator is None:
+        estimator = "error-vector" if weight == AUTO else "antisymmetric"
     if estimator == "error-vector":
         chosen = None if parameters is None else frozenset(parameters)
         named = {name: part for name, part in module.named_modules() if part in deqs}
@@ -269,8 +276,8 @@ def register_homeostasis(
         raise InvalidOptionError("parameters= goes with estimator='error-vector': random probes reach all of them.")
     if weight == AUTO:
         raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
-    weights = _weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
-    options = _Options(probes, estimator, every, metric, _factor(inject), _Randomness(seed))
+    weights = weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
+    options = _Options(probes, estimator, every, metric, factor_of(inject), _Randomness(seed))
     return HomeostasisHandle([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
 
 
@@ -283,44 +290,9 @@ def _along(
             raise InvalidOptionError(f"target must be a cosine between 0 and 1, not {target!r}.")
         weights = {name: WeightController(target) for name in deqs}
     else:
-        weights = {name: value for name, (_, value) in _weights_by_name(weight, deqs).items()}
-    factor = _factor(inject)
+        weights = {name: value for name, (_, value) in weights_by_name(weight, deqs).items()}
+    factor = factor_of(inject)
     return [ErrorVectorRegulator(name, deqs[name], value, factor, parameters) for name, value in weights.items()]
-
-
-def _weights_by_name(weight: Weight, deqs: dict[str, DEQBase]) -> dict[str, tuple[DEQBase, float | Schedule]]:
-    if not isinstance(weight, Mapping):
-        _check_weight(weight)
-        return {name: (deq, cast("float | Schedule", weight)) for name, deq in deqs.items()}
-    for name, value in weight.items():
-        if name not in deqs:
-            raise NoDEQError(f"weight: {unknown_name('DEQ', name, deqs)}")
-        _check_weight(value)
-    return {name: (deqs[name], value) for name, value in weight.items()}
-
-
-def _check_weight(weight: object) -> None:
-    if callable(weight):
-        return
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise InvalidOptionError(
-            f"weight must be a number of at least 0, a function of the step, or a dict of these, not {weight!r}."
-        )
-
-
-def _factor(inject: Inject) -> Callable[[], float] | None:
-    if isinstance(inject, bool):
-        return (lambda: 1.0) if inject else None
-    if isinstance(inject, (int, float)):
-        factor = float(inject)
-        return lambda: factor
-    if isinstance(inject, torch.amp.GradScaler):
-        return inject.get_scale
-    if callable(inject):
-        return inject
-    raise InvalidOptionError(
-        f"inject must be True or False, a factor, a function that returns one, or a GradScaler, not {inject!r}."
-    )
 
 
 class _Randomness:
@@ -374,7 +346,7 @@ class _Regulator:
         weight = self._weight
         if callable(weight):
             weight = weight(step)
-            _check_weight(weight)
+            check_weight(weight)
         f, state = fixed_point(args, kwargs, output)
         states, info = output
         autocast = autocast_of(state)
