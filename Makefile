@@ -63,11 +63,11 @@ test: $(STAMP) ## run the tests and the examples in docstrings and documentation
 MATRIX ?= --record
 
 matrix: $(STAMP) ## run the tests on the oldest and newest versions that are supported, on every Python found
-	@$(BIN)/python tests/matrix.py $(MATRIX) --torch-flags='$(TORCH_FLAGS)'
+	@$(BIN)/python tests/matrix.py --torch-flags='$(TORCH_FLAGS)' $(MATRIX)
 
 # pytest exits with 5 if no test was collected.
 slow: $(STAMP) ## run the slow tests
-	@$(BIN)/python -m pytest -q -m slow tests $(PLUGIN_TESTS) || test $$? -eq 5
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m slow tests $(PLUGIN_TESTS) || test $$? -eq 5
 
 bench: $(STAMP) ## time the backward passes beside torchdeq: build/benchmark.json, and a page of it on the screen
 	@mkdir -p build
