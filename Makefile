@@ -26,7 +26,7 @@ TORCH_FLAGS ?=
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test matrix slow bench lint types docs wheels owner figures ordinary certificate along clean
+.PHONY: help install demo test matrix slow bench lint types docs wheels owner figures ordinary certificate along zoo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -116,6 +116,11 @@ along: $(STAMP) ## train with homeostasis of several weights: a figure and a tab
 
 certificate: $(STAMP) ## draw random maps: is a wrong gradient ever silent? docs/certificate.md
 	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/certificate.py
+
+# A checkout of https://github.com/locuslab/torchdeq, outside this one: make zoo ZOO=../torchdeq. Two cores take half an hour.
+zoo: $(STAMP) ## switch the models of torchdeq's own zoo, from the checkout that ZOO names: docs/zoo.md
+	@test -n "$(ZOO)" || { echo "where is a checkout of https://github.com/locuslab/torchdeq? make zoo ZOO=path"; exit 1; }
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/figures/zoo.py '$(ZOO)'
 
 clean: ## remove everything the other targets made, the environment included
 	rm -rf $(VENV) demo build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks runs sweeps

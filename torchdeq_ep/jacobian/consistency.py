@@ -43,7 +43,8 @@ def derivative_mismatch(f: Map, z: Tensor, direction: Tensor, rounding: float) -
     """The difference of the two derivatives along a direction.
 
     Difference quotients are taken over two distances. What kinks and curvature do to them becomes less at the nearer
-    one, by a factor of 4 and more; what is hidden from autograd does not.
+    one, by a factor of 4 and more; what is hidden from autograd does not. What rounding does to them, which may be more
+    than was measured of it, becomes more there: the smaller of the two differences counts.
 
     Args:
         f: The map, on packed states.
@@ -82,4 +83,4 @@ def derivative_mismatch(f: Map, z: Tensor, direction: Tensor, rounding: float) -
     noise = rounding * norm(above) / (near * unit)
     if size <= max(_NOTHING * norm(direction), noise) or gaps[1] <= max(_FALLS * gaps[0], noise):
         return DerivativeMismatch(0.0, 8)
-    return DerivativeMismatch(gaps[1] / size, 8)
+    return DerivativeMismatch(min(gaps) / size, 8)
