@@ -34,6 +34,12 @@ def test_the_modes_of_the_package():
         (" ep : beta = 1e-3 , tol=1e-4", tep.EquilibriumPropagation(tep.Stencil.symmetric(1e-3), tol=1e-4)),
         ("ep:beta=auto,max_iter=None", tep.EquilibriumPropagation()),
         ("ep-one-sided:scale=absolute", tep.EquilibriumPropagation(tep.Stencil.one_sided(), scale="absolute")),
+        ("ep-one-sided:direction=up", tep.EquilibriumPropagation(tep.Stencil.one_sided(direction="up"))),
+        (
+            "ep-one-sided:direction=up,beta=0.5,scale=absolute",
+            tep.EquilibriumPropagation(tep.Stencil.one_sided(0.5, "up"), scale="absolute"),
+        ),
+        ("ep-one-sided:direction=down", tep.EquilibriumPropagation("one-sided")),
         ("ep-richardson:order=6", tep.EquilibriumPropagation(tep.Stencil.richardson("auto", 6))),
         ("hep:n_points=6,beta=0.1", tep.EquilibriumPropagation(tep.Stencil.contour(0.1, 6))),
         ("hep-online", tep.EquilibriumPropagation(tep.Stencil.contour(), schedule="online")),
@@ -76,6 +82,8 @@ def test_unknown_modes(spec, message):
     [
         ("ep:betta=0.1", "Did you mean 'beta'"),
         ("ift:beta=0.1", "unknown option 'beta'"),
+        ("ep-one-sided:direction=sideways", "direction"),
+        ("ep:direction=up", "unknown option 'direction'"),
         ("ep:n_points=4", "unknown option 'n_points'"),
         ("ep:stencil=symmetric", "unknown option 'stencil'"),
         ("ep:beta", "key=value"),

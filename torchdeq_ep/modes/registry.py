@@ -17,7 +17,7 @@ from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.reversible import Reversible
 from torchdeq_ep.modes.series import Neumann, OneStep
 from torchdeq_ep.modes.shine import Shine
-from torchdeq_ep.modes.stencils import Beta, Stencil
+from torchdeq_ep.modes.stencils import Beta, Direction, Stencil
 from torchdeq_ep.modes.steps import Phantom, Unrolled
 from torchdeq_ep.relaxation import GMRES
 
@@ -26,9 +26,9 @@ ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 
-def one_sided(*, beta: Beta = "auto", **options: Any) -> Mode:
-    """`ep-one-sided`: One real nudge, error `O(beta)`. Further option: `beta`."""
-    return EquilibriumPropagation(Stencil.one_sided(beta), **options)
+def one_sided(*, beta: Beta = "auto", direction: Direction = "down", **options: Any) -> Mode:
+    """`ep-one-sided`: One real nudge, downhill or uphill, error `O(beta)`. Further options: `beta`, `direction`."""
+    return EquilibriumPropagation(Stencil.one_sided(beta, direction), **options)
 
 
 def symmetric(*, beta: Beta = "auto", **options: Any) -> Mode:
