@@ -23,7 +23,7 @@ from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import InvalidOptionError
 
 Beta = float | Literal["auto"]
-Direction = Literal["down", "up"]
+NudgeDirection = Literal["down", "up"]
 """Whether a one-sided nudge leads to a lower loss or to a higher one."""
 Node = float | complex
 LARGEST_AUTO_BETA = 0.1
@@ -71,7 +71,7 @@ class Stencil:
             object.__setattr__(self, "beta", float(self.beta))
 
     @classmethod
-    def one_sided(cls, beta: Beta = "auto", direction: Direction = "down") -> Stencil:
+    def one_sided(cls, beta: Beta = "auto", direction: NudgeDirection = "down") -> Stencil:
         """Classic EP: one nudge, towards a lower loss unless told otherwise, error `O(beta)`.
 
         The direction matters for large nudges by the loss itself ([`nudge_loss`][torchdeq_ep.nudge_loss]): the force
@@ -93,7 +93,7 @@ class Stencil:
             >>> Stencil.one_sided(0.5).nodes, Stencil.one_sided(0.5, direction="up").nodes
             ((-0.5,), (0.5,))
         """
-        check_choice("direction", direction, get_args(Direction))
+        check_choice("direction", direction, get_args(NudgeDirection))
         name, node = ("one-sided", -1.0) if direction == "down" else ("one-sided-up", 1.0)
         return cls(name, beta, (node,), (1.0,), 1)
 

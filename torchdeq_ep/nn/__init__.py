@@ -1,8 +1,10 @@
 """Layers that suit equilibrium propagation."""
 
 from torchdeq_ep.nn.activations import DSiLU as DSiLU
+from torchdeq_ep.nn.activations import ShiftedDSiLU as ShiftedDSiLU
 from torchdeq_ep.nn.activations import ShiftedSigmoid as ShiftedSigmoid
 from torchdeq_ep.nn.activations import dsilu as dsilu
+from torchdeq_ep.nn.activations import shifted_dsilu as shifted_dsilu
 from torchdeq_ep.nn.activations import shifted_sigmoid as shifted_sigmoid
 from torchdeq_ep.nn.energy import EnergyMap as EnergyMap
 from torchdeq_ep.nn.injection import InjectOnce as InjectOnce
