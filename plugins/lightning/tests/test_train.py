@@ -130,6 +130,7 @@ def test_recipes_are_complete(name, tmp_path):
     for section in ("model", "swap", "homeostasis"):
         ours = {"connections", "feedback", "damping", "temperature", "lr_factors", "readout_lr_factor"}
         ours |= {"readout_decay_factor", "backward", "seed", "by", "momentum", "max_iter", "shape", "n_classes"}
+        ours |= {"on_divergence"}
         ours |= {"backward_norm", "last_padding"}  # of one kind of network each
         if not plain["homeostasis"]["enabled"] and section == "homeostasis":
             continue
@@ -140,6 +141,7 @@ def test_recipes_are_complete(name, tmp_path):
     ("name", "expected"),
     [
         ("table1", {"model.lr": 0.01, "model.momentum": 0.9, "data.batch": 50, "swap.max_iter": 20}),
+        ("table1", {"swap.on_divergence": "accept", "model.angle": 0.0, "homeostasis.enabled": False}),
         ("fig3", {"model.backward_norm": "fan-in", "model.lr": 0.01, "homeostasis.enabled": False}),
         ("fig4-angle", {"model.angle": 90.0, "model.lr": 1e-4, "homeostasis.weight": 1.0, "model.free_steps": 150}),
         ("fig4-angle", {"model.backward_norm": "fan-in", "model.optimizer": "adamw"}),
