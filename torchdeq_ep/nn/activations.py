@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdeq_ep.holomorphic.context import real_part
-from torchdeq_ep.holomorphic.elementwise import sigmoid
+from torchdeq_ep.holomorphic.elementwise import sigmoid, tanh
 from torchdeq_ep.holomorphic.registry import continued
 from torchdeq_ep.state import forward_derivative
 
@@ -97,6 +97,54 @@ ACTIVATIONS: dict[str, tuple[Activation, Activation]] = {
     "shifted-sigmoid": (shifted_sigmoid, lambda value: 4 * value * (1 - value)),
 }
 """The activations that have a name: the function, and its slope as a function of its value."""
+_CONTINUED: dict[Activation, Activation] = {torch.tanh: tanh, torch.sigmoid: sigmoid}
+"""What stands for PyTorch's own at complex points, outside the mode too."""
+
+
+def has_closed_slope(phi: Activation) -> bool:
+    """Whether the slope of an activation is known in closed form, at real and complex points.
+
+    Args:
+        phi: The activation.
+
+    Returns:
+        Whether it is `dsilu`, `shifted_dsilu` or one of `ACTIVATIONS`.
+
+    Example:
+        >>> has_closed_slope(dsilu), has_closed_slope(torch.sin)
+        (True, False)
+    """
+    return phi in (dsilu, shifted_dsilu) or any(phi is function for function, _ in ACTIVATIONS.values())
+
+
+@continued("torchdeq_ep.nn", r"$\varphi(z)$ and $\varphi'(z)$ in closed form")
+def value_and_slope(phi: Activation, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation and its derivative in closed form, at complex points too, inside the holomorphic mode or not.
+
+    Args:
+        phi: One for which [`has_closed_slope`][torchdeq_ep.nn.activations.has_closed_slope] is true.
+        x: Real or complex tensor.
+
+    Returns:
+        `phi(x)` and `phi'(x)`, of the shape of `x`.
+
+    Example:
+        >>> value_and_slope(shifted_sigmoid, torch.tensor([0.5]))
+        (tensor([0.5000]), tensor([1.]))
+    """
+    if has_torch_function_unary(x):
+        found: tuple[Tensor, Tensor] = handle_torch_function(value_and_slope, (x,), phi, x)
+        return found
+    if phi is dsilu:
+        s, rest = _sigmoid(x), _sigmoid(-x)
+        return s * (1 + x * rest), s * rest * (2 + x * (rest - s))
+    if phi is shifted_dsilu:
+        s, rest, above, below = _sigmoid(x), _sigmoid(-x), _sigmoid(x - 2), _sigmoid(2 - x)
+        share = (_GAP / 2) * s * below
+        return above + x * share, below * above + share * (1 + x * (rest - above))
+    slope_of_value = next(slope_of for function, slope_of in ACTIVATIONS.values() if function is phi)
+    value = _CONTINUED.get(phi, phi)(x) if x.is_complex() else phi(x)
+    return value, slope_of_value(value)
 
 
 def slope(phi: Activation, x: Tensor) -> Tensor:
@@ -118,15 +166,8 @@ def slope(phi: Activation, x: Tensor) -> Tensor:
         (tensor([1.]), tensor([1.]))
     """
     x = x.detach()
-    if phi is dsilu:
-        s, rest = torch.sigmoid(x), torch.sigmoid(-x)  # which holomorphic modes see
-        return s * rest * (2 + x * (rest - s))
-    if phi is shifted_dsilu:
-        s, rest, above, below = torch.sigmoid(x), torch.sigmoid(-x), torch.sigmoid(x - 2), torch.sigmoid(2 - x)
-        return below * (above + (_GAP / 2) * s * (1 + x * (rest - above)))
-    for function, slope_of_value in ACTIVATIONS.values():
-        if phi is function:
-            return slope_of_value(phi(x))
+    if has_closed_slope(phi):
+        return value_and_slope(phi, x)[1]
     derivative: Tensor
     if x.is_complex():
         return forward_derivative(phi, x, torch.ones_like(x))

@@ -153,10 +153,9 @@ class VectorFieldClassifier(LightningModule):
         self._means.end_epoch(self, prog_bar=True)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        labels = self._labels
         nudged = any(isinstance(rule, EquilibriumRule) for deq in deqs_of(self) for rule in deq.produce_grad)
         context = (
-            nudge_loss(self.network, lambda u: self.network.loss(self.network.read_out(u), labels))  # type: ignore[arg-type]
+            nudge_loss(self.network, self.network.loss_of_state(cast(Tensor, self._labels)))
             if self.nudging == "loss" and nudged
             else nullcontext()
         )

@@ -146,6 +146,9 @@ class VectorFieldCNN(VectorField):
         logits: Tensor = self.head(self.phi(u[:, -math.prod(self.shapes[-1]) :]))
         return logits
 
+    def linear_read_out(self) -> tuple[slice, Tensor | None, Tensor | None]:
+        return slice(self.state_size - self.head.in_features, self.state_size), self.head.weight, self.head.bias
+
     def connection_angles(self) -> dict[str, float]:
         pairs = zip(list(self.forward_weights)[1:], self.backward_weights, strict=True)
         return {f"l{k}-l{k + 1}": rounded_angle(w, b) for k, (w, b) in enumerate(pairs, start=1)}

@@ -179,14 +179,25 @@ class VectorFieldMLP(VectorField):
         logits: Tensor = torch.stack(parts).sum(0) + self.biases[OUTPUT]
         return logits
 
+    def linear_read_out(self) -> tuple[slice, Tensor | None, Tensor | None]:
+        slices = self.slices()
+        if self.readout == "mse":
+            return slices[OUTPUT], None, None
+        sources = [c.source for c in self.connections if c.target == OUTPUT]
+        places = {source: slices[source] for source in sources}
+        units = slice(min(place.start for place in places.values()), max(place.stop for place in places.values()))
+        # Zeros for layers between the sources that have no part in it.
+        weight = self.biases[OUTPUT].new_zeros(self.sizes[OUTPUT], units.stop - units.start)
+        for source, place in places.items():
+            weight[:, place.start - units.start : place.stop - units.start] = self.weights[f"{source}-{OUTPUT}"]
+        return units, weight, self.biases[OUTPUT]
+
     def metric(self, u: Tensor) -> Tensor:
-        return super().metric(u) * self.layer_metric(u)
+        layers = self.layer_metric(u)
+        return super().metric(u) if layers is None else super().metric(u) * layers
 
-    def nudge_metric(self, u: Tensor) -> Tensor:
-        return super().nudge_metric(u) * self.layer_metric(u)
-
-    def layer_metric(self, like: Tensor) -> Tensor:
-        """The factor of the metric that depends on the layer alone, 1 in the last one: a row of the state's size.
+    def layer_metric(self, like: Tensor) -> Tensor | None:
+        """The factor of the metric that depends on the layer alone, 1 in the last one; `None` if it is 1 in all.
 
         Args:
             like: Gives dtype and device.
@@ -194,6 +205,8 @@ class VectorFieldMLP(VectorField):
         Returns:
             Tensor of shape `(D,)`.
         """
+        if self.feedback == 1:
+            return None
         depth = range(len(self.layers) - 1, -1, -1)
         sizes = [self.sizes[name] for name in self.layers]
         return torch.cat([like.new_full((n,), self.feedback**k) for k, n in zip(depth, sizes, strict=True)])
