@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from torchdeq_ep.holomorphic.context import real_part
-from torchdeq_ep.holomorphic.elementwise import sigmoid, tanh
+from torchdeq_ep.holomorphic.elementwise import sigmoid, sigmoid_of_parts, tanh
 from torchdeq_ep.holomorphic.registry import continued
 from torchdeq_ep.state import forward_derivative
 
@@ -41,7 +41,9 @@ def shifted_sigmoid(x: Tensor) -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(shifted_sigmoid, (x,), x)
-    return _sigmoid(4 * x - 2)
+    if x.is_complex():  # the argument by its parts, so that no complex kernel is called
+        return sigmoid_of_parts(4 * x.real - 2, 4 * x.imag)
+    return torch.sigmoid(4 * x - 2)
 
 
 @continued("torchdeq_ep.nn", r"$\sigma(z)\,(1 + z\,\sigma(-z))$")
