@@ -36,6 +36,7 @@ from torchdeq_ep.measuring import write_whole as write_whole
 from torchdeq_ep.modes import Derivative as Derivative
 from torchdeq_ep.modes import Mode as Mode
 from torchdeq_ep.modes import ModeLike as ModeLike
+from torchdeq_ep.modes import OnDivergence as OnDivergence
 from torchdeq_ep.modes import Path as Path
 from torchdeq_ep.modes import RelaxedMode as RelaxedMode
 from torchdeq_ep.modes import StepwiseMode as StepwiseMode

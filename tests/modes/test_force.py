@@ -33,6 +33,22 @@ def _quartic_problem():
 
 
 @pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")
+@pytest.mark.parametrize("direction", ["down", "up"])
+@pytest.mark.parametrize("by_loss", [False, True])
+def test_a_one_sided_nudge_is_the_displacement_on_its_side(direction, by_loss):
+    """The definition, eq. (7): `z_b = f(z_b) + b dL/dz(z_b)`, iterated by hand, with `b` below or above zero."""
+    problem, loss = _quartic_problem()
+    beta = {"down": -0.05, "up": 0.05}[direction]
+    z = problem.z
+    for _ in range(500):
+        z = problem.f(z) + beta * (torch.func.grad(loss)(z) if by_loss else problem.g)
+    mode = tep.EquilibriumPropagation(tep.Stencil.one_sided(0.05, direction), scale="absolute", tol=1e-13, max_iter=500)
+    v, _ = report_of(mode, problem, loss if by_loss else None)
+    assert relative_error(v, (z - problem.z) / beta) < 1e-9
+    assert (float(loss(z)) > float(loss(problem.z))) == (direction == "up")
+
+
+@pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")
 @pytest.mark.parametrize(("stencil", "order"), [(tep.Stencil.one_sided, 1), (tep.Stencil.symmetric, 2)])
 def test_loss_nudging_has_the_same_limit_and_order(stencil, order):
     problem, loss = _quartic_problem()

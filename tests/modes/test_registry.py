@@ -9,6 +9,7 @@ from problems import tanh_problem
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
 from torchdeq_ep.modes import Neumann, Phantom, Unrolled, registry
+from torchdeq_ep.modes.schedules import Online
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
 NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "gmres", "shine", "reversible")
@@ -34,9 +35,20 @@ def test_the_modes_of_the_package():
         (" ep : beta = 1e-3 , tol=1e-4", tep.EquilibriumPropagation(tep.Stencil.symmetric(1e-3), tol=1e-4)),
         ("ep:beta=auto,max_iter=None", tep.EquilibriumPropagation()),
         ("ep-one-sided:scale=absolute", tep.EquilibriumPropagation(tep.Stencil.one_sided(), scale="absolute")),
+        ("ep-one-sided:direction=up", tep.EquilibriumPropagation(tep.Stencil.one_sided(direction="up"))),
+        (
+            "ep-one-sided:direction=up,beta=0.5,scale=absolute",
+            tep.EquilibriumPropagation(tep.Stencil.one_sided(0.5, "up"), scale="absolute"),
+        ),
+        ("ep-one-sided:direction=down", tep.EquilibriumPropagation("one-sided")),
         ("ep-richardson:order=6", tep.EquilibriumPropagation(tep.Stencil.richardson("auto", 6))),
         ("hep:n_points=6,beta=0.1", tep.EquilibriumPropagation(tep.Stencil.contour(0.1, 6))),
         ("hep-online", tep.EquilibriumPropagation(tep.Stencil.contour(), schedule="online")),
+        (
+            "hep-online:n_points=6,steps=60,periods=3",
+            tep.EquilibriumPropagation(tep.Stencil.contour("auto", 6), schedule=Online(60, 3)),
+        ),
+        ("hep-online:steps=7", tep.EquilibriumPropagation(tep.Stencil.contour(), schedule=Online(steps=7))),
         ("aep:solver=broyden", tep.EquilibriumPropagation(correction="asymmetric", solver="broyden")),
         ("ift:max_iter=7", tep.ImplicitDifferentiation(max_iter=7)),
         ("neumann:k=3,tau=0.5", Neumann(3, 0.5)),
@@ -76,6 +88,8 @@ def test_unknown_modes(spec, message):
     [
         ("ep:betta=0.1", "Did you mean 'beta'"),
         ("ift:beta=0.1", "unknown option 'beta'"),
+        ("ep-one-sided:direction=sideways", "direction"),
+        ("ep:direction=up", "unknown option 'direction'"),
         ("ep:n_points=4", "unknown option 'n_points'"),
         ("ep:stencil=symmetric", "unknown option 'stencil'"),
         ("ep:beta", "key=value"),
@@ -84,6 +98,10 @@ def test_unknown_modes(spec, message):
         ("ep:beta=0", "beta must be"),
         ("ep:beta=small", "beta must be"),
         ("hep:n_points=2.5", "n_points"),
+        ("hep-online:steps=0", "steps of an online"),
+        ("hep-online:periods=1.5", "periods of an online"),
+        ("hep-online:steps=9,schedule=parallel", "leave out one"),
+        ("hep:steps=9", "unknown option 'steps'"),
         ("ep-richardson:order=5", "order"),
     ],
 )

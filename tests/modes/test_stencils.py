@@ -3,6 +3,7 @@
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchdeq_ep.errors import EPWarning, InvalidOptionError, NudgeDivergedError
 
 STENCILS = [
     lambda beta: tep.Stencil.one_sided(beta),
+    lambda beta: tep.Stencil.one_sided(beta, direction="up"),
     lambda beta: tep.Stencil.symmetric(beta),
     *(lambda beta, order=order: tep.Stencil.richardson(beta, order) for order in (2, 4, 6, 8)),
     *(lambda beta, n=n: tep.Stencil.contour(beta, n) for n in (2, 3, 4, 5, 6, 8)),
@@ -81,6 +83,25 @@ def test_refuses_impossible_orders(make):
         make()
 
 
+@pytest.mark.parametrize("direction", ["upwards", "UP", "", None, 1, True, ["up"]])
+def test_refuses_directions_that_are_none(direction):
+    with pytest.raises(InvalidOptionError, match="direction"):
+        tep.Stencil.one_sided(0.1, direction=direction)
+
+
+def test_a_direction_stays_as_the_amplitude_is_moved():
+    up = tep.Stencil.one_sided("auto", direction="up")
+    for moved in (
+        up.at(0.2),
+        replace(up, beta=0.2),
+        tep.get_backward(tep.get_backward("ep-one-sided:direction=up"), beta=0.2).stencil,
+    ):
+        assert moved == tep.Stencil.one_sided(0.2, "up") != tep.Stencil.one_sided(0.2)
+        assert moved.nodes == (0.2,)
+    assert tep.Stencil.one_sided(0.2) == tep.Stencil.one_sided(0.2, "down")
+    assert up.resolve(1e-7).beta == tep.Stencil.one_sided().resolve(1e-7).beta
+
+
 def test_auto_has_no_nodes_before_it_is_resolved():
     with pytest.raises(InvalidOptionError, match="resolve"):
         _ = tep.Stencil.symmetric().nodes
@@ -96,6 +117,7 @@ def test_is_a_value(make):
     ("stencil", "order"),
     [
         (tep.Stencil.one_sided, 1),
+        (lambda beta: tep.Stencil.one_sided(beta, "up"), 1),
         (tep.Stencil.symmetric, 2),
         (lambda beta: tep.Stencil.richardson(beta, 4), 4),
         (lambda beta: tep.Stencil.richardson(beta, 6), 6),

@@ -48,12 +48,24 @@ def test_dsilu_is_the_derivative_of_silu():
     torch.testing.assert_close(epnn.DSiLU()(x), slope)
 
 
+def test_shifted_dsilu_is_the_papers_finite_difference():
+    x = torch.linspace(-30, 30, 200, dtype=torch.float64)
+    code = 0.5 * x / (1 + torch.exp(-x)) + (1 - 0.5 * x) / (1 + torch.exp(2 - x))
+    torch.testing.assert_close(epnn.shifted_dsilu(x), code, rtol=0, atol=1e-14)
+    torch.testing.assert_close(epnn.ShiftedDSiLU()(x), (fn.silu(x) - fn.silu(x - 2)) / 2, rtol=0, atol=1e-14)
+    single = torch.tensor([50.0, 1e4, 3e38, -50.0, -1e4, -3e38])
+    torch.testing.assert_close(epnn.shifted_dsilu(single), torch.tensor([1.0] * 3 + [0.0] * 3))
+    mirrored = 1 - epnn.shifted_dsilu(2 - x)  # centred at 1, where dSiLU is centred at 0
+    torch.testing.assert_close(epnn.shifted_dsilu(x), mirrored, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_activations_at_complex_arguments(dtype, inside):
     z = torch.complex(torch.linspace(-5, 5, 21), torch.linspace(-0.6, 0.6, 21)).to(dtype)
     references = {
         epnn.shifted_sigmoid: lambda v: 1 / (1 + mpmath.exp(2 - 4 * v)),
+        epnn.shifted_dsilu: lambda v: (v / (1 + mpmath.exp(-v)) - (v - 2) / (1 + mpmath.exp(2 - v))) / 2,
         epnn.dsilu: lambda v: (1 + mpmath.exp(-v) * (1 + v)) / (1 + mpmath.exp(-v)) ** 2,
     }
     for f, reference in references.items():
@@ -67,7 +79,7 @@ def test_activations_at_complex_arguments(dtype, inside):
         torch.testing.assert_close(value.to(torch.complex128), expected, rtol=40 * eps, atol=4 * eps)
 
 
-@pytest.mark.parametrize("phi", [epnn.shifted_sigmoid, epnn.dsilu])
+@pytest.mark.parametrize("phi", [epnn.shifted_sigmoid, epnn.dsilu, epnn.shifted_dsilu])
 def test_slope_is_the_derivative(phi):
     x = torch.linspace(-9, 9, 50, dtype=torch.float64)
     z = torch.complex(x, torch.linspace(-0.5, 0.5, 50, dtype=torch.float64))

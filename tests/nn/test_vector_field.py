@@ -46,6 +46,23 @@ def test_every_reciprocal_pair_starts_at_the_angle(kind: str, degrees: float) ->
     assert list(model.connection_angles().values()) == pytest.approx([degrees] * len(model.connection_angles()))
 
 
+@pytest.mark.parametrize(("nominal", "actual"), [(0.0, 0.0), (15.0, 54.0), (30.0, 71.0), (45.0, 79.0), (90.0, 90.0)])
+def test_backward_weights_of_the_papers_have_the_norm_of_their_own_fan_in(nominal: float, actual: float) -> None:
+    """`rotate` of the papers' code: `sin(a) own + cos(a) forward.T`, and `own` comes from ten units."""
+    sizes = {"in": 5, "l1": 256, "l2": 256, "l3": 10, "out": 10}
+    torch.manual_seed(0)
+    model = VectorFieldMLP(sizes, angle=nominal, gain=0.5, backward_norm="fan-in", readout="softmax")
+    angles = model.connection_angles()
+    assert angles["l2-l3"] == pytest.approx(actual, abs=1.0)
+    assert angles["l1-l2"] == pytest.approx(nominal, abs=0.3)  # of equal fan-in
+    if nominal == 90.0:
+        assert float(model.weights["l3-l2"].detach().std()) == pytest.approx(0.5 / 10**0.5, rel=0.05)
+    torch.manual_seed(0)
+    usual = VectorFieldMLP(sizes, angle=nominal, gain=0.5, readout="softmax")
+    assert usual.connection_angles()["l2-l3"] == pytest.approx(nominal, abs=1e-3)
+    assert all(torch.equal(usual.weights[key], model.weights[key]) for key in ("in-l1", "l1-l2", "l2-l3", "l3-out"))
+
+
 def test_map_is_that_of_the_connections_written_out() -> None:
     model = VectorFieldMLP(SIZES, ["in-l1", "in-out", "l1-l2", "l2-out", "out-l1", "l2-l2"], damping=0.25)
     x, u = torch.randn(4, 5), torch.randn(4, 16)
@@ -219,6 +236,7 @@ def test_holomorphic_nudge_reaches_the_real_one() -> None:
         ({"gain": 0.0}, "gain"),
         ({"gain": float("inf")}, "gain"),
         ({"feedback": 0.0}, "feedback"),
+        ({"backward_norm": "equal"}, "backward_norm"),
         ({"feedback": float("inf")}, "feedback"),
         ({"sizes": {"in": 5, "l1": 1, "out": 1}, "angle": 30.0}, "'out-l1' .* single number"),
         ({"angle": 120.0}, "angle"),
@@ -240,6 +258,11 @@ def test_impossible_networks_are_refused(options: dict[str, object], message: st
         ({"kernel_size": 3.0}, "whole number"),
         ({"channels": (4, 4, 4, 4)}, "cannot be halved"),
         ({"channels": ()}, "cannot be halved"),
+        ({"channels": (), "last_padding": "valid"}, "cannot be halved"),
+        ({"channels": (4, 4, 4), "last_padding": "valid"}, "not padded"),
+        ({"channels": (4, 4), "kernel_size": 5, "last_padding": "valid"}, "not padded"),
+        ({"channels": (4, 4), "last_padding": "full"}, "last_padding"),
+        ({"image": (1, 10, 8), "channels": (4, 4), "last_padding": "valid"}, "cannot be halved"),
         ({"channels": (4, 0)}, "'l2'"),
         ({"image": (0, 8, 8)}, "channels of an image"),
         ({"image": (1, 0, 8)}, "height of an image"),
@@ -268,9 +291,12 @@ def test_the_smallest_networks_have_finite_weights_at_the_angle_asked_for(angle:
     assert one.connection_angles() == {"l1-out": 0.0}
 
 
-def test_map_of_a_cnn_is_that_of_its_layers_written_out() -> None:
-    model = VectorFieldCNN((2, 8, 8), (3, 4, 5), 3, angle=60.0, damping=0.25, temperature=0.7)
-    x, u = torch.randn(2, 2, 8, 8), torch.randn(2, model.state_size)
+@pytest.mark.parametrize("last_padding", ["same", "valid"])
+def test_map_of_a_cnn_is_that_of_its_layers_written_out(last_padding: str) -> None:
+    options = {"angle": 60.0, "damping": 0.25, "temperature": 0.7, "last_padding": last_padding}
+    model = VectorFieldCNN((2, 16, 16), (3, 4, 5), 3, **options)  # type: ignore[arg-type]
+    x, u = torch.randn(2, 2, 16, 16), torch.randn(2, model.state_size)
+    assert model.shapes[-1] == ((5, 2, 2) if last_padding == "same" else (5, 1, 1))
     with torch.no_grad():
         for bias in model.biases:
             bias.normal_()
@@ -278,16 +304,26 @@ def test_map_of_a_cnn_is_that_of_its_layers_written_out() -> None:
     activities = model.unpack(model.phi(u))
     assert [tuple(layer.shape[1:]) for layer in activities] == model.shapes
 
-    def path(s: Tensor, weight: Tensor) -> Tensor:
-        return softmax_pool(torch.nn.functional.conv2d(s, weight, padding=1), 2, temperature=0.7)
+    pads = [1, 1, 1 if last_padding == "same" else 0]
 
-    fields = [path(s, w) + b for s, w, b in zip([x, *activities[:2]], forward, model.biases, strict=True)]
+    def path(s: Tensor, weight: Tensor, padding: int) -> Tensor:
+        return softmax_pool(torch.nn.functional.conv2d(s, weight, padding=padding), 2, temperature=0.7)
+
+    layers = zip([x, *activities[:2]], forward, model.biases, pads, strict=True)
+    fields = [path(s, w, padding) + b for s, w, b, padding in layers]
     for k, weight in enumerate(backward):
-        top_down = torch.func.vjp(lambda s, w=weight: path(s, w), activities[k])[1]
+        top_down = torch.func.vjp(lambda s, w=weight, p=pads[k + 1]: path(s, w, p), activities[k])[1]
         fields[k] = fields[k] + top_down(activities[k + 1])[0]
     potentials = model.unpack(u)
     for value, potential, field in zip(model.unpack(model.map(x)(u)), potentials, fields, strict=True):
         torch.testing.assert_close(value, 0.25 * potential + 0.75 * field)
+
+
+def test_head_of_a_cnn_starts_as_lecuns_with_no_bias() -> None:
+    head = VectorFieldCNN((1, 16, 16), (8, 16), 200).head
+    assert head.in_features == 256
+    assert float(head.weight.detach().std()) == pytest.approx(1 / 16, rel=0.05)
+    assert not bool(head.bias.any())
 
 
 @pytest.mark.parametrize("batching", ["loop", "vmap"])

@@ -28,6 +28,16 @@ def test_weights_are_at_the_angle_asked_for_and_have_equal_norms(degrees: float)
     assert weight_angle(weight, other) == pytest.approx(degrees, abs=1e-3)
 
 
+@pytest.mark.parametrize(("nominal", "actual"), [(0.0, 0.0), (30.0, 71.0), (90.0, 90.0)])
+def test_noise_of_another_norm_makes_the_angle_nominal(nominal: float, actual: float) -> None:
+    weight = torch.randn(10, 30)
+    other = weight_at_angle(weight, nominal, noise_norm=5.03 * float(weight.norm()))
+    assert weight_angle(weight, other) == pytest.approx(actual, abs=0.05)
+    assert float((other - math.cos(math.radians(nominal)) * weight).norm()) == pytest.approx(
+        5.03 * math.sin(math.radians(nominal)) * float(weight.norm()), abs=1e-9
+    )
+
+
 def test_a_network_reports_no_angle_to_a_weight_that_is_zero() -> None:
     weight = torch.randn(4, 3)
     assert rounded_angle(weight, weight_at_angle(weight, 30.0)) == 30.0

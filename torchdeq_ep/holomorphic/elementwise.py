@@ -50,7 +50,11 @@ def tanh(z: Tensor) -> Tensor:
 @rule("sigmoid expit", _GROUP, r"$s / (s + (1 - s) e^{-iy})$, $s = \sigma(x)$")
 def sigmoid(z: Tensor) -> Tensor:
     """The logistic function, from real kernels and without overflow."""
-    x, y = _parts(z)
+    return sigmoid_of_parts(*_parts(z))
+
+
+def sigmoid_of_parts(x: Tensor, y: Tensor) -> Tensor:
+    """The logistic function of `x + i y`."""
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
     real, imag = torch.addcmul(s, rest, torch.cos(y)), rest * torch.sin(y)
     scale = s / torch.addcmul(real * real, imag, imag)
@@ -169,6 +173,10 @@ def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
 
 @rule("lerp", "arithmetic", "$z + w (y - z)$")
 def _lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+    if isinstance(weight, int | float) and input.dtype == end.dtype and input.is_complex():
+        # A real weight acts on both parts alike: one pass of the real kernel over the pairs.
+        start, stop = (torch.view_as_real(z.resolve_conj()) for z in (input, end))
+        return torch.view_as_complex(torch.lerp(start, stop, weight))
     value: Tensor = input + weight * (end - input)
     return value
 

@@ -19,6 +19,7 @@ from torchdeq_ep.errors import NoGradientWarning, TransformError
 from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.layer import Layer
 from torchdeq_ep.modes import ModeLike, Need, NudgeReport, Trajectory
+from torchdeq_ep.nn import ReadoutLoss
 from torchdeq_ep.node import connect, connect_with_penalty
 from torchdeq_ep.recording import depends_on_more, leaves_of, reaches_state, recorded, recording_of
 from torchdeq_ep.relaxation.kept import kept_by, replay
@@ -165,7 +166,9 @@ class EquilibriumRule:
 
         def loss_of_packed_state() -> Map | None:
             loss = self.slot.loss_of_state
-            return None if loss is None else lambda packed: loss(func.vec2list(packing.unpack(packed)))
+            if loss is None or (isinstance(loss, ReadoutLoss) and _is_bare(func, packing, source)):
+                return loss  # which knows its gradient where the state lies as the layer returns it
+            return lambda packed: loss(func.vec2list(packing.unpack(packed)))
 
         layer = Layer(
             f,
@@ -195,6 +198,14 @@ class EquilibriumRule:
         self.slot.report = report
         if writer is not None:
             writer(solver_statistics(report))
+
+
+def _is_bare(func: Any, packing: Packing, state: Any) -> bool:
+    """Whether a state is one real matrix, and the same to the solver, to the layer and to the user."""
+    if not isinstance(state, Tensor) or state.dim() != 2 or state.is_complex():
+        return False
+    form = func.vec2list(packing.unpack(state))
+    return isinstance(form, Tensor) and form.shape == state.shape
 
 
 @dataclass(frozen=True)

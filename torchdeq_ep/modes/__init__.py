@@ -3,6 +3,7 @@
 from torchdeq_ep.modes.amplitude import ForceScale as ForceScale
 from torchdeq_ep.modes.base import Derivative as Derivative
 from torchdeq_ep.modes.base import Mode as Mode
+from torchdeq_ep.modes.base import OnDivergence as OnDivergence
 from torchdeq_ep.modes.base import RelaxedMode as RelaxedMode
 from torchdeq_ep.modes.linear import ImplicitDifferentiation as ImplicitDifferentiation
 from torchdeq_ep.modes.linear import InfinitesimalEP as InfinitesimalEP

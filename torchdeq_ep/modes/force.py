@@ -15,7 +15,8 @@ from torchdeq_ep.holomorphic import Piecewise, holomorphic_map
 from torchdeq_ep.jacobian import Metric
 from torchdeq_ep.jacobian.metric import diagonal_metric
 from torchdeq_ep.modes.base import Correction
-from torchdeq_ep.modes.nudged_map import AsymmetricCorrection, Force
+from torchdeq_ep.modes.nudged_map import AsymmetricCorrection, Force, UnitsForce
+from torchdeq_ep.nn.losses import ReadoutLoss
 from torchdeq_ep.state import Equilibrium, norm
 
 _LOSS_MISMATCH = 1e-2
@@ -116,7 +117,8 @@ def loss_force(
     that stopped early has left, before the loss is asked. The user's loss may differ from the one that was
     differentiated by a factor (gradient accumulation, a GradScaler, a mean instead of a sum); the factor is found from
     the two gradients at the state that the layer returned. At a complex state PyTorch returns the conjugate of the
-    holomorphic derivative.
+    holomorphic derivative. A [`ReadoutLoss`][torchdeq_ep.nn.ReadoutLoss] is asked for its own gradient instead, and for
+    nothing where the loss does not depend on the state.
 
     Args:
         equilibrium: The free equilibrium; its `loss_of_state` is not `None`.
@@ -141,6 +143,8 @@ def loss_force(
     loss = equilibrium.loss_of_state
     if loss is None:
         raise InvalidOptionError("loss nudging needs a loss_of_state: use tep.nudge_loss(module, loss_of_state).")
+    if isinstance(loss, ReadoutLoss):
+        return _units_force(equilibrium, loss, metric, diagonal)
 
     continued_loss = holomorphic_map(loss, piecewise)
     # Where a metric is cut off, the bound holds at complex states too.
@@ -158,11 +162,7 @@ def loss_force(
             (result,) = torch.autograd.grad(value, point, torch.ones_like(value), materialize_grads=True)
         return result.conj() if result.is_complex() else result
 
-    cotangent = equilibrium.cotangent
-    own = gradient(equilibrium.value)
-    square = norm(own) ** 2
-    factor = float((own * cotangent).sum()) / square if square > 0 else 0.0
-    mismatch = norm(cotangent - factor * own) / norm(cotangent)
+    factor, mismatch = _compared(equilibrium.cotangent, gradient(equilibrium.value))
     ahead = equilibrium.value - equilibrium.z
 
     def force(z: Tensor) -> Tensor:
@@ -171,3 +171,50 @@ def loss_force(
         return factor * (slope if scale is None else scale * slope)
 
     return force, mismatch
+
+
+def _units_force(
+    equilibrium: Equilibrium, loss: ReadoutLoss, metric: Metric | None, diagonal: Tensor | None
+) -> tuple[UnitsForce, float]:
+    """The same for a loss that knows its gradient, on the units that it depends on."""
+    units = loss.units
+    own = torch.zeros_like(equilibrium.value)
+    own[..., units] = loss.gradient(equilibrium.value[..., units]).to(own.dtype)
+    factor, mismatch = _compared(equilibrium.cotangent, own)
+    ahead = (equilibrium.value - equilibrium.z)[..., units]
+    scale = _metric_of_units(metric, diagonal, units, equilibrium.z)
+
+    def of_states(states: Tensor) -> Tensor:
+        slope = loss.gradient(states[..., units] + ahead)
+        return factor * slope if scale is None else slope * (factor * scale(states))
+
+    return UnitsForce(units, of_states), mismatch
+
+
+def _metric_of_units(
+    metric: Metric | None, diagonal: Tensor | None, units: slice, like: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    """From a stack of states to the metric on some units; a metric with `on_units` is not asked for the others."""
+    if diagonal is None:
+        return None
+    if not callable(metric):
+        fixed = diagonal[..., units]
+        return lambda states: fixed
+    on_units = getattr(metric, "on_units", None)
+    part = None if on_units is None else on_units(units, like)
+
+    def of_states(states: Tensor) -> Tensor:
+        if part is not None:
+            return cast(Tensor, continued(states[..., units]))
+        return torch.stack([continued(state)[..., units] for state in states])
+
+    # Where a metric is cut off, the bound holds at complex states too.
+    continued = holomorphic_map(metric if part is None else part, "real-part")
+    return of_states
+
+
+def _compared(cotangent: Tensor, own: Tensor) -> tuple[float, float]:
+    """The factor between two gradients, and how far they are from parallel."""
+    square = norm(own) ** 2
+    factor = float((own * cotangent).sum()) / square if square > 0 else 0.0
+    return factor, norm(cotangent - factor * own) / norm(cotangent)

@@ -35,6 +35,30 @@ _HOLOMORPHIC_ADVICE = (
 )
 
 
+@dataclass(frozen=True)
+class UnitsForce:
+    """A force that acts on some units alone, as that of a loss does that depends on no others.
+
+    Args:
+        units: Entries of the last dimension of the state.
+        of_states: From a stack of states, `(K, *shape)`, to the force on those units of each.
+
+    Example:
+        >>> force = UnitsForce(slice(1, 3), lambda states: 2 * states[..., 1:3])
+        >>> force(torch.ones(1, 4))
+        tensor([[0., 2., 2., 0.]])
+    """
+
+    units: slice
+    of_states: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The force on all units of one state."""
+        force = torch.zeros_like(z)
+        force[..., self.units] = self.of_states(z.unsqueeze(0))[0]
+        return force
+
+
 class NudgedMap:
     """`z -> N_b(z)`, whose displacements follow [eq. (6)][eq-6] of the theory page, for nodes all real or all complex.
 
@@ -120,7 +144,9 @@ class NudgedMap:
         moved = value + self._pull
         if self._correction is not None:
             moved += torch.stack([self._correction(state) for state in states - self.free])
-        if self._state_force is not None:
+        if isinstance(self._state_force, UnitsForce):
+            moved[..., self._state_force.units] += self._amplitudes * self._state_force.of_states(states)
+        elif self._state_force is not None:
             moved += self._amplitudes * torch.stack([self._state_force(state) for state in states])
         return moved
 

@@ -15,9 +15,10 @@ from torchdeq_ep.modes.base import Mode, OnDivergence
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
 from torchdeq_ep.modes.reversible import Reversible
+from torchdeq_ep.modes.schedules import Online
 from torchdeq_ep.modes.series import Neumann, OneStep
 from torchdeq_ep.modes.shine import Shine
-from torchdeq_ep.modes.stencils import Beta, Stencil
+from torchdeq_ep.modes.stencils import Beta, NudgeDirection, Stencil
 from torchdeq_ep.modes.steps import Phantom, Unrolled
 from torchdeq_ep.relaxation import GMRES
 
@@ -26,9 +27,9 @@ ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 
-def one_sided(*, beta: Beta = "auto", **options: Any) -> Mode:
-    """`ep-one-sided`: One real nudge, error `O(beta)`. Further option: `beta`."""
-    return EquilibriumPropagation(Stencil.one_sided(beta), **options)
+def one_sided(*, beta: Beta = "auto", direction: NudgeDirection = "down", **options: Any) -> Mode:
+    """`ep-one-sided`: One real nudge, downhill or uphill, error `O(beta)`. Further options: `beta`, `direction`."""
+    return EquilibriumPropagation(Stencil.one_sided(beta, direction), **options)
 
 
 def symmetric(*, beta: Beta = "auto", **options: Any) -> Mode:
@@ -46,9 +47,18 @@ def holomorphic(*, beta: Beta = "auto", n_points: int = 4, **options: Any) -> Mo
     return EquilibriumPropagation(Stencil.contour(beta, n_points), **options)
 
 
-def holomorphic_online(*, beta: Beta = "auto", n_points: int = 4, **options: Any) -> Mode:
-    """`hep-online`: As `hep`, the nodes visited in turn."""
-    return holomorphic(beta=beta, n_points=n_points, **{"schedule": "online", **options})
+def holomorphic_online(
+    *, beta: Beta = "auto", n_points: int = 4, steps: int | None = None, periods: int | None = None, **options: Any
+) -> Mode:
+    """`hep-online`: As `hep`, the nodes visited in turn. Further options: `steps` at each, `periods`."""
+    numbers = {name: number for name, number in (("steps", steps), ("periods", periods)) if number is not None}
+    if numbers and "schedule" in options:
+        raise InvalidOptionError(
+            f"schedule={options['schedule']!r} is given beside {', '.join(numbers)}, which are numbers of a schedule: "
+            "leave out one of the two."
+        )
+    schedule = Online(**numbers) if numbers else "online"
+    return holomorphic(beta=beta, n_points=n_points, **{"schedule": schedule, **options})
 
 
 def asymmetric(*, beta: Beta = "auto", **options: Any) -> Mode:

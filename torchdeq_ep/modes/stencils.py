@@ -17,12 +17,14 @@ from __future__ import annotations
 import cmath
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from torchdeq_ep._options import check_count
+from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import InvalidOptionError
 
 Beta = float | Literal["auto"]
+NudgeDirection = Literal["down", "up"]
+"""Whether a one-sided nudge leads to a lower loss or to a higher one."""
 Node = float | complex
 LARGEST_AUTO_BETA = 0.1
 """Above a tenth of the state's norm a nudge may leave the disc on which `d_b` is analytic, whatever the order."""
@@ -69,26 +71,31 @@ class Stencil:
             object.__setattr__(self, "beta", float(self.beta))
 
     @classmethod
-    def one_sided(cls, beta: Beta = "auto") -> Stencil:
-        """Classic EP: one nudge, towards a lower loss, error `O(beta)`.
+    def one_sided(cls, beta: Beta = "auto", direction: NudgeDirection = "down") -> Stencil:
+        """Classic EP: one nudge, towards a lower loss unless told otherwise, error `O(beta)`.
 
-        The sign matters for large nudges by the loss itself ([`nudge_loss`][torchdeq_ep.nudge_loss]): the force fades
-        as the loss is reached downhill, and grows uphill.
+        The direction matters for large nudges by the loss itself ([`nudge_loss`][torchdeq_ep.nudge_loss]): the force
+        fades as the loss is reached downhill, and grows uphill.
 
         Args:
             beta: Amplitude, a positive number or `"auto"`.
+            direction: `"down"`, to a lower loss, as in Scellier & Bengio 2017; `"up"`, to a higher one, as in the
+                public code of Laborieux & Zenke (arXiv 2309.02214).
 
         Returns:
-            The stencil with the single node `-beta`: a positive node adds the gradient of the loss to the map.
+            The stencil with the single node `-beta`, or `beta` for `"up"`: a positive node adds the gradient of the
+            loss to the map.
 
         Raises:
-            InvalidOptionError: If `beta` is not acceptable.
+            InvalidOptionError: If `beta` or `direction` is not acceptable.
 
         Example:
-            >>> Stencil.one_sided(0.5).nodes
-            (-0.5,)
+            >>> Stencil.one_sided(0.5).nodes, Stencil.one_sided(0.5, direction="up").nodes
+            ((-0.5,), (0.5,))
         """
-        return cls("one-sided", beta, (-1.0,), (1.0,), 1)
+        check_choice("direction", direction, get_args(NudgeDirection))
+        name, node = ("one-sided", -1.0) if direction == "down" else ("one-sided-up", 1.0)
+        return cls(name, beta, (node,), (1.0,), 1)
 
     @classmethod
     def symmetric(cls, beta: Beta = "auto") -> Stencil:

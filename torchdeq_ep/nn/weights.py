@@ -11,16 +11,18 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.state import norm
 
 
-def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight") -> Tensor:
+def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight", noise_norm: float | None = None) -> Tensor:
     """A random tensor of the same shape and norm as another, at a given angle to it.
 
     Args:
         weight: The other one; of at least two entries, and not zero, unless the angle is 0 or 180.
         degrees: The angle between the two as vectors.
         name: What the error message calls it.
+        noise_norm: Norm of what is orthogonal to the other one, at 90 degrees; by default that of the other one. With
+            another norm, `degrees` other than 0, 90 and 180 are nominal: the angle is `atan(noise_norm / |w| tan(a))`.
 
     Returns:
-        `cos(a) w + sin(a) n`, with a Gaussian `n` made orthogonal to `w` and given its norm.
+        `cos(a) w + sin(a) n`, with a Gaussian `n` made orthogonal to `w` and given the norm.
 
     Raises:
         InvalidOptionError: If no tensor of that shape is at that angle.
@@ -43,7 +45,7 @@ def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight") -> T
         raise InvalidOptionError(f"{name} is zero everywhere and has no direction, so there is no angle to it.")
     for _ in range(2):  # a second time for what rounding left
         noise = noise - (noise * wide).sum() / wide.square().sum() * wide
-    noise = noise * (norm(wide) / norm(noise))
+    noise = noise * ((norm(wide) if noise_norm is None else noise_norm) / norm(noise))
     radians = math.radians(degrees)
     return (math.cos(radians) * wide + math.sin(radians) * noise).to(weight.dtype)
 

@@ -66,7 +66,10 @@ def row_norms(matrix: Tensor) -> Tensor:
     """
     wide = _widened(matrix)
     norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
-    if matrix.numel() == 0 or bool(((norms > _smallest(wide)) & norms.isfinite()).all()):
+    if matrix.numel() == 0:
+        return norms
+    least, largest = norms.aminmax()
+    if float(least) > _smallest(wide) and float(largest) < math.inf:  # neither of which NaN is
         return norms
     sizes = wide.abs().amax(1, keepdim=True)
     sizes = torch.where((sizes > 0) & sizes.isfinite(), sizes, 1.0)

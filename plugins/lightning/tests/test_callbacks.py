@@ -48,6 +48,19 @@ class Modes(Callback):
         self.seen.append(rule.mode if isinstance(rule, EquilibriumRule) else None)
 
 
+def test_what_becomes_of_a_phase_that_does_not_converge_is_an_option():
+    callback = SwapBackward("ep:beta=0.5", on_divergence="accept", max_iter=20)
+    mode = callback._mode("ep:beta=0.5", None, lambda: 1.0)
+    assert (mode.on_divergence, mode.max_iter) == ("accept", 20)
+    assert callback._mode("ift", None, lambda: 1.0).on_divergence == "accept"
+    assert callback._mode("ep:on_divergence=raise", None, lambda: 1.0).on_divergence == "raise"
+    assert callback._mode("ep:on_divergence=shrink", None, lambda: 1.0).on_divergence == "shrink"
+    assert callback._mode(tep.EquilibriumPropagation(), None, lambda: 1.0).on_divergence == "shrink"
+    assert callback._mode("one-step", None, lambda: 1.0) == tep.get_backward("one-step")  # has no such option
+    with pytest.raises(InvalidOptionError, match="on_divergence"):
+        SwapBackward("ep", on_divergence="ignore")
+
+
 def test_swap_by_epoch_and_step(tmp_path):
     modes = Modes()
     trained(tmp_path, SwapBackward({0: "ift", 1: "ep:beta=0.01"}), modes, max_epochs=2)

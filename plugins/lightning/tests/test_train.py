@@ -17,6 +17,8 @@ import yaml
 
 from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.nn import shifted_dsilu
+from torchdeq_ep_lightning import VectorFieldClassifier
 from torchdeq_ep_lightning.training import _configure, _quiet_lightning, find_recipe, recipes, run
 
 TINY = [
@@ -128,6 +130,8 @@ def test_recipes_are_complete(name, tmp_path):
     for section in ("model", "swap", "homeostasis"):
         ours = {"connections", "feedback", "damping", "temperature", "lr_factors", "readout_lr_factor"}
         ours |= {"readout_decay_factor", "backward", "seed", "by", "momentum", "max_iter", "shape", "n_classes"}
+        ours |= {"on_divergence"}
+        ours |= {"backward_norm", "last_padding"}  # of one kind of network each
         if not plain["homeostasis"]["enabled"] and section == "homeostasis":
             continue
         assert set(vars(config[section])) - ours <= set(plain[section]), section
@@ -137,16 +141,41 @@ def test_recipes_are_complete(name, tmp_path):
     ("name", "expected"),
     [
         ("table1", {"model.lr": 0.01, "model.momentum": 0.9, "data.batch": 50, "swap.max_iter": 20}),
+        ("table1", {"swap.on_divergence": "accept", "model.angle": 0.0, "homeostasis.enabled": False}),
+        ("fig3", {"model.backward_norm": "fan-in", "model.lr": 0.01, "homeostasis.enabled": False}),
         ("fig4-angle", {"model.angle": 90.0, "model.lr": 1e-4, "homeostasis.weight": 1.0, "model.free_steps": 150}),
+        ("fig4-angle", {"model.backward_norm": "fan-in", "model.optimizer": "adamw"}),
         ("fig4-loop", {"homeostasis.weight": 0.1, "model.optimizer": "sgd", "model.momentum": 0.9}),
-        ("cifar10-cnn", {"homeostasis.weight": 15.0, "model.free_steps": 250, "data.crop": 4, "data.flip": True}),
+        ("cifar10-cnn", {"homeostasis.weight": 15.0, "model.free_steps": 250, "data.crop": 2, "data.flip": True}),
+        ("cifar10-cnn", {"model.activation": "shifted-dsilu", "model.last_padding": "valid"}),
         ("cifar100-cnn", {"homeostasis.weight": 15.0, "model.hidden": [128, 256, 512, 512], "data.batch": 256}),
-        ("imagenet32-cnn", {"homeostasis.weight": 10.0, "model.activation": "dsilu", "model.lr": 5e-3}),
+        ("cifar100-cnn", {"model.activation": "shifted-dsilu", "model.last_padding": "valid", "data.crop": 2}),
+        ("imagenet32-cnn", {"homeostasis.weight": 10.0, "model.activation": "shifted-dsilu", "model.lr": 5e-3}),
+        ("imagenet32-cnn", {"model.last_padding": "valid", "data.crop": 2}),
     ],
 )
 def test_values_of_the_papers(name, expected, tmp_path):
     config = _configure(find_recipe(name), ["--out", str(tmp_path / "out")]).config
     assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["cifar10-cnn", "cifar100-cnn", "imagenet32-cnn"])
+def test_the_last_layer_of_the_papers_cnn_is_one_pixel(name, tmp_path):
+    options = vars(_configure(find_recipe(name), ["--out", str(tmp_path / "out")]).config.model)
+    model = VectorFieldClassifier(**{**options, "shape": (3, 32, 32), "n_classes": 10, "hidden": [2, 3, 4, 5]})
+    assert model.network.shapes == [(2, 16, 16), (3, 8, 8), (4, 4, 4), (5, 1, 1)]
+    assert model.network.phi is shifted_dsilu
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("last_padding", "full"), ("backward_norm", "equal"), ("activation", "silu")],
+)
+def test_choices_of_the_network_that_are_none(option, value):
+    network = {"network": "cnn", "hidden": [4, 4]} if option == "last_padding" else {}
+    with pytest.raises(InvalidOptionError, match=option):
+        VectorFieldClassifier((1, 8, 8), 10, **network, **{option: value})
 
 
 def test_killed_at_any_step_it_continues_to_the_same_weights(tmp_path):

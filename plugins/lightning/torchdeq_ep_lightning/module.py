@@ -14,12 +14,16 @@ from torch import Tensor
 from torchdeq_ep import nudge_loss
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import EquilibriumRule, check_choice, check_count, deqs_of, find_solver
-from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
+from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_dsilu, shifted_sigmoid
 from torchdeq_ep_lightning.callbacks import Means
 
-ActivationName = Literal["shifted-sigmoid", "dsilu"]
+ActivationName = Literal["shifted-sigmoid", "dsilu", "shifted-dsilu"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"shifted-sigmoid": shifted_sigmoid, "dsilu": dsilu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "shifted-sigmoid": shifted_sigmoid,
+    "dsilu": dsilu,
+    "shifted-dsilu": shifted_dsilu,
+}
 
 
 class VectorFieldClassifier(LightningModule):
@@ -32,12 +36,15 @@ class VectorFieldClassifier(LightningModule):
         hidden: Units of the layers of the state, named `l1`, `l2`, ...; or their channels.
         connections: `"source-target"` of an MLP; by default each layer to the next and back. `in` is the image, `out`
             the logits.
-        activation: `"shifted-sigmoid"` or `"dsilu"`.
+        activation: `"shifted-sigmoid"`, `"dsilu"`, or `"shifted-dsilu"`, the one that the papers call dSiLU.
         angle: Initial angle in degrees between backward and transposed forward weights.
         damping: Share of the old state kept in each step.
         gain: Factor of the initial weights between layers of the state.
         feedback: Strength of backward relative to forward weights for which EP is exact, in an MLP.
+        backward_norm: Initial norm of backward weights in an MLP: `"forward"`, that of the forward ones, or
+            `"fan-in"`, as in the papers' code; see [`VectorFieldMLP`][torchdeq_ep.nn.VectorFieldMLP].
         temperature: Of the softmax pooling.
+        last_padding: Of the last convolution of a CNN: `"same"`, or `"valid"` for none, as in the papers.
         free_steps: Largest number of steps of the free phase.
         free_tol: Relative residual at which it stops.
         free_solver: Solver of the free phase: one of torchdeq's, or `"relaxation"`, the one of this package.
@@ -73,7 +80,9 @@ class VectorFieldClassifier(LightningModule):
         damping: float = 0.0,
         gain: float = 1.0,
         feedback: float = 1.0,
+        backward_norm: Literal["forward", "fan-in"] = "forward",
         temperature: float = 1.0,
+        last_padding: Literal["same", "valid"] = "same",
         free_steps: int = 150,
         free_tol: float = 1e-4,
         free_solver: str = "relaxation",
@@ -104,11 +113,13 @@ class VectorFieldClassifier(LightningModule):
         self.network: VectorField
         if network == "mlp":
             sizes = _sizes(shape, hidden, n_classes)
-            self.network = VectorFieldMLP(sizes, connections, feedback=feedback, readout="softmax", **options)
+            options |= {"feedback": feedback, "backward_norm": backward_norm}
+            self.network = VectorFieldMLP(sizes, connections, readout="softmax", **options)
         elif connections is not None:
             raise InvalidOptionError("model.connections are those of an MLP: a CNN is a chain of layers.")
         else:
-            self.network = VectorFieldCNN(shape, hidden, n_classes, temperature=temperature, **options)
+            options |= {"temperature": temperature, "last_padding": last_padding}
+            self.network = VectorFieldCNN(shape, hidden, n_classes, **options)
         self.nudging = nudging
         self.optimizer, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.lr_factors = lr_factors
@@ -142,10 +153,9 @@ class VectorFieldClassifier(LightningModule):
         self._means.end_epoch(self, prog_bar=True)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        labels = self._labels
         nudged = any(isinstance(rule, EquilibriumRule) for deq in deqs_of(self) for rule in deq.produce_grad)
         context = (
-            nudge_loss(self.network, lambda u: self.network.loss(self.network.read_out(u), labels))  # type: ignore[arg-type]
+            nudge_loss(self.network, self.network.loss_of_state(cast(Tensor, self._labels)))
             if self.nudging == "loss" and nudged
             else nullcontext()
         )

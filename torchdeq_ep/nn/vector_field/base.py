@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,8 @@ from torchdeq import get_deq
 
 from torchdeq_ep._options import check_choice
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.nn.activations import Activation, steepness
+from torchdeq_ep.nn.activations import Activation, has_closed_slope, steepness
+from torchdeq_ep.nn.losses import ReadoutLoss
 
 Readout = Literal["mse", "softmax"]
 
@@ -146,21 +148,49 @@ class VectorField(nn.Module, ABC):
         """
         return 1 / steepness(self.phi, u, _FLATTEST)
 
-    def nudge_metric(self, u: Tensor) -> Tensor:
-        """The same metric for nudges: of saturated units too, and in the scale of the drive.
+    @property
+    def nudge_metric(self) -> NudgeMetric:
+        """The same metric for nudges, a function of potentials: see [`NudgeMetric`][torchdeq_ep.nn.NudgeMetric]."""
+        return NudgeMetric(self)
 
-        It is `(1 - damping) / |phi'(u)|`. A nudge by `beta dL/du` in it is one of the drive by `beta dL/dphi`, the
-        papers', and an absolute amplitude means the same whatever the damping. At complex potentials the sign of the
-        slope is that at the real part.
+    def layer_metric(self, like: Tensor) -> Tensor | None:
+        """A factor of the metric for each entry of the state, or `None` for 1.
 
         Args:
-            u: Potentials, real or complex.
+            like: Gives dtype and device.
 
         Returns:
-            Tensor of the same shape.
+            Tensor of shape `(D,)`.
         """
-        # A slope of zero is one below rounding. Where the cotangent was taken, it may be one above.
-        return (1 - self.damping) / steepness(self.phi, u, torch.finfo(u.dtype).eps)
+        return None
+
+    def linear_read_out(self) -> tuple[slice, Tensor | None, Tensor | None] | None:
+        """What `read_out` does, if that is linear in the activities of neighbouring units.
+
+        Returns:
+            Those units in the state, weight and bias (`None` for the activities themselves); or `None` if it is not.
+        """
+        return None
+
+    def loss_of_state(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        """The loss as a function of the potentials, for [`nudge_loss`][torchdeq_ep.nudge_loss].
+
+        Args:
+            labels: Class of each sample.
+
+        Returns:
+            A [`ReadoutLoss`][torchdeq_ep.nn.ReadoutLoss], which knows its gradient, if the read-out is linear and the
+            slope of the activation known.
+        """
+        known = self.linear_read_out()
+        if known is None or not has_closed_slope(self.phi):
+            return lambda u: self.loss(self.read_out(u), labels)
+        units, weight, bias = known
+        if self.readout == "softmax":
+            return ReadoutLoss("cross-entropy", labels, units, self.phi, weight, bias)
+        parameter = next(self.parameters())
+        target = functional.one_hot(labels, len(range(*units.indices(self.state_size)))).to(parameter.dtype)
+        return ReadoutLoss("squared-error", target, units, self.phi, weight, bias)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss that the read-out stands for, averaged over the batch.
@@ -188,3 +218,48 @@ class VectorField(nn.Module, ABC):
         """
         states, _ = self.deq(self.map(x), self.initial_state(len(x)))
         return self.read_out(states[-1])
+
+
+@dataclass(frozen=True)
+class NudgeMetric:
+    """The metric of a vector-field network for nudges: of saturated units too, and in the scale of the drive.
+
+    It is `(1 - damping) / |phi'(u)|`. A nudge by `beta dL/du` in it is one of the drive by `beta dL/dphi`, the papers',
+    and an absolute amplitude means the same whatever the damping. At complex potentials the sign of the slope is that
+    at the real part.
+
+    Args:
+        network: The network.
+
+    Example:
+        >>> from torchdeq_ep.nn import VectorFieldMLP
+        >>> network = VectorFieldMLP({"in": 4, "l1": 3, "out": 2}, damping=0.5)
+        >>> network.nudge_metric(torch.full((1, 5), 0.5))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+
+    network: VectorField
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The diagonal of `M`, of the shape of the potentials `u`, real or complex."""
+        return self.on_units(slice(None), u)(u)
+
+    def on_units(self, units: slice, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The metric of some units as a function of their potentials alone.
+
+        Args:
+            units: Entries of the last dimension of the state.
+            like: Gives dtype and device.
+
+        Returns:
+            From potentials of shape `(..., units)` to the entries of `M`.
+        """
+        network = self.network
+        layers = network.layer_metric(torch.empty((), dtype=like.dtype.to_real(), device=like.device))
+
+        def metric(x: Tensor) -> Tensor:
+            # A slope of zero is one below rounding. Where the cotangent was taken, it may be one above.
+            diagonal = (1 - network.damping) / steepness(network.phi, x, torch.finfo(x.dtype).eps)
+            return diagonal if layers is None else diagonal * layers[units]
+
+        return metric

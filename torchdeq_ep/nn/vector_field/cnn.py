@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchdeq_ep._options import check_count
+from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.nn.activations import Activation, shifted_sigmoid
 from torchdeq_ep.nn.pooling import softmax_pool, transposed_softmax_pool
 from torchdeq_ep.nn.vector_field.base import VectorField
 from torchdeq_ep.nn.weights import rounded_angle, weight_at_angle
 
+LastPadding = Literal["same", "valid"]
 _WINDOW = (2, 2, 1)  # of height, width and channels
 
 
@@ -30,7 +31,7 @@ class VectorFieldCNN(VectorField):
     exact.
 
     Args:
-        image: Channels, height and width of the input; height and width are divisible by 2 for each layer.
+        image: Channels, height and width of the input. Each layer halves height and width, without a rest.
         channels: Channels of each layer, e.g. 32, 64, 128.
         n_classes: Number of classes.
         phi: Activation.
@@ -39,6 +40,8 @@ class VectorFieldCNN(VectorField):
         angle: Initial angle between backward and forward weights, in degrees.
         kernel_size: Size of the convolutions, odd.
         temperature: Of the softmax pooling.
+        last_padding: `"same"` pads the last convolution as the others. `"valid"` does not, so that it makes the image
+            smaller by `kernel_size - 1`, as in the papers: four layers on 32 x 32 then end in 1 x 1.
         **deq_options: Options of `torchdeq.get_deq`.
 
     Raises:
@@ -62,6 +65,7 @@ class VectorFieldCNN(VectorField):
         angle: float = 0.0,
         kernel_size: int = 3,
         temperature: float = 1.0,
+        last_padding: LastPadding = "same",
         **deq_options: Any,
     ) -> None:
         super().__init__(phi, damping, gain, angle, "softmax", deq_options)
@@ -73,13 +77,13 @@ class VectorFieldCNN(VectorField):
         for k, count in enumerate(channels, start=1):
             check_count(f"the channels of layer 'l{k}'", count)
         check_count("n_classes", n_classes)
-        if not channels or any(extent % 2 ** len(channels) for extent in image[1:]):
-            raise InvalidOptionError(
-                f"an image of {image[1]} x {image[2]} cannot be halved once for each of {len(channels)} layers."
-            )
+        check_choice("last_padding", last_padding, get_args(LastPadding))
         self.image = image
         self.temperature = temperature
-        self.shapes = [(c, image[1] >> k, image[2] >> k) for k, c in enumerate(channels, start=1)]
+        self.paddings = [kernel_size // 2] * len(channels)
+        if last_padding == "valid" and channels:
+            self.paddings[-1] = 0
+        self.shapes = _shapes(image, channels, kernel_size, self.paddings)
         widths = [image[0], *channels]
         forward = [
             torch.randn(wide, narrow, kernel_size, kernel_size) / (narrow * kernel_size**2) ** 0.5 * (gain if k else 1)
@@ -92,13 +96,16 @@ class VectorFieldCNN(VectorField):
         )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(c, 1, 1)) for c in channels)
         self.head = nn.Linear(math.prod(self.shapes[-1]), n_classes)
+        # LeCun's, as all other weights have.
+        nn.init.normal_(self.head.weight, std=self.head.in_features**-0.5)
+        nn.init.zeros_(self.head.bias)
 
     @property
     def state_size(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def inject(self, x: Tensor) -> Tensor:
-        bottom = self._up(x, self.forward_weights[0])
+        bottom = self._up(x, self.forward_weights[0], self.paddings[0])
         rest = [x.new_zeros(len(x), *shape) for shape in self.shapes[1:]]
         return self._pack([a + b for a, b in zip([bottom, *rest], self.biases, strict=True)])
 
@@ -108,10 +115,10 @@ class VectorFieldCNN(VectorField):
         def field(activity: Tensor) -> Tensor:
             states = self.unpack(activity)
             fields = [torch.zeros_like(state) for state in states]
-            for k, (w, b) in enumerate(zip(forward, backward, strict=True)):
+            for k, (w, b, padding) in enumerate(zip(forward, backward, self.paddings[1:], strict=True)):
                 below, above = states[k], states[k + 1]
-                fields[k + 1] = fields[k + 1] + self._up(below, w)
-                fields[k] = fields[k] + self._down(below, above, b)
+                fields[k + 1] = fields[k + 1] + self._up(below, w, padding)
+                fields[k] = fields[k] + self._down(below, above, b, padding)
             return self._pack(fields)
 
         return field
@@ -139,17 +146,44 @@ class VectorFieldCNN(VectorField):
         logits: Tensor = self.head(self.phi(u[:, -math.prod(self.shapes[-1]) :]))
         return logits
 
+    def linear_read_out(self) -> tuple[slice, Tensor | None, Tensor | None]:
+        return slice(self.state_size - self.head.in_features, self.state_size), self.head.weight, self.head.bias
+
     def connection_angles(self) -> dict[str, float]:
         pairs = zip(list(self.forward_weights)[1:], self.backward_weights, strict=True)
         return {f"l{k}-l{k + 1}": rounded_angle(w, b) for k, (w, b) in enumerate(pairs, start=1)}
 
-    def _up(self, below: Tensor, weight: Tensor) -> Tensor:
-        convolved = functional.conv2d(below, weight, padding="same").permute(0, 2, 3, 1)
+    def _up(self, below: Tensor, weight: Tensor, padding: int) -> Tensor:
+        convolved = functional.conv2d(below, weight, padding=padding).permute(0, 2, 3, 1)
         return softmax_pool(convolved, _WINDOW, temperature=self.temperature, n_dims=3).permute(0, 3, 1, 2)
 
-    def _down(self, below: Tensor, above: Tensor, weight: Tensor) -> Tensor:
+    def _down(self, below: Tensor, above: Tensor, weight: Tensor, padding: int) -> Tensor:
         """The transpose of `_up` at `below`, of `above`."""
-        convolved = functional.conv2d(below, weight, padding="same").permute(0, 2, 3, 1)
+        convolved = functional.conv2d(below, weight, padding=padding).permute(0, 2, 3, 1)
         cotangent = above.permute(0, 2, 3, 1)
         spread = transposed_softmax_pool(convolved, cotangent, _WINDOW, self.temperature, n_dims=3)
-        return functional.conv_transpose2d(spread.permute(0, 3, 1, 2), weight, padding=weight.shape[-1] // 2)
+        return functional.conv_transpose2d(spread.permute(0, 3, 1, 2), weight, padding=padding)
+
+
+def _shapes(
+    image: tuple[int, int, int], channels: Sequence[int], kernel_size: int, paddings: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Channels, height and width of each layer."""
+    shapes: list[tuple[int, int, int]] = []
+    height, width = image[1:]
+    for count, padding in zip(channels, paddings, strict=True):
+        height, width = (extent - kernel_size + 1 + 2 * padding for extent in (height, width))
+        if min(height, width) < 2 or height % 2 or width % 2:
+            break
+        height, width = height // 2, width // 2
+        shapes.append((count, height, width))
+    if not channels or len(shapes) < len(channels):
+        raise InvalidOptionError(
+            f"an image of {image[1]} x {image[2]} cannot be halved once for each of {len(channels)} layers"
+            + (
+                "."
+                if not channels or paddings[-1] == kernel_size // 2
+                else f", the last one behind a convolution of {kernel_size} that is not padded."
+            )
+        )
+    return shapes

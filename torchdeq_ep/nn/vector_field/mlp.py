@@ -6,19 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchdeq_ep._options import check_count
+from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.nn.activations import Activation, shifted_sigmoid
 from torchdeq_ep.nn.vector_field.base import Readout, VectorField
 from torchdeq_ep.nn.weights import rounded_angle, weight_at_angle
 
 INPUT, OUTPUT = "in", "out"
+BackwardNorm = Literal["forward", "fan-in"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class VectorFieldMLP(VectorField):
         feedback: Strength of backward relative to forward weights for which `metric` makes EP exact: it divides `M` of
             each layer by this number relative to the layer below. Homeostasis with that metric then shrinks backward
             weights to `feedback` times the transposed forward ones; at the start the norms are equal all the same.
+        backward_norm: Initial norm of backward weights. `"forward"`: that of the forward ones. `"fan-in"`: at 90
+            degrees that of any weight from their source, `gain / sqrt(source size)` an entry, as in the papers' code,
+            which at other angles mixes such a weight with the transposed forward one. Where layers differ in size,
+            `angle` is then nominal, and `connection_angles()` has the actual ones.
         readout: `"mse"`: the output layer is part of the state, and learns by half the squared error. `"softmax"`: it
             is a linear function of its sources outside the state, and learns by cross-entropy.
         **deq_options: Options of `torchdeq.get_deq`, e.g. `f_solver="anderson"`.
@@ -103,13 +108,16 @@ class VectorFieldMLP(VectorField):
         gain: float = 0.5,
         angle: float = 0.0,
         feedback: float = 1.0,
+        backward_norm: BackwardNorm = "forward",
         readout: Readout = "mse",
         **deq_options: Any,
     ) -> None:
         super().__init__(phi, damping, gain, angle, readout, deq_options)
         if not 0 < feedback < math.inf:
             raise InvalidOptionError(f"feedback must be positive and finite, not {feedback!r}.")
+        check_choice("backward_norm", backward_norm, get_args(BackwardNorm))
         self.feedback = feedback
+        self.backward_norm = backward_norm
         self.sizes = dict(sizes)
         _check_sizes(self.sizes)
         outside = {INPUT} | ({OUTPUT} if readout == "softmax" else set())
@@ -171,14 +179,25 @@ class VectorFieldMLP(VectorField):
         logits: Tensor = torch.stack(parts).sum(0) + self.biases[OUTPUT]
         return logits
 
+    def linear_read_out(self) -> tuple[slice, Tensor | None, Tensor | None]:
+        slices = self.slices()
+        if self.readout == "mse":
+            return slices[OUTPUT], None, None
+        sources = [c.source for c in self.connections if c.target == OUTPUT]
+        places = {source: slices[source] for source in sources}
+        units = slice(min(place.start for place in places.values()), max(place.stop for place in places.values()))
+        # Zeros for layers between the sources that have no part in it.
+        weight = self.biases[OUTPUT].new_zeros(self.sizes[OUTPUT], units.stop - units.start)
+        for source, place in places.items():
+            weight[:, place.start - units.start : place.stop - units.start] = self.weights[f"{source}-{OUTPUT}"]
+        return units, weight, self.biases[OUTPUT]
+
     def metric(self, u: Tensor) -> Tensor:
-        return super().metric(u) * self.layer_metric(u)
+        layers = self.layer_metric(u)
+        return super().metric(u) if layers is None else super().metric(u) * layers
 
-    def nudge_metric(self, u: Tensor) -> Tensor:
-        return super().nudge_metric(u) * self.layer_metric(u)
-
-    def layer_metric(self, like: Tensor) -> Tensor:
-        """The factor of the metric that depends on the layer alone, 1 in the last one: a row of the state's size.
+    def layer_metric(self, like: Tensor) -> Tensor | None:
+        """The factor of the metric that depends on the layer alone, 1 in the last one; `None` if it is 1 in all.
 
         Args:
             like: Gives dtype and device.
@@ -186,6 +205,8 @@ class VectorFieldMLP(VectorField):
         Returns:
             Tensor of shape `(D,)`.
         """
+        if self.feedback == 1:
+            return None
         depth = range(len(self.layers) - 1, -1, -1)
         sizes = [self.sizes[name] for name in self.layers]
         return torch.cat([like.new_full((n,), self.feedback**k) for k, n in zip(depth, sizes, strict=True)])
@@ -207,7 +228,9 @@ class VectorFieldMLP(VectorField):
             source, target = self.sizes[connection.source], self.sizes[connection.target]
             if connection in backward:
                 forward = self.weights[str(connection.reverse)].detach().T
-                weight = weight_at_angle(forward, self.angle, f"the weight of connection '{connection}'")
+                # Of `target * source` entries of the size that any weight from this source has.
+                own = self.gain * target**0.5 if self.backward_norm == "fan-in" else None
+                weight = weight_at_angle(forward, self.angle, f"the weight of connection '{connection}'", own)
             else:
                 recurrent = {connection.source, connection.target} <= set(self.layers)
                 weight = torch.randn(target, source) * ((self.gain if recurrent else 1.0) / source**0.5)

@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 
 from torchdeq_ep import EquilibriumPropagation, Stencil, get_backward, use_backward
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.extend import BackwardHandle, ModeLike, check_choice, deqs_of
+from torchdeq_ep.extend import BackwardHandle, ModeLike, OnDivergence, check_choice, deqs_of
 from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import loss_scale, named
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
@@ -35,6 +35,9 @@ class SwapBackward(Attached):
         beta: Amplitude of the modes whose spec does not give one; by default chosen by the mode.
         max_iter: Largest number of steps of a nudged or adjoint phase, where the spec does not give it.
         tol: Residual at which such a phase stops, likewise.
+        on_divergence: What becomes of a phase that does not get there, likewise: `"shrink"`, `"accept"`, `"ift"` or
+            `"raise"`, see [`EquilibriumPropagation`][torchdeq_ep.EquilibriumPropagation]. A mode that is no spec keeps
+            its own.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -54,12 +57,16 @@ class SwapBackward(Attached):
         beta: float | None = None,
         max_iter: int | None = None,
         tol: float | None = None,
+        on_divergence: OnDivergence | None = None,
     ) -> None:
         check_unit(by)
         check_choice("amplitude", amplitude, get_args(AmplitudeScale))
         self.schedule = read_schedule("backward", backward)
         self.by, self.metric, self.amplitude, self.beta = by, metric, amplitude, beta
+        if on_divergence is not None:
+            check_choice("on_divergence", on_divergence, get_args(OnDivergence))
         self.options = {"max_iter": max_iter, "tol": tol}
+        self.on_divergence = on_divergence
         for spec in self.schedule.values():
             self._mode(spec, None, lambda: 1.0)
         self._handle: BackwardHandle | None = None
@@ -81,6 +88,8 @@ class SwapBackward(Attached):
         open_to_us = {field.name for field in fields(mode) if getattr(mode, field.name) is None}
         given = self.options | {"metric": metric}
         options = {name: value for name, value in given.items() if value is not None and name in open_to_us}
+        if self.on_divergence is not None and isinstance(spec, str) and "on_divergence" not in spec:
+            options |= {field.name: self.on_divergence for field in fields(mode) if field.name == "on_divergence"}
         mode = replace(cast(Any, mode), **options)
         if not isinstance(mode, EquilibriumPropagation):
             return cast(ModeLike, mode)

@@ -1,0 +1,61 @@
+"""The page on reproduction has the rows that its script makes of the recorded runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
+BEGIN, END = "<!-- rows: python docs/figures/reproduction.py -->\n", "<!-- end of rows -->"
+
+
+@pytest.fixture(scope="module")
+def script(docs_script):
+    return docs_script("figures/reproduction")
+
+
+def test_the_page_has_the_rows_of_the_recorded_runs(script):
+    runs = json.loads(script.DIRECTIONS.read_text())["runs"]
+    _, begin, rest = PAGE.read_text().partition(BEGIN)
+    assert begin
+    assert rest.partition(END)[0].strip() == script.table(runs).strip()
+
+
+def test_uphill_is_the_worst_of_the_large_nudges_at_every_number_of_steps(script):
+    runs = json.loads(script.DIRECTIONS.read_text())["runs"]
+    errors = {
+        (run["backward"], run["seed"]): {row["step"]: row["test/error"] for row in run["history"]} for run in runs
+    }
+    uphill = {seed: found for (backward, seed), found in errors.items() if "up,beta=0.5" in backward}
+    assert uphill
+    for seed, found in uphill.items():
+        for other in ("ep-one-sided:beta=0.5", "ep:beta=0.5"):
+            shared = found.keys() & errors.get((other, seed), {}).keys()
+            assert all(found[step] > errors[other, seed][step] for step in shared)
+
+
+def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
+    def log(name, version, lines):
+        folder = tmp_path / name / "csv" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("epoch,nudge/unconverged,step,test/error,train/error\n" + lines)
+        (tmp_path / name / "config.yaml").write_text("backward: 'ep:beta=0.5'\nseed_everything: 3\n")
+
+    # Lightning writes what is measured in training and in evaluation into lines of their own.
+    log("resumed", 0, ",,50,,88.0\n0,,199,60.0,\n0,0.25,199,,70.0\n1,,399,41.0,\n")
+    log("resumed", 1, "1,,399,40.0,\n1,0.5,399,,45.0\n")
+    log("just begun", 0, ",,50,,88.0\n")
+    (run,) = script.gather(tmp_path)
+    assert (run["backward"], run["seed"]) == ("ep:beta=0.5", 3)
+    assert [(row["step"], row["test/error"], row["train/error"]) for row in run["history"]] == [
+        (200, 60.0, 70.0),
+        (400, 40.0, 45.0),
+    ]
+    lines = script.table([run]).splitlines()
+    assert lines[0] == "| nudge | seed | 200 steps | 400 steps | missed its tolerance |"
+    assert lines[2] == "| `ep:beta=0.5` | 3 | 60.0 % | 40.0 % | 50% |"
+    script.draw([("error", script.curves([run], "test/error"))], tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+    assert script.main([str(tmp_path / "nowhere")]) == 2
