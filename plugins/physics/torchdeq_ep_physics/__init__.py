@@ -3,11 +3,13 @@
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
 from torchdeq_ep_physics.hopfield import HopfieldNetwork as HopfieldNetwork
 from torchdeq_ep_physics.ngspice import Ngspice as Ngspice
-from torchdeq_ep_physics.ngspice import NgspiceError as NgspiceError
-from torchdeq_ep_physics.ngspice import ngspice_available as ngspice_available
 from torchdeq_ep_physics.oscillators import OscillatorNetwork as OscillatorNetwork
 from torchdeq_ep_physics.resistive import ResistiveNetwork as ResistiveNetwork
 from torchdeq_ep_physics.resistive import differential as differential
+from torchdeq_ep_physics.spice_process import NgspiceError as NgspiceError
+from torchdeq_ep_physics.spice_process import NgspiceTimeoutError as NgspiceTimeoutError
+from torchdeq_ep_physics.spice_process import SpiceProgram as SpiceProgram
+from torchdeq_ep_physics.spice_process import ngspice_available as ngspice_available
 from torchdeq_ep_physics.system import NoEnergyError as NoEnergyError
 from torchdeq_ep_physics.system import NoEquilibriumError as NoEquilibriumError
 from torchdeq_ep_physics.system import PhysicalSystem as PhysicalSystem

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from torchdeq_ep_physics import recipes
-from torchdeq_ep_physics.ngspice import ngspice_available
+from torchdeq_ep_physics.spice_process import ngspice_available
 
 
 def main(arguments: list[str]) -> int:
