@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError
+from torchdeq_ep.extend import check_choice, check_count
 from torchdeq_ep_physics.ngspice import Ngspice
 from torchdeq_ep_physics.resistive import ResistiveNetwork, differential
 
@@ -151,7 +152,13 @@ def classify(
 
     Returns:
         The trained network and its accuracies, both found by the simulator.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
     """
+    check_count("steps", steps, 1)
+    check_count("batch", batch, 1)
+    check_choice("simulator", simulator, get_args(Simulator))
     data = load(task, seed)
     generator = torch.Generator().manual_seed(seed)
     network = ResistiveNetwork.layered(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchdeq_ep.extend import check_count
 from torchdeq_ep_physics.drawing import figure
 from torchdeq_ep_physics.elastic import ElasticNetwork
 
@@ -20,7 +21,11 @@ def motion(steps: int = 200, *, seed: int = 0, backward: str = "ep", path: str |
 
     Returns:
         The distance of the output node from its target in each step, relative to the motion wanted.
+
+    Raises:
+        InvalidOptionError: If there are no steps.
     """
+    check_count("steps", steps, 1)
     network, target_node = lattice(seed)
     network.backward = backward
     pushed = network.positions[network.n_free] + torch.tensor([0.25, 0.0], dtype=torch.float64)
