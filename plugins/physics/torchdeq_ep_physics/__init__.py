@@ -2,6 +2,9 @@
 
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
 from torchdeq_ep_physics.hopfield import HopfieldNetwork as HopfieldNetwork
+from torchdeq_ep_physics.netlist import Netlist as Netlist
+from torchdeq_ep_physics.netlist_gradient import NetlistReport as NetlistReport
+from torchdeq_ep_physics.netlist_terms import Trainable as Trainable
 from torchdeq_ep_physics.ngspice import Ngspice as Ngspice
 from torchdeq_ep_physics.oscillators import OscillatorNetwork as OscillatorNetwork
 from torchdeq_ep_physics.resistive import ResistiveNetwork as ResistiveNetwork
