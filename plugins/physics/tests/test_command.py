@@ -15,7 +15,7 @@ def _no_work(monkeypatch):
     def work(*arguments, **options):
         raise AssertionError("work began")
 
-    for name in ("classify", "amplifiers", "instrument", "motion"):
+    for name in ("classify", "amplifiers", "instrument", "motion", "recall", "rules", "devices"):
         monkeypatch.setattr(recipes, name, work)
 
 
@@ -33,6 +33,9 @@ def _no_work(monkeypatch):
         "iris --timeout 0",
         "iris --timeout nan --simulator ngspice",
         "iris --workers 0",
+        "rules --steps 0",
+        "devices --out {file}",
+        "recall --seed -1",
         "iris --out {file}",
         "motion --simulator twin",
         "amplifiers --timeout 3",
@@ -85,3 +88,20 @@ def test_a_recipe_that_draws_needs_matplotlib_before_any_work(recipe, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError if ENTRIES[recipe].draws else AssertionError):
         main([recipe])
+
+
+def test_recall_on_the_command_line(tmp_path, capsys):
+    assert main(["recall", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("recalled 1.00") == 3
+    picture = (tmp_path / "recall.svg").read_text()
+    assert "<svg" in picture
+    assert "fill: #ffffff" not in picture, "the ground is not transparent"
+
+
+def test_recall_mends_what_was_spoilt():
+    found = recipes.recall(0.2, seed=1)
+    assert max(found.cues) < 0.65
+    assert min(found.recalled) == 1.0
+    assert recipes.recall(0.0).cues == (1.0, 1.0, 1.0)
+    with pytest.raises(InvalidOptionError, match="flipped"):
+        recipes.recall(1.5)

@@ -1,6 +1,10 @@
 """Physical networks as equilibrium layers, trained by equilibrium propagation, with ngspice as a solver."""
 
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
+from torchdeq_ep_physics.hardware import Drift as Drift
+from torchdeq_ep_physics.hardware import Mismatch as Mismatch
+from torchdeq_ep_physics.hardware import PulsedSGD as PulsedSGD
+from torchdeq_ep_physics.hardware import Quantised as Quantised
 from torchdeq_ep_physics.hopfield import HopfieldNetwork as HopfieldNetwork
 from torchdeq_ep_physics.netlist import Netlist as Netlist
 from torchdeq_ep_physics.netlist_gradient import NetlistReport as NetlistReport

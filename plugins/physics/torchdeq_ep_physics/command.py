@@ -21,7 +21,7 @@ _SIMULATING = ("simulator", "timeout", "workers")
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecipeEntry:
     """A recipe of the command.
 
     Args:
@@ -129,12 +129,34 @@ def _motion(options: argparse.Namespace) -> None:
     _say(f"written: {_picture(options)}")
 
 
+def _recall(options: argparse.Namespace) -> None:
+    found = recipes.recall(seed=options.seed, path=_picture(options))
+    for letter, before, after in zip("EPX", found.cues, found.recalled, strict=True):
+        _say(f"{letter}: overlap of the cue {before:.2f}, of what was recalled {after:.2f}")
+    _say(f"written: {_picture(options)}")
+
+
+def _rules(options: argparse.Namespace) -> None:
+    _say(recipes.markdown(recipes.rules(options.steps, range(options.seed, options.seed + 3))))
+
+
+def _devices(options: argparse.Namespace) -> None:
+    seeds = range(options.seed, options.seed + 3)
+    for name, values in recipes.devices(seeds=seeds, steps=options.steps, path=_picture(options)).items():
+        means = "  ".join(f"{place:g}: {100 * sum(each) / len(each):.1f} %" for place, each in values.items())
+        _say(f"{name}  {means}")
+    _say(f"written: {_picture(options)}")
+
+
 ENTRIES = {
-    "iris": Entry(_classify, frozenset(_SIMULATING)),
-    "moons": Entry(_classify, frozenset(_SIMULATING)),
-    "amplifiers": Entry(_amplifiers),
-    "instrument": Entry(_instrument, draws=True),
-    "motion": Entry(_motion, draws=True),
+    "iris": RecipeEntry(_classify, frozenset(_SIMULATING)),
+    "moons": RecipeEntry(_classify, frozenset(_SIMULATING)),
+    "amplifiers": RecipeEntry(_amplifiers),
+    "instrument": RecipeEntry(_instrument, draws=True),
+    "motion": RecipeEntry(_motion, draws=True),
+    "recall": RecipeEntry(_recall, draws=True),
+    "rules": RecipeEntry(_rules),
+    "devices": RecipeEntry(_devices, draws=True),
 }
 
 

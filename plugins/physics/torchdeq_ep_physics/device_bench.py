@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdeq_ep_physics.flat_netlist import GROUND, FlatNetlist, Line, as_line
+from torchdeq_ep_physics.flat_netlist import GROUND, FlatNetlist, SpiceLine, as_line
 from torchdeq_ep_physics.netlist_terms import Knob
 from torchdeq_ep_physics.spice_process import SpiceProgram, spice_deck, spice_number
 
@@ -21,11 +21,11 @@ _STEP = 1e-4
 
 
 @dataclass(frozen=True)
-class Copy:
+class BenchCopy:
     """A device in the bench: twice, with its parameter raised and lowered."""
 
     knob: int
-    device: Line
+    device: SpiceLine
     up: float
     down: float
 
@@ -60,7 +60,7 @@ class DeviceBench:
             NgspiceError: If ngspice cannot simulate a device alone.
         """
         copies = [
-            Copy(k, device, value + step, value - step)
+            BenchCopy(k, device, value + step, value - step)
             for k, (knob, value) in enumerate(zip(self.knobs, values, strict=True))
             for step in (_STEP * knob_size(knob, value),)
             for device in knob.devices
@@ -90,7 +90,7 @@ class DeviceBench:
         return ["* devices alone", *kept, *self.settings]
 
     def _copy(
-        self, number: int, side: str, copy: Copy, value: float, held: dict[str, str], probes: list[str]
+        self, number: int, side: str, copy: BenchCopy, value: float, held: dict[str, str], probes: list[str]
     ) -> list[str]:
         """A device with another parameter, an ammeter at each terminal; its readings are appended to the probes."""
         knob, device = self.knobs[copy.knob], copy.device
@@ -103,7 +103,7 @@ class DeviceBench:
             for card in knob.lines:
                 if model is not None and card.name == words[model]:
                     written = as_line(self.flat.lines[card.place], card.place).tokens
-                    lines.append(knob.text(Line(card.place, (written[0], f"tepm{mark}", *written[2:])), value))
+                    lines.append(knob.text(SpiceLine(card.place, (written[0], f"tepm{mark}", *written[2:])), value))
                     words[model] = f"tepm{mark}"
         else:
             words = knob.text(now, value).split()

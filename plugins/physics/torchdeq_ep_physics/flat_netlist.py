@@ -27,7 +27,7 @@ _SUFFIXES |= {"u": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15, "a": 1e-18}
 
 
 @dataclass(frozen=True)
-class Line:
+class SpiceLine:
     """An element or a model of a flat netlist.
 
     Args:
@@ -82,12 +82,12 @@ class FlatNetlist:
     nominal: float
 
     @property
-    def elements(self) -> list[Line]:
+    def elements(self) -> list[SpiceLine]:
         """What has nodes."""
         return [line for line in self._split() if not line.tokens[0].startswith(".")]
 
     @property
-    def models(self) -> list[Line]:
+    def models(self) -> list[SpiceLine]:
         """The `.model` cards."""
         return [line for line in self._split() if line.is_model]
 
@@ -96,7 +96,7 @@ class FlatNetlist:
         """All nodes but ground."""
         return {node for line in self.elements for node in self.terminals(line)} - set(GROUND)
 
-    def terminals(self, element: Line) -> list[str]:
+    def terminals(self, element: SpiceLine) -> list[str]:
         """The nodes of an element."""
         model = self.model_of(element)
         if model is not None:
@@ -104,18 +104,18 @@ class FlatNetlist:
         counted = _TERMINALS.get(element.kind)  # of what is not counted, all words may be nodes
         return [token for token in element.tokens[1 : None if counted is None else counted + 1] if "=" not in token]
 
-    def element(self, name: str) -> Line | None:
+    def element(self, name: str) -> SpiceLine | None:
         """The element that a user calls `name`: `r1`, or `x1.r1` for one in a subcircuit."""
         local = name.rpartition(".")[2]
         flat = f"{local[:1]}.{name}" if "." in name else name
         return next((line for line in self.elements if line.name in (name, flat)), None)
 
-    def models_named(self, name: str) -> list[Line]:
+    def models_named(self, name: str) -> list[SpiceLine]:
         """The models that a user calls `name`: all copies of one that is defined in a subcircuit."""
         scoped = name.replace(".", ":")
         return [line for line in self.models if line.name in (name, scoped) or line.name.rpartition(":")[2] == name]
 
-    def model_of(self, element: Line) -> int | None:
+    def model_of(self, element: SpiceLine) -> int | None:
         """Which word of an element is its model."""
         names = {line.name for line in self.models} | {line.name.rpartition(".")[0] for line in self.models}
         return next((k for k, token in enumerate(element.tokens) if k > 1 and token in names), None)
@@ -139,11 +139,11 @@ class FlatNetlist:
             )
         return node
 
-    def _split(self) -> list[Line]:
+    def _split(self) -> list[SpiceLine]:
         return [as_line(text, place) for place, text in enumerate(self.lines)]
 
 
-def as_line(text: str, place: int) -> Line:
+def as_line(text: str, place: int) -> SpiceLine:
     """The words of a line.
 
     Args:
@@ -158,7 +158,7 @@ def as_line(text: str, place: int) -> Line:
         ('.model', 'd1n', 'd', 'is=1e-14', 'n=1.1')
     """
     plain = text.replace("(", " ").replace(")", " ") if text.startswith(".") else text
-    return Line(place, tuple(re.sub(r"\s*=\s*", "=", plain).lower().split()))
+    return SpiceLine(place, tuple(re.sub(r"\s*=\s*", "=", plain).lower().split()))
 
 
 def flatten(path: Path, program: SpiceProgram) -> FlatNetlist:

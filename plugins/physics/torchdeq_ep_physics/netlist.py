@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_choice
 from torchdeq_ep_physics.device_bench import DeviceBench
-from torchdeq_ep_physics.flat_netlist import GROUND, Line, as_line, flatten
-from torchdeq_ep_physics.netlist_gradient import AtOperatingPoint, Gradient, NetlistReport
+from torchdeq_ep_physics.flat_netlist import GROUND, SpiceLine, as_line, flatten
+from torchdeq_ep_physics.netlist_gradient import AtOperatingPoint, NetlistReport, NetlistRule
 from torchdeq_ep_physics.netlist_terms import SOURCES, add_term, as_trainable, find_knob, unknowns
 from torchdeq_ep_physics.spice_process import TOLERANCES, SpiceProgram, spice_deck, spice_number
 from torchdeq_ep_physics.system import Theta
@@ -74,7 +74,7 @@ class Netlist(nn.Module):
         inputs: Sequence[str] = (),
         outputs: Sequence[str] = (),
         *,
-        gradient: Gradient = "auto",
+        gradient: NetlistRule = "auto",
         command: str = "ngspice",
         timeout: float = 60.0,
         workers: int = 1,
@@ -88,7 +88,7 @@ class Netlist(nn.Module):
         if not outputs:
             raise InvalidOptionError("outputs is empty: name the nodes whose voltages the layer returns.")
         flags = () if compatibility is None else ("-D", f"ngbehavior={compatibility}")
-        self.gradient: Gradient = gradient
+        self.gradient: NetlistRule = gradient
         self.program = SpiceProgram(command, timeout, workers, flags)
         self.flat = flatten(Path(path), self.program)
         self.knobs = [find_knob(self.flat, as_trainable(each)) for each in trainable]
@@ -234,7 +234,7 @@ class Netlist(nn.Module):
         return torch.stack(parameters) if parameters else theta, x.new_tensor(inputs)
 
     @staticmethod
-    def _step(element: Line, key: str, size: float) -> float:
+    def _step(element: SpiceLine, key: str, size: float) -> float:
         if key or element.kind not in SOURCES:
             return size
         return _VOLTS if element.kind == "v" else max(_VOLTS * size, _AMPERES)
@@ -260,7 +260,7 @@ class Netlist(nn.Module):
             raise InvalidOptionError(f"x must have shape (batch, {len(self.inputs)}), not {tuple(given.shape)}.")
         return given.double()
 
-    def _source(self, name: str) -> Line:
+    def _source(self, name: str) -> SpiceLine:
         element = self.flat.element(name.lower())
         if element is None or element.kind not in SOURCES:
             known = [line.name for line in self.flat.elements if line.kind in SOURCES]
@@ -299,7 +299,7 @@ class Netlist(nn.Module):
             if not name.startswith("i("):
                 extra += [f"{_nudge(name, k)} 0 {name} 0", f"etepz{k} tepz{k} 0 {name} 0 1"]
                 continue
-            element = cast(Line, self.flat.element(name[2:-1]))
+            element = cast(SpiceLine, self.flat.element(name[2:-1]))
             words = lines[element.place].split()
             lines[element.place] = " ".join([words[0], f"teps{k}", *words[2:]])
             extra += [f"{_nudge(name, k)} {words[1]} teps{k} 0", f"htepz{k} tepz{k} 0 {_nudge(name, k)} 1"]

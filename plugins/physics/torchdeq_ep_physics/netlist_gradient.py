@@ -13,7 +13,7 @@ from torch import Tensor
 import torchdeq_ep as tep
 from torchdeq_ep.errors import AsymmetryWarning, SolverError, TruncationWarning
 
-Gradient = Literal["auto", "ep", "forward"]
+NetlistRule = Literal["auto", "ep", "forward"]
 
 MISMATCH = 0.01
 """The error of a gradient by nudges, along random changes of the parameters, from which on a circuit is one-way."""
@@ -44,10 +44,10 @@ class NetlistReport:
     solves: int
 
 
-class Circuit(Protocol):
+class NetlistLike(Protocol):
     """What the gradient needs of a netlist."""
 
-    gradient: Gradient
+    gradient: NetlistRule
     reciprocal: bool | None
     last: NetlistReport | None
     generator: torch.Generator
@@ -66,7 +66,7 @@ class AtOperatingPoint(torch.autograd.Function):
     """The state of a netlist as a function of its parameters and inputs."""
 
     @staticmethod
-    def forward(ctx: Any, circuit: Circuit, free: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, circuit: NetlistLike, free: Tensor, theta: Tensor, x: Tensor) -> Tensor:
         ctx.circuit = circuit
         ctx.save_for_backward(free, theta, x)
         return free.clone()
@@ -76,15 +76,15 @@ class AtOperatingPoint(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
         free, theta, x = ctx.saved_tensors
         wants_x = ctx.needs_input_grad[3]
-        phase = Phase(ctx.circuit, free, theta.detach(), x.detach(), cotangents[0], wants_x)
+        phase = BackwardPhase(ctx.circuit, free, theta.detach(), x.detach(), cotangents[0], wants_x)
         by_theta, by_x = phase.gradients()
         return None, None, by_theta.sum(0), by_x if wants_x else None
 
 
-class Phase:
+class BackwardPhase:
     """One backward pass: its gradients come for each row, so that each row is a test of its own."""
 
-    def __init__(self, circuit: Circuit, free: Tensor, theta: Tensor, x: Tensor, cotangent: Tensor, wants_x: bool):
+    def __init__(self, circuit: NetlistLike, free: Tensor, theta: Tensor, x: Tensor, cotangent: Tensor, wants_x: bool):
         self.circuit, self.free, self.theta, self.x, self.cotangent = circuit, free, theta, x, cotangent
         self.rows = theta.expand(len(x), -1).clone()
         self.theta_steps, self.x_steps = (

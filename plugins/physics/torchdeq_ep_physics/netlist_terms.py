@@ -8,14 +8,14 @@ Jacobian of a circuit of two-terminal elements is symmetric.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep_physics.flat_netlist import GROUND, FlatNetlist, Line, spice_value
+from torchdeq_ep_physics.flat_netlist import GROUND, FlatNetlist, SpiceLine, spice_value
 from torchdeq_ep_physics.spice_process import spice_number
 
 SOURCES = ("v", "i")
@@ -70,12 +70,12 @@ class Knob:
     """
 
     spec: Trainable
-    lines: tuple[Line, ...]
+    lines: tuple[SpiceLine, ...]
     key: str
-    devices: tuple[Line, ...]
+    devices: tuple[SpiceLine, ...]
 
     @property
-    def element(self) -> Line:
+    def element(self) -> SpiceLine:
         """The element it is the value of."""
         return self.lines[0]
 
@@ -85,7 +85,7 @@ class Knob:
         plain = all(token.startswith("m=") for token in self.element.tokens[4:])
         return bool(self.key) or (self.element.kind == "r" and not (plain and spice_value(self.element.tokens[3])))
 
-    def text(self, line: Line, value: float) -> str:
+    def text(self, line: SpiceLine, value: float) -> str:
         """A line with another value."""
         number = spice_number(value, self.spec.name)
         if self.key:
@@ -170,7 +170,7 @@ def find_knob(flat: FlatNetlist, spec: Trainable) -> Knob:
     )
 
 
-def _value_of(element: Line) -> float | None:
+def _value_of(element: SpiceLine) -> float | None:
     words = element.tokens
     if element.kind in SOURCES:
         if "dc" in words[:-1]:
@@ -182,7 +182,12 @@ def _value_of(element: Line) -> float | None:
 
 
 def _filled(
-    spec: Trainable, lines: tuple[Line, ...], key: str, devices: tuple[Line, ...], found: float | None, is_scale: bool
+    spec: Trainable,
+    lines: tuple[SpiceLine, ...],
+    key: str,
+    devices: tuple[SpiceLine, ...],
+    found: float | None,
+    is_scale: bool,
 ) -> Knob:
     initial = found if spec.initial is None else spec.initial
     if initial is None:
@@ -216,11 +221,10 @@ def as_trainable(spec: object) -> Trainable:
     raise InvalidOptionError(f"trainable has {spec!r}: give a name, a Trainable, or (name, low, high).")
 
 
-Places = Mapping[str, int]
 Added = Callable[[str, Tensor], None]
 
 
-def unknowns(flat: FlatNetlist, element: Line) -> list[str]:
+def unknowns(flat: FlatNetlist, element: SpiceLine) -> list[str]:
     """The entries of the state that the terms of an element refer to: its nodes, and `i(v1)` for its current."""
     if element.kind == "v":
         return [f"i({element.name})"]
@@ -228,7 +232,7 @@ def unknowns(flat: FlatNetlist, element: Line) -> list[str]:
     return [*nodes, f"i({element.name})"] if element.kind == "e" else nodes
 
 
-def add_term(element: Line, value: Tensor, read: Callable[[str], Tensor], add: Added) -> None:
+def add_term(element: SpiceLine, value: Tensor, read: Callable[[str], Tensor], add: Added) -> None:
     """Add what an element contributes to the law.
 
     Args:
