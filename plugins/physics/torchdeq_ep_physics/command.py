@@ -16,7 +16,7 @@ from torchdeq_ep_physics import recipes
 from torchdeq_ep_physics.drawing import figure
 from torchdeq_ep_physics.spice_process import SpiceProgram, ngspice_available
 
-_DEFAULTS = {"steps": 80, "seed": 0, "timeout": 60.0, "workers": 1, "out": "."}
+_DEFAULTS = {"seed": 0, "timeout": 60.0, "workers": 1, "out": "."}
 _SIMULATING = ("simulator", "timeout", "workers")
 
 
@@ -28,11 +28,13 @@ class RecipeEntry:
         run: What it does, from the options.
         takes: The options that mean something to it, beside those that all accept: steps, seed and out.
         draws: Whether it writes a picture.
+        steps: Of training, by default.
     """
 
     run: Callable[[argparse.Namespace], None]
     takes: frozenset[str] = frozenset()
     draws: bool = False
+    steps: int = 80
 
 
 def main(arguments: list[str]) -> int:
@@ -50,9 +52,9 @@ def main(arguments: list[str]) -> int:
     """
     options = parser().parse_args(arguments)
     entry = ENTRIES[options.recipe]
-    for name in ("simulator", *_DEFAULTS):
+    for name in ("simulator", "steps", *_DEFAULTS):
         if getattr(options, name) is None:
-            setattr(options, name, _DEFAULTS.get(name))
+            setattr(options, name, entry.steps if name == "steps" else _DEFAULTS.get(name))
         elif name in _SIMULATING and name not in entry.takes:
             raise InvalidOptionError(f"{options.recipe} has no use for --{name}: leave it out.")
     for name in ("steps", "workers"):
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("ngspice", "twin"),
         help="what finds the operating points of iris and moons; default: ngspice where it is installed",
     )
-    made.add_argument("--steps", type=int, metavar="N", help=f"of training (default: {_DEFAULTS['steps']})")
+    made.add_argument("--steps", type=int, metavar="N", help="of training (default: 80; rules: 40, devices: 30)")
     made.add_argument("--seed", type=int, metavar="N", help=f"default: {_DEFAULTS['seed']}")
     made.add_argument(
         "--timeout", type=float, metavar="SECONDS", help=f"of one process of ngspice (default: {_DEFAULTS['timeout']})"
@@ -155,8 +157,8 @@ ENTRIES = {
     "instrument": RecipeEntry(_instrument, draws=True),
     "motion": RecipeEntry(_motion, draws=True),
     "recall": RecipeEntry(_recall, draws=True),
-    "rules": RecipeEntry(_rules),
-    "devices": RecipeEntry(_devices, draws=True),
+    "rules": RecipeEntry(_rules, steps=40),
+    "devices": RecipeEntry(_devices, draws=True, steps=30),
 }
 
 

@@ -56,7 +56,7 @@ class RuleResult:
         return sum(self.accuracy) / len(self.accuracy)
 
 
-def rules(steps: int = 60, seeds: Sequence[int] = (0, 1, 2), *, n_hidden: int = 8, batch: int = 15) -> list[RuleResult]:
+def rules(steps: int = 40, seeds: Sequence[int] = (0, 1, 2), *, n_hidden: int = 8, batch: int = 15) -> list[RuleResult]:
     """Train the same circuits on iris by each of the rules.
 
     Args:

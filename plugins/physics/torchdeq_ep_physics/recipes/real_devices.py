@@ -19,8 +19,8 @@ LOW, HIGH = 1e-6, 1e-3
 
 Accuracies = dict[str, dict[float, list[float]]]
 
-BITS = (2, 3, 4, 6, 8, 10)
-SPREADS = (0.0, 0.1, 0.3, 1.0)
+BITS = (2, 4, 6, 8)
+SPREADS = (0.1, 0.3, 1.0)
 
 
 def devices(
@@ -28,7 +28,7 @@ def devices(
     spreads: Sequence[float] = SPREADS,
     seeds: Sequence[int] = (0, 1, 2),
     *,
-    steps: int = 60,
+    steps: int = 30,
     n_hidden: int = 8,
     batch: int = 15,
     path: str | None = None,
@@ -57,7 +57,7 @@ def devices(
     found: Accuracies = {"levels": {}, "pulses": {}, "in place": {}, "written": {}}
     for seed in seeds:
         data = load("iris", seed)
-        learn = partial(train, data=data, steps=steps, batch=batch, seed=seed)
+        learn = partial(train, data=data, steps=steps, batch=batch, seed=seed, lr=0.3)
         for count in bits:
             network = initial(n_hidden, seed)
             parametrize.register_parametrization(network, "log_conductance", Quantised(count, LOW, HIGH))
@@ -65,7 +65,7 @@ def devices(
             found["levels"].setdefault(count, []).append(accuracy(network, data))
             network, bounds = initial(n_hidden, seed), (math.log(LOW), math.log(HIGH))
             pulse = (bounds[1] - bounds[0]) / (2**count - 1)
-            learn(network, pulse=pulse, bounds=bounds, lr=0.3)
+            learn(network, pulse=pulse, bounds=bounds)
             found["pulses"].setdefault(count, []).append(accuracy(network, data))
         ideal = initial(n_hidden, seed)
         learn(ideal)
