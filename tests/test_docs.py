@@ -43,7 +43,7 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-OPTIONAL = {"inverse.md": "deepinv"}
+OPTIONAL = {"inverse.md": "deepinv", "beam.md": "skfem"}
 """Pages that need a package which the development environment does not bring."""
 RUNNABLE = [page for page in PAGES if "```python" in page.read_text()]
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.errors import EPError, InvalidOptionError, MissingDependencyError
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_physics.resistive import GMIN, ResistiveNetwork
+from torchdeq_ep_physics.spice_process import CELSIUS, TOLERANCES, NgspiceError, SpiceProgram, spice_deck, spice_number
 from torchdeq_ep_physics.system import Theta
 
-_VALUE = re.compile(r"^v\(n(\d+)\) = (\S+)", re.MULTILINE)
-_COMPLAINT = re.compile(r"error|warning|singular|failed|no convergence|iteration limit|no such|cannot|timestep", re.I)
-_ROW = "@row "
-_OPTIONS = f".options reltol=1e-10 vntol=1e-13 abstol=1e-18 gmin={GMIN:g} itl1=1000"
-
-
-class NgspiceError(EPError, RuntimeError):
-    """ngspice did not find an operating point; the message holds its own words."""
+_OPTIONS = f".options {TOLERANCES} gmin={GMIN:g} temp={CELSIUS:g} tnom={CELSIUS:g}"
 
 
 class Ngspice:
     """A solver for `attach_equilibrium` that hands a network to ngspice.
 
-    All rows of the batch are operating points of one process. Inputs are voltage sources, the nudge is a current source
-    at each node. Parameters and inputs are those at construction.
+    The rows of the batch are operating points of one process, or are spread over several. Inputs are voltage sources,
+    the nudge is a current source at each node. Parameters and inputs are those at construction. Temperature and
+    tolerances are set in the netlist, and nothing of the user's settings is read:
+    [`SpiceProgram`][torchdeq_ep_physics.SpiceProgram].
 
     Args:
         network: The circuit.
@@ -37,9 +30,12 @@ class Ngspice:
         theta: Physical parameters, by default those of the network.
         command: Name or path of the program.
         timeout: Seconds for one process.
+        workers: Processes at a time.
 
     Raises:
         MissingDependencyError: If there is no such program.
+        InvalidOptionError: If an option is not acceptable, `x` has another shape, or a number is not finite.
+        NgspiceError: If a node is joined to no source and no rail: it has no voltage.
 
     Example:
         >>> network = ResistiveNetwork(1, 1, [(0, 1), (0, 2)], torch.tensor([1e-3, 3e-3]).double())
@@ -56,20 +52,28 @@ class Ngspice:
         *,
         command: str = "ngspice",
         timeout: float = 60.0,
+        workers: int = 1,
     ) -> None:
-        if x.dim() != 2 or x.shape[1] != network.n_inputs:
-            raise InvalidOptionError(f"x must have shape (batch, {network.n_inputs}), not {tuple(x.shape)}.")
-        if not ngspice_available(command):
-            raise MissingDependencyError(
-                f"ngspice is needed to simulate the circuit, and {command!r} was not found. Install it (Debian, "
-                "Ubuntu: apt-get install ngspice; macOS: brew install ngspice), or use the network itself, its "
-                "differentiable twin."
+        self.x = torch.as_tensor(x).detach().double()
+        if self.x.dim() != 2 or self.x.shape[1] != network.n_inputs or not len(self.x):
+            raise InvalidOptionError(
+                f"x must have shape (batch, {network.n_inputs}) with a row or more, not {tuple(self.x.shape)}."
             )
+        self.program = SpiceProgram(command, timeout, workers)
         values = network.physical() if theta is None else theta
         self.network = network
-        self.x = x.detach().double()
-        self.theta = {name: value.detach().double() for name, value in values.items()}
-        self.command, self.timeout = command, timeout
+        self.theta = {name: torch.as_tensor(value).detach().double() for name, value in values.items()}
+        for name, value in {"x": self.x, **self.theta}.items():
+            if not bool(torch.isfinite(value).all()):
+                raise InvalidOptionError(f"{name} has entries that are NaN or infinite, and no circuit has them.")
+        if bool((self.theta["conductance"] <= 0).any()):
+            raise InvalidOptionError("a conductance must be positive: a resistor of 1 / 0 ohm is none. Leave it out.")
+        floating = _floating(network)
+        if floating:
+            raise NgspiceError(
+                f"the nodes {floating[:5]} of {network.n_states} float: no resistor or diode joins them to an input or "
+                "a rail, so they have no voltage. Connect them, or leave them out."
+            )
 
     def __call__(self, current: Tensor) -> Tensor:
         """The node voltages of each row under currents injected into the nodes.
@@ -82,27 +86,16 @@ class Ngspice:
 
         Raises:
             NgspiceError: If an operating point was not found.
-            subprocess.TimeoutExpired: If the process took too long.
+            NgspiceTimeoutError: If a process took too long; it is also a `subprocess.TimeoutExpired`.
+            InvalidOptionError: If a current is not finite.
         """
-        rows, nodes = len(self.x), self.network.n_states
-        injected = torch.as_tensor(current).double().expand(rows, nodes)
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "network.cir")
-            path.write_text(self.netlist(injected))
-            done = subprocess.run(
-                [self.command, "-b", str(path)], capture_output=True, text=True, timeout=self.timeout, cwd=directory
-            )
-        states = []
-        for row, part in enumerate(done.stdout.split(_ROW)[1:]):
-            found = {int(node): float(value) for node, value in _VALUE.findall(part)}
-            if len(found) != nodes:
-                raise NgspiceError(f"ngspice found no operating point for row {row}: {_words(part + done.stderr)}")
-            states.append([found[node] for node in range(nodes)])
-        if len(states) != rows:
-            raise NgspiceError(
-                f"ngspice stopped after {len(states)} of {rows} rows: {_words(done.stderr + done.stdout)}"
-            )
-        return torch.tensor(states, dtype=torch.float64)
+        injected = torch.as_tensor(current).detach().double().expand(len(self.x), self.network.n_states)
+        decks = []
+        for rows in self.program.parts(len(self.x)):
+            part = copy.copy(self)
+            part.x = self.x[rows]
+            decks.append((rows, part.netlist(injected[rows])))
+        return self.program.operating_points(decks, self._probes)
 
     def netlist(self, current: Tensor) -> str:
         """The circuit in SPICE's language, with a script that walks through the rows.
@@ -113,48 +106,61 @@ class Ngspice:
         Returns:
             The text.
         """
+        injected = torch.as_tensor(current).detach().double().expand(len(self.x), self.network.n_states)
+        rows = [
+            _alter("Vin", volts) + _alter("Inudge", amperes)
+            for volts, amperes in zip(self.x.tolist(), injected.tolist(), strict=True)
+        ]
+        return spice_deck(self.circuit(injected), rows, self._probes)
+
+    @property
+    def _probes(self) -> list[str]:
+        return [f"v(n{k})" for k in range(self.network.n_states)]
+
+    def circuit(self, current: Tensor) -> list[str]:
+        """The lines of the netlist, without an end.
+
+        Args:
+            current: Injected currents, of shape `(batch, n_nodes)`; the first row stands in the lines.
+
+        Returns:
+            The lines, the title first.
+        """
         network = self.network
         nodes, inputs = network.n_states, network.n_inputs
         names = [f"n{k}" for k in range(nodes)] + [f"in{k}" for k in range(inputs)]
         names += [f"rail{k}" for k in range(len(network.rails))]
-        first_x, first_current = self.x[0].tolist(), current[0].tolist()
         lines = ["* resistive network", _OPTIONS]
-        lines += [f"Vin{k} in{k} 0 DC {volts!r}" for k, volts in enumerate(first_x)]
-        lines += [f"Vrail{k} rail{k} 0 DC {volts!r}" for k, volts in enumerate(network.rails)]
-        lines += [f"Inudge{k} 0 n{k} DC {amperes!r}" for k, amperes in enumerate(first_current)]
+        lines += [f"Vin{k} in{k} 0 DC {spice_number(volts)}" for k, volts in enumerate(self.x[0].tolist())]
+        lines += [f"Vrail{k} rail{k} 0 DC {spice_number(volts, 'a rail')}" for k, volts in enumerate(network.rails)]
+        lines += [f"Inudge{k} 0 n{k} DC {spice_number(amperes)}" for k, amperes in enumerate(current[0].tolist())]
         for k, ((a, b), siemens) in enumerate(zip(network.resistors, self.theta["conductance"].tolist(), strict=True)):
-            lines.append(f"R{k} {names[a]} {names[b]} {1 / siemens!r}")
+            lines.append(f"R{k} {names[a]} {names[b]} {spice_number(1 / siemens)}")
         lines += [f"D{k} {names[a]} {names[b]} diode" for k, (a, b) in enumerate(network.diodes)]
-        lines.append(f".model diode D(IS={network.saturation!r} N={network.ideality!r})")
+        saturation = spice_number(network.saturation, "saturation")
+        lines.append(f".model diode D(IS={saturation} N={spice_number(network.ideality, 'ideality')})")
         if network.amplifiers:
             gains = self.theta["transconductance"].tolist()
             for k, (((plus, minus), (into, out)), gain) in enumerate(zip(network.amplifiers, gains, strict=True)):
-                lines.append(f"G{k} {names[out]} {names[into]} {names[plus]} {names[minus]} {gain!r}")
-        lines += [".control", "set numdgt=16", "set width=200"]
-        for row, (volts, amperes) in enumerate(zip(self.x.tolist(), current.tolist(), strict=True)):
-            if row:
-                lines += [f"alter Vin{k} = {value!r}" for k, value in enumerate(volts)]
-                lines += [f"alter Inudge{k} = {value!r}" for k, value in enumerate(amperes)]
-            lines += [f"echo {_ROW}{row}", "op"]
-            lines += [f"print v(n{k})" for k in range(nodes)]
-            lines.append("destroy all")
-        return "\n".join([*lines, "quit", ".endc", ".end", ""])
+                lines.append(f"G{k} {names[out]} {names[into]} {names[plus]} {names[minus]} {spice_number(gain)}")
+        return lines
 
 
-def ngspice_available(command: str = "ngspice") -> bool:
-    """Whether the program is installed.
-
-    Args:
-        command: Its name or path.
-
-    Returns:
-        Whether it can be found.
-    """
-    return shutil.which(command) is not None
+def _alter(prefix: str, values: Sequence[float]) -> list[str]:
+    return [f"alter {prefix}{k} = {spice_number(value, prefix)}" for k, value in enumerate(values)]
 
 
-def _words(output: str) -> str:
-    """The lines of the output in which something is complained about."""
-    lines = [line.strip() for line in output.splitlines() if _COMPLAINT.search(line)]
-    kept = list(dict.fromkeys(line for line in lines if line))[:5]
-    return "; ".join(kept) or "it gave no reason."
+def _floating(network: ResistiveNetwork) -> list[int]:
+    """The nodes that no resistor and no diode joins to an input or a rail, over however many others."""
+    joined: dict[int, list[int]] = {}
+    for a, b in (*network.resistors, *network.diodes):
+        joined.setdefault(a, []).append(b)
+        joined.setdefault(b, []).append(a)
+    held = list(range(network.n_states, network.n_states + network.n_inputs + len(network.rails)))
+    reached = set(held)
+    while held:
+        for other in joined.get(held.pop(), ()):
+            if other not in reached:
+                reached.add(other)
+                held.append(other)
+    return [node for node in range(network.n_states) if node not in reached]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError
+from torchdeq_ep.extend import check_choice, check_count
 from torchdeq_ep_physics.ngspice import Ngspice
 from torchdeq_ep_physics.resistive import ResistiveNetwork, differential
 
@@ -91,7 +92,13 @@ def logits(network: ResistiveNetwork, z: Tensor, n_classes: int) -> Tensor:
 
 
 def simulated(
-    network: ResistiveNetwork, x: Tensor, *, beta: float = 1e-3, writer: Callable[[Any], None] | None = None
+    network: ResistiveNetwork,
+    x: Tensor,
+    *,
+    beta: float = 1e-3,
+    writer: Callable[[Any], None] | None = None,
+    timeout: float = 60.0,
+    workers: int = 1,
 ) -> Tensor:
     """Node voltages found by ngspice, with the gradient that nudged operating points measure.
 
@@ -100,13 +107,15 @@ def simulated(
         x: Voltages of the inputs.
         beta: How far a nudge moves the voltages, relative to their norm.
         writer: As for `attach_equilibrium`.
+        timeout: Seconds for one process of ngspice.
+        workers: Processes at a time.
 
     Returns:
         Voltages of shape `(batch, n_nodes)`.
     """
     theta = network.physical()
     stencil = tep.Stencil.symmetric(beta)
-    solver = Ngspice(network, x, theta)
+    solver = Ngspice(network, x, theta, timeout=timeout, workers=workers)
     return tep.attach_equilibrium(solver, network.force, theta, x, stencil=stencil, scale="response", writer=writer)
 
 
@@ -122,6 +131,8 @@ def classify(
     amplification: float = 0.0,
     backward: str = "ep",
     homeostasis: float = 0.0,
+    timeout: float = 60.0,
+    workers: int = 1,
 ) -> Classification:
     """Train a resistor-diode network as a classifier.
 
@@ -136,10 +147,18 @@ def classify(
         amplification: See [`layered`][torchdeq_ep_physics.ResistiveNetwork.layered]; not 0 is not reciprocal.
         backward: Mode of the twin.
         homeostasis: Weight of the symmetry penalty on the twin's Jacobian.
+        timeout: Seconds for one process of ngspice.
+        workers: Its processes at a time.
 
     Returns:
         The trained network and its accuracies, both found by the simulator.
+
+    Raises:
+        InvalidOptionError: If an option is not acceptable.
     """
+    check_count("steps", steps, 1)
+    check_count("batch", batch, 1)
+    check_choice("simulator", simulator, get_args(Simulator))
     data = load(task, seed)
     generator = torch.Generator().manual_seed(seed)
     network = ResistiveNetwork.layered(
@@ -150,7 +169,7 @@ def classify(
         amplification=amplification,
         backward=backward,
     )
-    respond = network if simulator == "twin" else lambda x: simulated(network, x)
+    respond = network if simulator == "twin" else lambda x: simulated(network, x, timeout=timeout, workers=workers)
     optimiser = torch.optim.Adam(network.parameters(), lr=lr)
     losses = []
     for step in range(steps):

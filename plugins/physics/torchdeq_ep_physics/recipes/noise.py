@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import TruncationWarning
-from torchdeq_ep_physics.drawing import figure
+from torchdeq_ep_physics.drawing import INK, TONES, figure, save_figure
 from torchdeq_ep_physics.recipes.circuits import gradients, load, logits
 from torchdeq_ep_physics.resistive import ResistiveNetwork
 
@@ -152,9 +152,9 @@ class _Bench:
 def _draw(errors: dict[str, list[float]], title: str, path: str) -> None:
     """The errors of `instrument` against the amplitude."""
     drawn, axes = figure(width=6.5)
-    for name in STENCILS:
-        axes.loglog(errors["amplitudes"], errors[name], "o-", markersize=3, label=name)
-    axes.loglog(*([value] for value in errors["auto"]), "k*", markersize=12, label="symmetric, beta='auto'")
+    for name, tone in zip(STENCILS, TONES, strict=False):
+        axes.loglog(errors["amplitudes"], errors[name], "o-", color=tone, markersize=3, label=name)
+    axes.loglog(*([value] for value in errors["auto"]), "*", color=INK, markersize=12, label="symmetric, beta='auto'")
     axes.set(xlabel="amplitude, relative to the state", ylabel="relative error of the gradient", title=title)
-    axes.legend()
-    drawn.savefig(path, dpi=120)
+    axes.legend(frameon=False, labelcolor=INK)
+    save_figure(drawn, path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchdeq_ep_physics.drawing import figure
+from torchdeq_ep.extend import check_count
+from torchdeq_ep_physics.drawing import TONES, figure, save_figure
 from torchdeq_ep_physics.elastic import ElasticNetwork
 
 
@@ -20,7 +21,11 @@ def motion(steps: int = 200, *, seed: int = 0, backward: str = "ep", path: str |
 
     Returns:
         The distance of the output node from its target in each step, relative to the motion wanted.
+
+    Raises:
+        InvalidOptionError: If there are no steps.
     """
+    check_count("steps", steps, 1)
     network, target_node = lattice(seed)
     network.backward = backward
     pushed = network.positions[network.n_free] + torch.tensor([0.25, 0.0], dtype=torch.float64)
@@ -50,11 +55,11 @@ def motion(steps: int = 200, *, seed: int = 0, backward: str = "ep", path: str |
             for axis, state, given, position in zip(row, states, x, ("at rest", "pushed to the right"), strict=True):
                 network.sketch(axis, state, given.unsqueeze(0))
                 place = states[0].reshape(-1, 2)[target_node]
-                axis.plot(*(place + wanted).tolist(), "g*", markersize=14)
-                axis.plot(*state.reshape(-1, 2)[target_node].tolist(), "o", mfc="none", mec="g", markersize=14)
+                axis.plot(*(place + wanted).tolist(), "*", color=TONES[2], markersize=14)
+                axis.plot(*state.reshape(-1, 2)[target_node].tolist(), "o", mfc="none", mec=TONES[2], markersize=14)
                 axis.set(title=f"{title}, {position}")
         drawn.suptitle("ring: output node; star: where it is to be when pushed; lines as thick as springs are tense")
-        drawn.savefig(path, dpi=110)
+        save_figure(drawn, path)
     return errors
 
 
