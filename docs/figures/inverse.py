@@ -46,7 +46,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, sigma: Any = None) -> Tensor:
         """Denoised images."""
-        return 0.8 * x + 0.1 * torch.tanh(self.network(x, sigma))
+        return 0.8 * x + 0.03 * torch.tanh(self.network(x, sigma))
 
 
 def main() -> None:
