@@ -1,5 +1,10 @@
 """Physical networks as equilibrium layers, trained by equilibrium propagation, with ngspice as a solver."""
 
+from torchdeq_ep_physics.annealing import Annealing as Annealing
+from torchdeq_ep_physics.checks import NoEquilibriumError as NoEquilibriumError
+from torchdeq_ep_physics.checks import StateReport as StateReport
+from torchdeq_ep_physics.checks import UnconvergedStateWarning as UnconvergedStateWarning
+from torchdeq_ep_physics.checks import UnstableStateWarning as UnstableStateWarning
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
 from torchdeq_ep_physics.hopfield import HopfieldNetwork as HopfieldNetwork
 from torchdeq_ep_physics.ngspice import Ngspice as Ngspice
@@ -9,5 +14,4 @@ from torchdeq_ep_physics.oscillators import OscillatorNetwork as OscillatorNetwo
 from torchdeq_ep_physics.resistive import ResistiveNetwork as ResistiveNetwork
 from torchdeq_ep_physics.resistive import differential as differential
 from torchdeq_ep_physics.system import NoEnergyError as NoEnergyError
-from torchdeq_ep_physics.system import NoEquilibriumError as NoEquilibriumError
 from torchdeq_ep_physics.system import PhysicalSystem as PhysicalSystem
