@@ -5,6 +5,7 @@ from torchdeq_ep_physics.checks import NoEquilibriumError as NoEquilibriumError
 from torchdeq_ep_physics.checks import StateReport as StateReport
 from torchdeq_ep_physics.checks import UnconvergedStateWarning as UnconvergedStateWarning
 from torchdeq_ep_physics.checks import UnstableStateWarning as UnstableStateWarning
+from torchdeq_ep_physics.diodes import DiodeLaw as DiodeLaw
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
 from torchdeq_ep_physics.hopfield import HopfieldNetwork as HopfieldNetwork
 from torchdeq_ep_physics.ngspice import Ngspice as Ngspice

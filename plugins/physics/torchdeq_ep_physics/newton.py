@@ -25,6 +25,7 @@ MARGIN = 1e-9
 """An eigenvalue above minus that, in units of the stiffness, is not negative but for rounding."""
 
 _CLOSE = 1e3
+_ROUNDING = 8.0
 _EXPLICIT_STEPS = 500
 _HALVINGS = 30
 _ESCAPES = 8
@@ -70,9 +71,12 @@ class Problem:
         return self.system.stiffness_matrix(z, self.theta, self.x)
 
     def imbalance(self, z: Tensor) -> Tensor:
-        """The largest net force of each row, relative to the largest term of one."""
+        """The largest net force of each row beyond what the rounding of its state makes, relative to the largest term."""
+        info = torch.finfo(z.dtype)
         terms = torch.maximum(self.system.largest_term(z, self.theta, self.x), self.current.abs().amax(1))
-        return self.force(z).abs().amax(1) / terms.clamp_min(torch.finfo(z.dtype).tiny)
+        reach = torch.maximum(z.abs().amax(1), self.x.flatten(1).abs().amax(1) if self.x.numel() else z.new_zeros(()))
+        rounding = _ROUNDING * info.eps * self.scale(z) * reach.unsqueeze(1)
+        return (self.force(z).abs() - rounding).clamp_min(0.0).amax(1) / terms.clamp_min(info.tiny)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def stability(problem: Problem, z: Tensor) -> Stability:
     factor = matrix.factor(MARGIN * scale)
     if bool(factor.definite.all()):
         smallest = matrix.smallest(factor)
+        smallest = smallest.clamp_min(0.0) if problem.system.reciprocal else smallest  # but for rounding
     else:
         smallest = torch.tensor([matrix.lowest(row)[0] for row in range(len(z))]).to(z)
     is_stable = factor.definite if problem.system.reciprocal else smallest > -MARGIN * scale.mean(1)
