@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import EPError, EPWarning
-from torchdeq_ep_physics.newton import Problem, stability
+from torchdeq_ep_physics.newton import Found, Problem
 
 OnFailure = Literal["raise", "warn"]
 
@@ -63,21 +63,18 @@ class StateReport:
         return self.force <= NO_EQUILIBRIUM
 
 
-def measured(problem: Problem, z: Tensor, steps: int = 0, escapes: int = 0) -> StateReport:
+def measured(problem: Problem, found: Found) -> StateReport:
     """The report of states.
 
     Args:
         problem: What they are to be equilibria of.
-        z: The states, of shape `(batch, n_states)`.
-        steps: For the report.
-        escapes: Likewise.
+        found: The states, with their stability.
 
     Returns:
         The report.
     """
-    found = stability(problem, z)
-    force = torch.nan_to_num(problem.imbalance(z), nan=torch.inf)
-    return StateReport(force, found.smallest, found.is_stable, steps, escapes)
+    force = torch.nan_to_num(problem.imbalance(found.z), nan=torch.inf)
+    return StateReport(force, found.stability.smallest, found.stability.is_stable, found.steps, found.escapes)
 
 
 def speak_up(report: StateReport, name: str, advice: str, on_failure: OnFailure) -> None:

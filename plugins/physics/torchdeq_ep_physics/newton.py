@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchdeq_ep_physics.matrices import Matrix, definite_factor
+from torchdeq_ep_physics.matrices import Factor, Matrix, definite_factor
 
 if TYPE_CHECKING:
     from torchdeq_ep_physics.system import PhysicalSystem, Theta
@@ -81,11 +81,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Stability:
-    """Of each row: the smallest real part of an eigenvalue of the stiffness matrix, and whether one is negative."""
+    """Of each row: the smallest real part of an eigenvalue of the stiffness matrix, and whether none is negative.
+
+    The factor is that of the matrix plus a hair (`MARGIN`), so that it exists where an eigenvalue is zero.
+    """
 
     smallest: Tensor
     is_stable: Tensor
     matrix: Matrix
+    factor: Factor
 
 
 def stability(problem: Problem, z: Tensor) -> Stability:
@@ -108,14 +112,15 @@ def stability(problem: Problem, z: Tensor) -> Stability:
     else:
         smallest = torch.tensor([matrix.lowest(row)[0] for row in range(len(z))]).to(z)
     is_stable = factor.definite if problem.system.reciprocal else smallest > -MARGIN * scale.mean(1)
-    return Stability(torch.where(finite, smallest, torch.nan), is_stable & finite, matrix)
+    return Stability(torch.where(finite, smallest, torch.nan), is_stable & finite, matrix, factor)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: states, the steps of the slowest row, and how often a saddle was left."""
+    """What a search came to: states and their stability, the steps of the slowest row, how often a saddle was left."""
 
     z: Tensor
+    stability: Stability
     steps: int
     escapes: int
 
@@ -137,11 +142,10 @@ def find(problem: Problem, start: Tensor) -> Found:
         retried, more, lost = _settled(problem.at(rows), _relaxed(problem.at(rows), z[rows]))
         z, left = z.index_copy(0, rows, retried), left.index_copy(0, rows, lost)
         steps += more
-    escapes = 0
-    for _ in range(_ESCAPES):
+    for escapes in range(_ESCAPES + 1):
         found = stability(problem, z)
         rows = (~found.is_stable & ~left).nonzero().squeeze(1)
-        if not len(rows):
+        if not len(rows) or escapes == _ESCAPES:
             break
         directions = torch.stack([found.matrix.lowest(row)[1] for row in rows.tolist()])
         part = problem.at(rows)
@@ -150,8 +154,8 @@ def find(problem: Problem, start: Tensor) -> Found:
         # Where the way from a saddle leads nowhere, the saddle is what there is.
         z = z.index_copy(0, rows, torch.where(lost.unsqueeze(1), z[rows], reached))
         left = left.index_copy(0, rows, lost)
-        steps, escapes = steps + more, escapes + 1
-    return Found(z, steps, escapes)
+        steps += more
+    return Found(z, found, steps, escapes)
 
 
 def _settled(problem: Problem, z: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -184,8 +188,8 @@ def _downhill(problem: Problem, z: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     z_next = z + length.unsqueeze(1) * move
     is_done = (longest * (1 + shift) <= _close(z_next)) & (length == 1)
     is_stuck = length == 0
-    # Where rounding hides the energy and the force is all but gone, there is nothing more to gain.
-    is_done |= is_stuck & (problem.imbalance(z) <= 1e4 * torch.finfo(z.dtype).eps)
+    if bool(is_stuck.any()):  # where rounding hides the energy and the force is all but gone, nothing more is to be gained
+        is_done |= is_stuck & (problem.imbalance(z) <= 1e4 * torch.finfo(z.dtype).eps)
     grown = torch.where(is_stuck, (16 * shift).clamp_min(1e-2), shift / 4)
     return z_next, torch.where(grown < 1e-3, torch.zeros_like(grown), grown), is_done
 

@@ -6,14 +6,16 @@ has, its residual `r` is taken back by one solution with `K` or `K^T`, and again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdeq_ep.extend import find_solver, norm
+import torchdeq_ep as tep
+from torchdeq_ep.extend import Equilibrium, RelaxedMode, find_solver, norm
 from torchdeq_ep_physics.matrices import Factor
 
 Taken = Callable[[Tensor], Tensor]
@@ -66,6 +68,18 @@ class ByFactor:
         found: Tensor = mixed(corrected, best, max_iter=max_iter, tol=tol, stop_mode="abs")[0]
         return found, [found], {}
 
+    def growth(self, cotangent: Tensor) -> float:
+        """How much larger a displacement is than the force in the map that causes it, by the factor.
+
+        Args:
+            cotangent: `g`, of the shape of the state.
+
+        Returns:
+            `|K^-1 m^-1 M g| / |M g|`.
+        """
+        force = self.metric * cotangent
+        return norm(self.factor.solve(force / self.mobility)) / norm(force)
+
     def _ways(self) -> Iterator[Taken]:
         """How a residual is taken back, the likeliest first."""
         m, scale = self.mobility, self.metric
@@ -83,3 +97,41 @@ class ByFactor:
         if r.dim() > 3 and r.shape[-3:] == (*shape, 2):
             return torch.stack([self._each(taken, part) for part in r.unbind(-1)], -1)
         return taken(r.reshape(-1, *shape)).reshape(r.shape)
+
+
+@dataclass(frozen=True)
+class NewtonNudges(tep.EquilibriumPropagation):
+    """Equilibrium propagation whose automatic amplitude follows from the response that the factor predicts.
+
+    In a large network a force moves the state by thousands of times what it would move one unit by, so a nudge as large as
+    the state would be is far too strong.
+    """
+
+    def _solve(self, equilibrium: Equilibrium) -> Any:
+        if isinstance(self.solver, ByFactor) and equilibrium.cotangent.shape == self.solver.mobility.shape:
+            growth = self.solver.growth(equilibrium.cotangent)
+            # In powers of three, as the core counts it.
+            equilibrium.memory.growth = 3.0 ** max(0, int(math.log(growth, 3))) if growth > 0 else 1.0
+        return super()._solve(equilibrium)
+
+
+def by_factor(mode: RelaxedMode, factor: Factor, mobility: Tensor, metric: Tensor) -> RelaxedMode:
+    """A mode whose equations the factor of the free state solves.
+
+    Args:
+        mode: The mode.
+        factor: Of `K` at the free state.
+        mobility: There.
+        metric: There.
+
+    Returns:
+        A mode of the same options.
+    """
+    is_nudged = isinstance(mode, tep.EquilibriumPropagation)
+    adjoint = 1 if isinstance(mode, tep.ImplicitDifferentiation) else 0
+    if isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) and mode.correction is not None:
+        adjoint = 2
+    mode = replace(mode, solver=ByFactor(factor, mobility, metric, adjoint))
+    if not is_nudged:
+        return mode
+    return NewtonNudges(**{option.name: getattr(mode, option.name) for option in fields(mode)})

@@ -57,8 +57,6 @@ class ResistiveNetwork(PhysicalSystem):
         0.25
     """
 
-    largest_step = 0.5
-
     advice = "Use smaller inputs or nudges; amplifiers in a loop may have no operating point, or none that is stable."
 
     _rail: Tensor
@@ -196,6 +194,11 @@ class ResistiveNetwork(PhysicalSystem):
     def reciprocal(self) -> bool:  # type: ignore[override]
         """Whether there are no amplifiers."""
         return not self.amplifiers
+
+    @property
+    def largest_step(self) -> float:  # type: ignore[override]
+        """In volts. Without amplifiers the energy is convex, and tells how far a step may go."""
+        return 0.5 if self.amplifiers else float("inf")
 
     def physical(self) -> Theta:
         theta = {"conductance": self.log_conductance.exp()}

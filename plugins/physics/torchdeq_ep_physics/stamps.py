@@ -125,17 +125,12 @@ class Assembly:
         Returns:
             The matrices.
         """
-        if self.is_dense:
-            values = sum(
-                kind.dense(values, self.size, self.size)
-                for kind, values in zip(self.stamps, of_branches, strict=True)
-                if values.shape[-1]
-            )
-            total = torch.as_tensor(values).expand(max(len(v) for v in of_branches if v.dim() > 1), self.size, self.size)
-            return DenseMatrix(total, total if self.is_symmetric else None)
         batch = max(len(values) for values in of_branches if values.dim() > 1)
-        parts = [
-            kind.values(values).expand(batch, -1) for kind, values in zip(self.stamps, of_branches, strict=True)
-        ]
+        if self.is_dense:
+            total = of_branches[0].new_zeros(batch, self.size, self.size)
+            for kind, values in zip(self.stamps, of_branches, strict=True):
+                total = total + kind.dense(values, self.size, self.size)
+            return DenseMatrix(total, total if self.is_symmetric else None)
+        parts = [kind.values(values).expand(batch, -1) for kind, values in zip(self.stamps, of_branches, strict=True)]
         return self.pattern.matrix(torch.cat(parts, 1))
 

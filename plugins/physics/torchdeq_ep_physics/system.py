@@ -18,8 +18,8 @@ from torchdeq_ep_physics.annealing import Annealing
 from torchdeq_ep_physics.checks import OnFailure, StateReport, measured, speak_up
 from torchdeq_ep_physics.drawing import figure
 from torchdeq_ep_physics.matrices import DenseMatrix, Matrix
-from torchdeq_ep_physics.newton import Found, Problem, find
-from torchdeq_ep_physics.nudges import ByFactor
+from torchdeq_ep_physics.newton import Found, Problem, find, stability
+from torchdeq_ep_physics.nudges import by_factor
 
 Theta = dict[str, Tensor]
 
@@ -191,17 +191,7 @@ class PhysicalSystem(nn.Module, ABC):
         Raises:
             NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
-        values = {name: value.detach() for name, value in (self.physical() if theta is None else theta).items()}
-        x = x.detach()
-        z = (self.start(x) if start is None else start).detach()
-        force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
-        problem = Problem(self, values, x.expand(len(z), *x.shape[1:]), force)
-        if self.annealing is not None:
-            z = self.annealing.run(problem, z)
-        found = find(problem, z) if self.solver == "newton" else Found(self._by_torchdeq(problem, z), 0, 0)
-        self.last = measured(problem, found.z, found.steps, found.escapes)
-        speak_up(self.last, type(self).__name__, self.advice, self.on_failure)
-        return found.z
+        return self._solved(x, current, self.physical() if theta is None else theta, start).z
 
     def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """The free equilibrium, with the gradient of the backward mode.
@@ -217,10 +207,15 @@ class PhysicalSystem(nn.Module, ABC):
             NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
         theta = self.physical()
-        z = self.equilibrium(x, theta=theta, start=start)
+        found = self._solved(x, 0.0, theta, start)
+        z = found.z
         if not torch.is_grad_enabled():
             return z
-        mode = self.mode(x, theta, state=z)
+        mode = self.mode(x, theta)
+        if self.solver == "newton" and isinstance(mode, RelaxedMode) and mode.solver is None:
+            with torch.no_grad():
+                mobility, metric = (quantity(z, theta, x).detach() for quantity in (self.mobility, self.metric))
+            mode = by_factor(mode, found.stability.factor, mobility, metric)
         return tep.attach(self.map(x, theta), z + self.origin, backward=mode) - self.origin
 
     def mode(
@@ -228,7 +223,6 @@ class PhysicalSystem(nn.Module, ABC):
         x: Tensor,
         theta: Theta | None = None,
         backward: str | ModeLike | None = None,
-        state: Tensor | None = None,
     ) -> ModeLike:
         """The backward mode with the metric of this system at an input.
 
@@ -236,8 +230,6 @@ class PhysicalSystem(nn.Module, ABC):
             x: Input of shape `(batch, ...)`.
             theta: Physical parameters, by default those of the module.
             backward: Another mode than that of the module.
-            state: The free state, at which the matrix of the network is factorised to solve the equations of the mode; it
-                is not by default, nor where the free phase has another solver than Newton's.
 
         Returns:
             A backward mode.
@@ -249,8 +241,6 @@ class PhysicalSystem(nn.Module, ABC):
         held = x.detach()
         if isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) and mode.metric is None:
             mode = replace(mode, metric=lambda z: self.metric(z, values, held))
-        if state is not None and self.solver == "newton" and isinstance(mode, RelaxedMode) and mode.solver is None:
-            mode = replace(mode, solver=self._by_factor(mode, state, values, held))
         return mode
 
     def plot(self, path: str, x: Tensor, cotangent: Tensor, amplitude: float = 0.1) -> None:
@@ -280,6 +270,25 @@ class PhysicalSystem(nn.Module, ABC):
         axes.bar(range(self.n_states), z.tolist(), color="tab:blue")
         axes.set_xlabel("entry of the state")
 
+    @torch.no_grad()
+    def _solved(self, x: Tensor, current: Tensor | float, theta: Theta, start: Tensor | None) -> Found:
+        """A state, found, measured and spoken of."""
+        values = {name: value.detach() for name, value in theta.items()}
+        x = x.detach()
+        z = (self.start(x) if start is None else start).detach()
+        force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
+        problem = Problem(self, values, x.expand(len(z), *x.shape[1:]), force)
+        if self.annealing is not None:
+            z = self.annealing.run(problem, z)
+        if self.solver == "newton":
+            found = find(problem, z)
+        else:
+            z = self._by_torchdeq(problem, z)
+            found = Found(z, stability(problem, z), 0, 0)
+        self.last = measured(problem, found)
+        speak_up(self.last, type(self).__name__, self.advice, self.on_failure)
+        return found
+
     def _by_torchdeq(self, problem: Problem, z: Tensor) -> Tensor:
         flow = self.map(problem.x, problem.theta)
 
@@ -289,17 +298,6 @@ class PhysicalSystem(nn.Module, ABC):
         options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "stop_mode": "rel"}
         solution: Tensor = get_solver(self.solver)(nudged, z, **options)[0]
         return solution
-
-    @torch.no_grad()
-    def _by_factor(self, mode: RelaxedMode, z: Tensor, theta: Theta, x: Tensor) -> ByFactor:
-        """The solver of the equations of a mode, with the factor of the matrix at the free state."""
-        factor = self.stiffness_matrix(z, theta, x).factor(torch.zeros_like(z))
-        adjoint = 0
-        if isinstance(mode, tep.ImplicitDifferentiation):
-            adjoint = 1
-        elif isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) and mode.correction is not None:
-            adjoint = 2
-        return ByFactor(factor, self.mobility(z, theta, x), self.metric(z, theta, x), adjoint)
 
 
 def positive(values: Tensor) -> nn.Parameter:
