@@ -21,6 +21,7 @@ from torch import Tensor
 _EIGENVALUES_UP_TO = 128  # beyond it inverse iteration estimates the smallest one
 _DENSE_UP_TO = 1500
 _ROUNDS = 20
+_FIRST_SHIFT = 1e-6
 _SYMMETRIC: dict[str, Any] = {
     "permc_spec": "MMD_AT_PLUS_A",
     "diag_pivot_thresh": 0.0,
@@ -239,7 +240,7 @@ def definite_factor(matrix: Matrix, shift: Tensor, scale: Tensor) -> tuple[Facto
         factor = matrix.factor(shift.unsqueeze(1) * scale)
         if bool(factor.definite.all()):
             break
-        shift = torch.where(factor.definite, shift, (4 * shift).clamp_min(1e-2))
+        shift = torch.where(factor.definite, shift, (10 * shift).clamp_min(_FIRST_SHIFT))
     return factor, shift
 
 

@@ -29,7 +29,7 @@ _ROUNDING = 8.0
 _EXPLICIT_STEPS = 500
 _HALVINGS = 30
 _ESCAPES = 8
-_LARGEST_SHIFT = 1e8
+_SMALLEST_SHIFT, _LARGEST_SHIFT = 1e-7, 1e8
 _DECREASE = 1e-4
 _FLAT = 1e-9
 
@@ -102,8 +102,10 @@ def stability(problem: Problem, z: Tensor) -> Stability:
     Returns:
         Their stability.
     """
-    finite = torch.isfinite(z).all(1)
+    finite = torch.isfinite(problem.force(z)).all(1)
     z = torch.where(finite.unsqueeze(1), z, torch.zeros_like(z))
+    known = finite.reshape(-1, *(1 for _ in problem.x.shape[1:]))
+    problem = replace(problem, x=torch.where(known, problem.x, torch.zeros_like(problem.x)))
     matrix, scale = problem.matrix(z), problem.scale(z)
     factor = matrix.factor(MARGIN * scale)
     if bool(factor.definite.all()):
@@ -190,8 +192,8 @@ def _downhill(problem: Problem, z: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     is_stuck = length == 0
     if bool(is_stuck.any()):  # where rounding hides the energy and the force is all but gone, nothing more is to be gained
         is_done |= is_stuck & (problem.imbalance(z) <= 1e4 * torch.finfo(z.dtype).eps)
-    grown = torch.where(is_stuck, (16 * shift).clamp_min(1e-2), shift / 4)
-    return z_next, torch.where(grown < 1e-3, torch.zeros_like(grown), grown), is_done
+    following = torch.where(is_stuck, (100 * shift).clamp_min(1e-2), shift / 10)
+    return z_next, torch.where(following < _SMALLEST_SHIFT, torch.zeros_like(following), following), is_done
 
 
 def _shortened(problem: Problem, z: Tensor, move: Tensor, r: Tensor, shift: Tensor) -> Tensor:
