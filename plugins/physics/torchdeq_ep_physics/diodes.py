@@ -68,8 +68,10 @@ class DiodeLaw:
         """The current, in amperes, of the shape of the voltages."""
         exponent = v / self.slope
         bounded = exponent.clamp_max(self._largest(v.dtype))
-        forward = torch.expm1(bounded) + torch.exp(bounded) * (exponent - bounded)
-        return self.saturation * torch.where(exponent < -_KNEE, -1 - self._cubic(v), forward) + GMIN * v
+        at_bound = self.saturation * torch.exp(bounded)
+        forward = self.saturation * torch.expm1(bounded) + at_bound * (exponent - bounded)
+        backward = -self.saturation * (1 + self._cubic(v))
+        return torch.where(exponent < -_KNEE, backward, forward) + GMIN * v
 
     def conductance(self, v: Tensor) -> Tensor:
         """`dI / dv`, in siemens: positive."""
@@ -83,10 +85,10 @@ class DiodeLaw:
         exponent = v / self.slope
         bounded = exponent.clamp_max(self._largest(v.dtype))
         beyond = exponent - bounded
-        forward = self.slope * torch.exp(bounded) * (1 + beyond + beyond**2 / 2)
+        forward = self.slope * (self.saturation * torch.exp(bounded)) * (1 + beyond + beyond**2 / 2)
         reach = v.clamp_max(-_KNEE * self.slope)
         backward = (self._cubic(v) * reach - self.slope * math.exp(-_KNEE)) / 2
-        return self.saturation * (torch.where(exponent < -_KNEE, backward, forward) - v) + GMIN * v**2 / 2
+        return torch.where(exponent < -_KNEE, self.saturation * backward, forward) - self.saturation * v + GMIN * v**2 / 2
 
     def _cubic(self, v: Tensor) -> Tensor:
         """`(3 N V_T / (e v))^3` below the knee, and its value at the knee above it."""
