@@ -45,7 +45,7 @@ def driven(saturation, ideality, temperature=27.0, ohms=1e3):
 
 
 def bisected(network, volts, ohms):
-    """The voltage of the node by bisection of Kirchhoff's law in Python's own floats, by the logarithm of the current."""
+    """The voltage of the node by bisection of Kirchhoff's law in plain floats, by the logarithm of the current."""
     law = network.diode_law
     low, high = 0.0, volts
     for _ in range(200):
@@ -116,7 +116,10 @@ def test_two_diodes_in_series_between_rails():
 @pytest.mark.parametrize(("saturation", "ideality"), LAWS)
 def test_the_twin_is_ngspice_at_any_temperature(saturation, ideality, temperature, tmp_path):
     drives, ohms = [5.0, 0.7, -1.0, -0.1, 200.0], [1e3, 1e3, 1e4, 1e6, 10.0]
-    lines = ["* diodes", f".options temp={temperature} tnom=27 reltol=1e-9 vntol=1e-12 abstol=1e-16 gmin=1e-12 itl1=2000"]
+    lines = [
+        "* diodes",
+        f".options temp={temperature} tnom=27 reltol=1e-9 vntol=1e-12 abstol=1e-16 gmin=1e-12 itl1=2000",
+    ]
     for k, (volts, resistance) in enumerate(zip(drives, ohms, strict=True)):
         lines += [f"V{k} in{k} 0 {volts}", f"R{k} in{k} n{k} {resistance}", f"D{k} n{k} 0 d"]
     lines += [f".model d D(IS={saturation} N={ideality})", ".control", "set numdgt=14", "op"]
@@ -160,6 +163,30 @@ def test_sparse_and_dense_matrices_are_the_same(amplification):
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(found[0][2], found[1][2], rtol=0.05, atol=0.0)
+
+
+def test_the_energy_is_the_heat_of_half_its_resistors_and_the_content_of_its_diodes():
+    network = physics.ResistiveNetwork(
+        2, 2, [(0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (4, 5)], torch.rand(6), diodes=[(0, 4)], rails=(0.0, 2.0)
+    )
+    x, z = torch.randn(3, 2), torch.randn(3, 2)
+    u = network.potentials(z, x)
+    siemens = network.physical()["conductance"].tolist()
+    heat = sum(g * (u[:, a] - u[:, b]) ** 2 for (a, b), g in zip(network.resistors, siemens, strict=True))
+    expected = heat / 2 + network.diode_law.content(u[:, 0])
+    for network._is_full in (True, False):
+        torch.testing.assert_close(network.energy(z, network.physical(), x).detach(), expected)
+
+
+def test_the_largest_current_of_a_large_circuit_is_bounded_from_below(monkeypatch):
+    network, x = physics.ResistiveNetwork.layered(20, 30, 8), torch.randn(4, 20)
+    z = 0.3 * torch.randn(4, network.n_states)
+    monkeypatch.setattr(physics.DiodeLaw, "current", lambda law, v: 0 * v)
+    exact = network.largest_term(z, network.physical(), x).detach()
+    monkeypatch.setattr(physics.resistive, "_MANY", 0)
+    bound = network.largest_term(z, network.physical(), x).detach()
+    assert (bound < exact).all()
+    assert (bound > 1e-3 * exact).all()
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -39,8 +39,9 @@ class StateReport:
 
     Args:
         force: The largest net force of each row, relative to the largest term that makes it up; of shape `(batch,)`.
-        smallest_eigenvalue: The smallest real part of the eigenvalues of `-dF/dz` for each row: negative where the state is
-            unstable. In networks of more than 128 units it is an estimate from above; its sign is none. Shape `(batch,)`.
+        smallest_eigenvalue: The smallest real part of the eigenvalues of `-dF/dz` for each row: negative where the
+            state is unstable. In networks of more than 128 units it is an estimate from above; its sign is none. Shape
+            `(batch,)`.
         is_stable: Whether each row is stable, of shape `(batch,)`.
         steps: Steps of Newton's method, of the slowest row; 0 for another solver.
         escapes: How often a saddle was left.
@@ -92,8 +93,8 @@ def speak_up(report: StateReport, name: str, advice: str, on_failure: OnFailure)
     lost = ~report.is_equilibrium
     if bool(lost.any()):
         text = (
-            f"no equilibrium of {name} was found for {_rows(lost)}: a net force of {float(report.force[lost].max()):.1e} "
-            f"of the largest term is left. {advice}"
+            f"no equilibrium of {name} was found for {_rows(lost)}: a net force of "
+            f"{float(report.force[lost].max()):.1e} of the largest term is left. {advice}"
         )
         if on_failure == "raise":
             raise NoEquilibriumError(f"{text} on_failure='warn' returns the states as they are.")
@@ -103,7 +104,8 @@ def speak_up(report: StateReport, name: str, advice: str, on_failure: OnFailure)
         warnings.warn(
             UnconvergedStateWarning(
                 f"the solver of {name} stopped early for {_rows(near)}: a net force of "
-                f"{float(report.force[near].max()):.1e} of the largest term is left. Use solver='newton', or raise max_iter."
+                f"{float(report.force[near].max()):.1e} of the largest term is left. Use solver='newton', or raise "
+                "max_iter."
             ),
             stacklevel=3,
         )
@@ -112,9 +114,9 @@ def speak_up(report: StateReport, name: str, advice: str, on_failure: OnFailure)
         warnings.warn(
             UnstableStateWarning(
                 f"the equilibrium of {name} is unstable for {_rows(unstable)} (smallest eigenvalue "
-                f"{float(report.smallest_eigenvalue[unstable].min()):.1e}): no such network stays there, and a nudge does not "
-                "measure its gradient. Use solver='newton', another start, or annealing; without an energy there may be no "
-                "stable one."
+                f"{float(report.smallest_eigenvalue[unstable].min()):.1e}): no such network stays there, and no nudge "
+                "measures its gradient. Use solver='newton', another start, or annealing; without an energy there may "
+                "be no stable one."
             ),
             stacklevel=3,
         )

@@ -30,9 +30,9 @@ _KNEE = 3.0  # in units of the slope: below minus that SPICE has a cubic in plac
 class DiodeLaw:
     """Current, conductance and co-content of a diode at a voltage.
 
-    `I = IS (exp(v / (N V_T)) - 1) + GMIN v`, and below `-3 N V_T` ngspice's `-IS (1 + (3 N V_T / (e v))^3) + GMIN v`. Beyond
-    currents that no circuit has, 1e12 amperes in single and 1e102 in double precision, the exponential goes on as a line,
-    so that a search for an equilibrium never overflows.
+    `I = IS (exp(v / (N V_T)) - 1) + GMIN v`, and below `-3 N V_T` ngspice's `-IS (1 + (3 N V_T / (e v))^3) + GMIN v`.
+    Beyond currents that no circuit has, 1e12 amperes in single and 1e102 in double precision, the exponential goes on
+    as a line, so that a search for an equilibrium never overflows.
 
     Args:
         saturation: `IS` at the temperature of the diode, in amperes.
@@ -76,9 +76,9 @@ class DiodeLaw:
     def conductance(self, v: Tensor) -> Tensor:
         """`dI / dv`, in siemens: positive."""
         exponent = v / self.slope
-        forward = torch.exp(exponent.clamp_max(self._largest(v.dtype))) / self.slope
+        forward = self.saturation * torch.exp(exponent.clamp_max(self._largest(v.dtype))) / self.slope
         backward = 3 * self._cubic(v) / v.clamp_max(-_KNEE * self.slope)
-        return self.saturation * torch.where(exponent < -_KNEE, backward, forward) + GMIN
+        return torch.where(exponent < -_KNEE, self.saturation * backward, forward) + GMIN
 
     def content(self, v: Tensor) -> Tensor:
         """The integral of the current over the voltage, up to a constant, in watts."""
@@ -88,7 +88,8 @@ class DiodeLaw:
         forward = self.slope * (self.saturation * torch.exp(bounded)) * (1 + beyond + beyond**2 / 2)
         reach = v.clamp_max(-_KNEE * self.slope)
         backward = (self._cubic(v) * reach - self.slope * math.exp(-_KNEE)) / 2
-        return torch.where(exponent < -_KNEE, self.saturation * backward, forward) - self.saturation * v + GMIN * v**2 / 2
+        content = torch.where(exponent < -_KNEE, self.saturation * backward, forward)
+        return content - self.saturation * v + GMIN * v**2 / 2
 
     def _cubic(self, v: Tensor) -> Tensor:
         """`(3 N V_T / (e v))^3` below the knee, and its value at the knee above it."""

@@ -108,8 +108,9 @@ class ElasticNetwork(PhysicalSystem):
         distance = along.norm(dim=2)
         tension = (theta["length"] / distance).unsqueeze(-1).unsqueeze(-1)
         direction = along / distance.unsqueeze(-1)
-        across = torch.eye(2, dtype=z.dtype, device=z.device) - direction.unsqueeze(-1) * direction.unsqueeze(-2)
-        blocks = theta["stiffness"].reshape(-1, 1, 1) * (torch.eye(2, dtype=z.dtype, device=z.device) - tension * across)
+        unit = torch.eye(2, dtype=z.dtype, device=z.device)
+        across = unit - direction.unsqueeze(-1) * direction.unsqueeze(-2)
+        blocks = theta["stiffness"].reshape(-1, 1, 1) * (unit - tension * across)
         return self._assembly.matrix([blocks.permute(0, 2, 3, 1).flatten(1)])
 
     def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Stiffness matrices of a batch of states, dense or sparse: their factors, and whether they are stable.
 
-The matrix is `K = -dF/dz`. A state is stable if all eigenvalues of `K` have positive real parts. Where the system has an
-energy, `K` is similar to a symmetric matrix, so a Cholesky factor, or the signs of the pivots of an `L D L^T` (Sylvester's
-law of inertia), tell that without an eigenvalue.
+The matrix is `K = -dF/dz`. A state is stable if all eigenvalues of `K` have positive real parts. Where the system has
+an energy, `K` is similar to a symmetric matrix, so a Cholesky factor, or the signs of the pivots of an `L D L^T`
+(Sylvester's law of inertia), tell that without an eigenvalue.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ class DenseMatrix(Matrix):
 
     def smallest(self, factor: Factor) -> Tensor:
         if self.symmetric is None:
-            return torch.stack([torch.linalg.eigvals(matrix).real.min() for matrix in self.values])
+            lowest: Tensor = torch.stack([torch.linalg.eigvals(matrix).real.min() for matrix in self.values])
+            return lowest
         if self.values.shape[1] <= _EIGENVALUES_UP_TO:
-            return torch.linalg.eigvalsh(self.symmetric)[:, 0]
+            found: Tensor = torch.linalg.eigvalsh(self.symmetric)[:, 0]
+            return found
         return _by_inverse_iteration(factor, self.values[:, 0])
 
 
@@ -185,7 +187,8 @@ class SparseMatrix(Matrix):
     def factor(self, shift: Tensor) -> SparseFactor:
         diagonal = self.pattern.slots[-self.pattern.size :]
         shifted = self.values.index_add(1, diagonal, shift).double()
-        definite, parts = [], []
+        definite: list[bool] = []
+        parts: list[Any] = []
         for values in shifted:
             try:
                 part = splu(self._of(values), **(_SYMMETRIC if self.pattern.is_symmetric else {}))
@@ -252,4 +255,4 @@ def _by_inverse_iteration(factor: Factor, like: Tensor) -> Tensor:
         vector = vector / vector.norm(dim=1, keepdim=True)
         following = factor.solve(vector)
         value, vector = (vector * following).sum(1), following
-    return 1 / value
+    return torch.reciprocal(value)

@@ -1,10 +1,10 @@
 """Newton's method for the equilibria of a physical network, on the network's own matrix.
 
-Where there is an energy, a step is Newton's with a matrix that is shifted until it is positive definite, so that it goes
-downhill, and it is shortened until the energy falls: the search ends in a minimum, and not on a saddle. An exact saddle, which
-only symmetry leads to, is left along its unstable direction. Where there is no energy, the steps are implicit ones of the
-flow that grow as the force vanishes: pseudo-transient continuation (Kelley & Keyes 1998). What neither settles is relaxed
-by explicit steps of the flow, and tried again.
+Where there is an energy, a step is Newton's with a matrix that is shifted until it is positive definite, so that it
+goes downhill, and it is shortened until the energy falls: the search ends in a minimum, and not on a saddle. An exact
+saddle, which only symmetry leads to, is left along its unstable direction. Where there is no energy, the steps are
+implicit ones of the flow that grow as the force vanishes: pseudo-transient continuation (Kelley & Keyes 1998). What
+neither settles is relaxed by explicit steps of the flow, and tried again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Problem:
         return self.system.stiffness_matrix(z, self.theta, self.x)
 
     def imbalance(self, z: Tensor) -> Tensor:
-        """The largest net force of each row beyond what the rounding of its state makes, relative to the largest term."""
+        """The largest net force of each row beyond what rounding of its state makes, relative to the largest term."""
         info = torch.finfo(z.dtype)
         terms = torch.maximum(self.system.largest_term(z, self.theta, self.x), self.current.abs().amax(1))
         reach = torch.maximum(z.abs().amax(1), self.x.flatten(1).abs().amax(1) if self.x.numel() else z.new_zeros(()))
@@ -190,7 +190,9 @@ def _downhill(problem: Problem, z: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     z_next = z + length.unsqueeze(1) * move
     is_done = (longest * (1 + shift) <= _close(z_next)) & (length == 1)
     is_stuck = length == 0
-    if bool(is_stuck.any()):  # where rounding hides the energy and the force is all but gone, nothing more is to be gained
+    if bool(
+        is_stuck.any()
+    ):  # where rounding hides the energy and the force is all but gone, nothing more is to be gained
         is_done |= is_stuck & (problem.imbalance(z) <= 1e4 * torch.finfo(z.dtype).eps)
     following = torch.where(is_stuck, (100 * shift).clamp_min(1e-2), shift / 10)
     return z_next, torch.where(following < _SMALLEST_SHIFT, torch.zeros_like(following), following), is_done

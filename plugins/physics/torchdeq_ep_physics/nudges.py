@@ -1,7 +1,8 @@
 """Nudged phases by Newton's method: the factor of the free state drives the nudges, the adjoint and the tangent.
 
-The map of a network is `z + m F(z)` with the mobility `m`, so near the free state `I - J = m K`. Whatever equation a mode
-has, its residual `r` is taken back by one solution with `K` or `K^T`, and again until it has vanished: the chord method.
+The map of a network is `z + m F(z)` with the mobility `m`, so near the free state `I - J = m K`. Whatever equation a
+mode has, its residual `r` is taken back by one solution with `K` or `K^T`, and again until it has vanished: the chord
+method.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ByFactor:
         used: Taken | None = None
         for taken in self._ways():
             used = used or taken
-            for _ in range(max_iter):
+            for _step in range(max_iter):
                 point = best + self._each(taken, r)
                 following = func(point) - point
                 size = norm(following)
@@ -103,8 +104,8 @@ class ByFactor:
 class NewtonNudges(tep.EquilibriumPropagation):
     """Equilibrium propagation whose automatic amplitude follows from the response that the factor predicts.
 
-    In a large network a force moves the state by thousands of times what it would move one unit by, so a nudge as large as
-    the state would be is far too strong.
+    In a large network a force moves the state by thousands of times what it would move one unit by, so a nudge as large
+    as the state would be is far too strong.
     """
 
     def _solve(self, equilibrium: Equilibrium) -> Any:

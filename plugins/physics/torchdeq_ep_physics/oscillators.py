@@ -20,8 +20,9 @@ class OscillatorNetwork(PhysicalSystem):
     Couplings are symmetric, `K_ij = K_ji`, of either sign. Without frequencies it is the XY model; with a lag that of
     Sakaguchi and Kuramoto, which is not reciprocal. The inputs are phases `x_k`.
 
-    Where pinning holds no phase of a group of coupled ones, their common rotation is free: the frame is then the one that
-    turns with the group, and its mean phase stays where the search starts. A loss may depend on phase differences alone.
+    Where pinning holds no phase of a group of coupled ones, their common rotation is free: the frame is then the one
+    that turns with the group, and its mean phase stays where the search starts. A loss may depend on phase differences
+    alone.
 
     Args:
         coupling: Initial `K`, of shape `(n, n)`; its symmetric part without the diagonal is taken.
@@ -39,8 +40,8 @@ class OscillatorNetwork(PhysicalSystem):
     origin = 2 * math.pi  # a phase is one among those of a turn, wherever zero is
 
     advice = (
-        "Likeliest: the oscillators do not lock, because their frequencies differ by more than the couplings can hold. Use "
-        "stronger couplings or smaller frequencies."
+        "Likeliest: the oscillators do not lock, because their frequencies differ by more than the couplings can hold. "
+        "Use stronger couplings or smaller frequencies."
     )
 
     def __init__(
@@ -89,9 +90,9 @@ class OscillatorNetwork(PhysicalSystem):
         free, frequency = self.free_rotations(theta), theta["frequency"]
         if free is not None:
             frequency = frequency - free @ frequency
-        return (
-            -(theta["coupling"] * among).sum((1, 2)) / 2 - (theta["pinning"] * pinned).sum((1, 2)) - (frequency * z).sum(1)
-        )
+        coupled = (theta["coupling"] * among).sum((1, 2)) / 2
+        energy: Tensor = -coupled - (theta["pinning"] * pinned).sum((1, 2)) - (frequency * z).sum(1)
+        return energy
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         return (2 * theta["coupling"].abs().sum(1) + theta["pinning"].abs().sum(1)).clamp_min(torch.finfo(z.dtype).eps)

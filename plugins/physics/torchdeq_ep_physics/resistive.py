@@ -23,6 +23,8 @@ from torchdeq_ep_physics.matrices import Matrix
 from torchdeq_ep_physics.stamps import Assembly, Branch, Branches, Stamps
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta, positive
 
+_PREPARED = "matrix of the linear branches"
+_MANY = 1_000_000  # currents of resistors in a batch: beyond it the largest is bounded from below
 _FULL = 0.02  # a matrix with so large a share of entries is faster to multiply with than its branches
 
 
@@ -103,6 +105,7 @@ class ResistiveNetwork(PhysicalSystem):
         )
         self.register_buffer("_rail", torch.tensor(self.rails, dtype=conductance.dtype), persistent=False)
         self._resistors, self._diodes = Branches.of(self.resistors), Branches.of(self.diodes)
+        self._both_held = (torch.minimum(self._resistors.first, self._resistors.second) >= n_nodes).nonzero().squeeze(1)
         self._controls, outputs_of = Branches.of(controls), Branches.of(outputs)
         # The current of an amplifier flows into its first output: minus what flows out of it.
         self._outputs = Branches(outputs_of.second, outputs_of.first)
@@ -186,8 +189,8 @@ class ResistiveNetwork(PhysicalSystem):
         if floating:
             shown = ", ".join(str(node) for node in floating[:5]) + (", ..." if len(floating) > 5 else "")
             raise InvalidOptionError(
-                f"no resistor or diode joins node {shown} to an input or a rail, not even by way of other nodes, so its "
-                "voltage is not determined. Give it a resistor to ground (a large one, 1e12 ohms, does)."
+                f"no resistor or diode joins node {shown} to an input or a rail, not even by way of other nodes, so "
+                "its voltage is not determined. Give it a resistor to ground (a large one, 1e12 ohms, does)."
             )
 
     @property
@@ -211,10 +214,10 @@ class ResistiveNetwork(PhysicalSystem):
         u = self.potentials(z, x)
         terminals = u.shape[1]
         out = self._diodes.at_ends(self.diode_current(self._diodes.across(u)), terminals, -1.0)[:, : self.n_states]
+        if self._is_full:
+            return -(out + u @ self._matrix(theta).T)
         for name, values in theta.items():
-            if self._is_full:
-                out = out + u @ self._linear[name].dense(values, self.n_states, terminals).T
-            else:
+            if name in self._linear:
                 flows = self._resistors if name == "conductance" else self._outputs
                 controls = self._resistors if name == "conductance" else self._controls
                 out = out + flows.at_ends(values * controls.across(u), terminals, -1.0)[:, : self.n_states]
@@ -224,8 +227,38 @@ class ResistiveNetwork(PhysicalSystem):
         if self.amplifiers:
             raise NoEnergyError("a network with amplifiers has no energy: their current does not flow back.")
         u = self.potentials(z, x)
-        resistors = (theta["conductance"] * self._resistors.across(u).square()).sum(1) / 2
-        return resistors + self.diode_law.content(self._diodes.across(u)).sum(1)
+        return self._heat(u, theta) / 2 + self.diode_law.content(self._diodes.across(u)).sum(1)
+
+    def prepared(self, theta: Theta) -> Theta:
+        return {**theta, _PREPARED: self._matrix(theta)} if self._is_full else theta
+
+    def _matrix(self, theta: Theta) -> Tensor:
+        """Currents out of the nodes by voltages of all terminals, but for the diodes; `(n_nodes, terminals)`."""
+        if _PREPARED in theta:
+            return theta[_PREPARED]
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        matrix = self._linear["conductance"].dense(theta["conductance"], self.n_states, terminals)
+        if self.amplifiers:
+            matrix = matrix + self._linear["transconductance"].dense(
+                theta["transconductance"], self.n_states, terminals
+            )
+        return matrix
+
+    def _heat(self, u: Tensor, theta: Theta) -> Tensor:
+        """The power that the resistors turn into heat, in watts."""
+        conductance = theta["conductance"]
+        if not self._is_full:
+            return (conductance * self._resistors.across(u).square()).sum(1)
+        # As a quadratic form: far fewer entries than branches times samples.
+        n = self.n_states
+        z, held = u[:, :n], u[:, n:]
+        matrix = self._matrix(theta)
+        among_free = (z * (z @ matrix[:, :n].T + 2 * held @ matrix[:, n:].T)).sum(1)
+        at_held = self._resistors.at_ends(conductance.unsqueeze(0), u.shape[1])[:, n:]
+        between = self._resistors.pick(self._both_held)
+        crossed = u.index_select(1, between.first) * u.index_select(1, between.second)
+        power: Tensor = among_free + (at_held * held.square()).sum(1) - 2 * (conductance[self._both_held] * crossed).sum(1)
+        return power
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         slopes = self.diode_law.conductance(self.diode_voltages(z, x))
@@ -240,13 +273,31 @@ class ResistiveNetwork(PhysicalSystem):
 
     def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         u = self.potentials(z, x)
-        currents = [theta["conductance"] * self._resistors.across(u), self.diode_current(self._diodes.across(u))]
+        currents = [self.diode_current(self._diodes.across(u))]
+        if self._is_full and len(self.resistors) * len(u) > _MANY:
+            currents.append(self._typical_current(u, theta))
+        else:
+            currents.append(theta["conductance"] * self._resistors.across(u))
         if self.amplifiers:
             currents.append(theta["transconductance"] * self._controls.across(u))
         return torch.cat(currents, 1).abs().amax(1)
 
+    def _typical_current(self, u: Tensor, theta: Theta) -> Tensor:
+        """At each node less than the largest current of its resistors, from the heat of them all."""
+        n = self.n_states
+        matrix = self._linear["conductance"].dense(theta["conductance"], n, u.shape[1])
+        # At a free node sum_j g_j (u - u_j)^2; the matrix has minus g_j, and the sum of all at the node itself.
+        total = matrix[:, :n].diagonal()
+        around = matrix.clone()
+        around[:, :n].fill_diagonal_(0.0)
+        z = u[:, :n]
+        heat = total * z.square() + 2 * z * (u @ around.T) - u.square() @ around.T
+        count = (matrix != 0).sum(1).clamp_min(1)
+        width = (u.amax(1, keepdim=True) - u.amin(1, keepdim=True)).clamp_min(torch.finfo(u.dtype).tiny)
+        return heat.clamp_min(0.0) / count / width
+
     def diode_current(self, v: Tensor) -> Tensor:
-        """The current of a diode at a voltage, in amperes: SPICE's law, see [`DiodeLaw`][torchdeq_ep_physics.DiodeLaw]."""
+        """The current of a diode at a voltage, in amperes, by its [law][torchdeq_ep_physics.DiodeLaw]."""
         return self.diode_law.current(v)
 
     def diode_voltages(self, z: Tensor, x: Tensor) -> Tensor:
@@ -283,4 +334,3 @@ def differential(x: Tensor) -> Tensor:
         tensor([[ 1.,  2., -1., -2.]])
     """
     return torch.cat([x, -x], 1)
-

@@ -34,8 +34,12 @@ class Branches:
         ends = torch.tensor(list(pairs), dtype=torch.long).reshape(-1, 2)
         return cls(ends[:, 0].contiguous(), ends[:, 1].contiguous())
 
+    def pick(self, numbers: Tensor) -> Branches:
+        """Some of the branches."""
+        return Branches(self.first[numbers], self.second[numbers])
+
     def across(self, u: Tensor) -> Tensor:
-        """The voltage of the first end against the second, for voltages of all terminals of shape `(batch, terminals)`."""
+        """The voltage of the first end against the second, for voltages of shape `(batch, terminals)`."""
         return u.index_select(1, self.first.to(u.device)) - u.index_select(1, self.second.to(u.device))
 
     def at_ends(self, values: Tensor, terminals: int, sign: float = 1.0) -> Tensor:
@@ -119,8 +123,8 @@ class Assembly:
         """The matrices of a batch.
 
         Args:
-            of_branches: Values for each kind of branch, of shape `(batch, branches)`, or `(branches,)` where all rows of the
-                batch have the same.
+            of_branches: Values for each kind of branch, of shape `(batch, branches)`, or `(branches,)` where all rows
+                of the batch have the same.
 
         Returns:
             The matrices.
@@ -133,4 +137,3 @@ class Assembly:
             return DenseMatrix(total, total if self.is_symmetric else None)
         parts = [kind.values(values).expand(batch, -1) for kind, values in zip(self.stamps, of_branches, strict=True)]
         return self.pattern.matrix(torch.cat(parts, 1))
-

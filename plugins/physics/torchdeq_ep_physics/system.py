@@ -35,13 +35,13 @@ class PhysicalSystem(nn.Module, ABC):
     `capacity dz/dt = force`; [`map`][torchdeq_ep_physics.PhysicalSystem.map] is a step of that flow. Parameters are
     kept so that they stay physical: [`physical`][torchdeq_ep_physics.PhysicalSystem.physical] returns positive ones.
 
-    The force and the stability of every state are measured: [`last`][torchdeq_ep_physics.PhysicalSystem.last] has them. A
-    state that is no equilibrium is an error, and an unstable one a warning.
+    The force and the stability of every state are measured: [`last`][torchdeq_ep_physics.PhysicalSystem.last] has them.
+    A state that is no equilibrium is an error, and an unstable one a warning.
 
     Args:
         n_states: Entries of the state of one sample.
-        solver: `"newton"`, for the free phase and the nudged ones, on the network's own matrix; or the name of a torchdeq
-            solver for the free phase, while the backward mode has its own.
+        solver: `"newton"`, for the free phase and the nudged ones, on the network's own matrix; or the name of a
+            torchdeq solver for the free phase, while the backward mode has its own.
         backward: Backward mode, by name or as a mode; the metric is added to it.
         capacity: Capacitance or viscosity of each entry; positive, of shape `(n_states,)`. By default each entry has
             the one with which it would relax in a single step if the others stood still.
@@ -49,7 +49,8 @@ class PhysicalSystem(nn.Module, ABC):
         max_iter: Largest number of steps of a torchdeq solver, and of the backward mode.
         tol: Tolerance of a torchdeq solver.
         annealing: Thermal motion before the search, which finds lower minima of a rugged energy; `None` for none.
-        on_failure: `"raise"` raises where no equilibrium is found; `"warn"` returns the states as they are, with a warning.
+        on_failure: `"raise"` raises where no equilibrium is found; `"warn"` returns the states as they are, with a
+            warning.
     """
 
     reciprocal = True
@@ -61,7 +62,7 @@ class PhysicalSystem(nn.Module, ABC):
     """No entry moves further in one step of Newton's method."""
 
     origin: float = 0.0
-    """Added to a state before its size is asked for: a nudge of a relative amplitude moves it by a share of that size."""
+    """Added to a state before its size is asked for: a relative nudge moves it by a share of that size."""
 
     advice: str = "Use smaller inputs or nudges, or another start."
     """What is likely to be wrong where no equilibrium is found, and what to do."""
@@ -117,6 +118,10 @@ class PhysicalSystem(nn.Module, ABC):
     @abstractmethod
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """A positive scale of `-d force_i / d z_i`, of a shape that broadcasts to the state."""
+
+    def prepared(self, theta: Theta) -> Theta:
+        """The parameters, and whatever of them is worth computing only once in a search for an equilibrium."""
+        return theta
 
     def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
         """`-d force / d z` of each sample."""
@@ -277,7 +282,7 @@ class PhysicalSystem(nn.Module, ABC):
         x = x.detach()
         z = (self.start(x) if start is None else start).detach()
         force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
-        problem = Problem(self, values, x.expand(len(z), *x.shape[1:]), force)
+        problem = Problem(self, self.prepared(values), x.expand(len(z), *x.shape[1:]), force)
         if self.annealing is not None:
             z = self.annealing.run(problem, z)
         if self.solver == "newton":
