@@ -257,7 +257,8 @@ class ResistiveNetwork(PhysicalSystem):
         at_held = self._resistors.at_ends(conductance.unsqueeze(0), u.shape[1])[:, n:]
         between = self._resistors.pick(self._both_held)
         crossed = u.index_select(1, between.first) * u.index_select(1, between.second)
-        power: Tensor = among_free + (at_held * held.square()).sum(1) - 2 * (conductance[self._both_held] * crossed).sum(1)
+        at_held_ones = (at_held * held.square()).sum(1) - 2 * (conductance[self._both_held] * crossed).sum(1)
+        power: Tensor = among_free + at_held_ones
         return power
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:

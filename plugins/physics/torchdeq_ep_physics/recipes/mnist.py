@@ -1,10 +1,10 @@
 """A layered resistive network that learns images of digits: `python -m torchdeq_ep_physics.recipes.mnist FOLDER`.
 
-The circuit is that of Kendall et al. 2020 (arXiv 2006.01981) with 1568 inputs, 100 hidden nodes and 10 outputs: each pixel
-comes with both signs, each hidden node has two diodes. A bidirectional amplifier behind each hidden node, of voltage gain `A`
-and current gain `1 / A`, is the same circuit as one without, in other units: inputs `A` times as high, and diodes of the
-law `A I(v / A)`, so of `A` times the saturation current and the ideality. The circuit is built in these units, so that
-nothing in it is active, and a netlist of it has resistors, diodes and sources alone.
+The circuit is that of Kendall et al. 2020 (arXiv 2006.01981) with 1568 inputs, 100 hidden nodes and 10 outputs: each
+pixel comes with both signs, each hidden node has two diodes. A bidirectional amplifier behind each hidden node, of
+voltage gain `A` and current gain `1 / A`, is the same circuit as one without, in other units: inputs `A` times as high,
+and diodes of the law `A I(v / A)`, so of `A` times the saturation current and the ideality. The circuit is built in
+these units, so that nothing in it is active, and a netlist of it has resistors, diodes and sources alone.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def read_digits(path: str | Path, limit: int | None = None) -> tuple[Tensor, Ten
         table = parquet.read_table(path, columns=["image", "label"]).slice(0, limit)
         labels = torch.tensor(table["label"].to_pylist())
         pictures = [pillow.open(io.BytesIO(image["bytes"])).convert("L") for image in table["image"].to_pylist()]
-        pixels = torch.stack([torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8) for picture in pictures])
+        pixels = torch.stack([torch.tensor(list(picture.tobytes()), dtype=torch.uint8) for picture in pictures])
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{path} cannot be read as images of digits ({type(error).__name__}: {error}). It must be a Parquet file with "
-            "the columns image (a struct with the bytes of a PNG file) and label (a number)."
+            f"{path} cannot be read as images of digits ({type(error).__name__}: {error}). It must be a Parquet file "
+            "with the columns image (a struct with the bytes of a PNG file) and label (a number)."
         ) from error
     if pixels.shape[1] != 784 or int(labels.min()) < 0 or int(labels.max()) >= CLASSES:
         raise DataError(f"{path} has images of {pixels.shape[1]} pixels or labels beyond 0 to 9, not MNIST's 28 x 28.")
@@ -149,7 +149,7 @@ def train(
     for epoch in range(epochs):
         before = time.perf_counter()
         order = torch.randperm(len(pixels), generator=generator)
-        for chosen in order[: len(order) // batch * batch].split(batch):
+        for chosen in torch.split(order[: len(order) // batch * batch], batch):
             loss = cross_entropy(scores(network(as_voltages(pixels[chosen]))), labels[chosen])
             optimiser.zero_grad()
             torch.autograd.backward(loss)
@@ -164,7 +164,7 @@ def train(
 @torch.no_grad()
 def error_of(network: ResistiveNetwork, pixels: Tensor, labels: Tensor) -> float:
     """The share of images that a circuit gets wrong."""
-    found = [scores(network(as_voltages(part))).argmax(1) for part in pixels.split(200)]
+    found = [scores(network(as_voltages(part))).argmax(1) for part in torch.split(pixels, 200)]
     return float((torch.cat(found) != labels).double().mean())
 
 
