@@ -12,7 +12,7 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_count
 
 if TYPE_CHECKING:
-    from torchdeq_ep_physics.newton import Problem
+    from torchdeq_ep_physics.newton import Search
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Annealing:
             raise InvalidOptionError(f"temperature must be positive, not {self.temperature!r}.")
         check_count("steps", self.steps)
 
-    def run(self, problem: Problem, z: Tensor) -> Tensor:
+    def run(self, problem: Search, z: Tensor) -> Tensor:
         """States after the thermal motion.
 
         Args:

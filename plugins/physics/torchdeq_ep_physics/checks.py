@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import EPError, EPWarning
-from torchdeq_ep_physics.newton import Found, Problem
+from torchdeq_ep_physics.newton import Search, Settled
 
 OnFailure = Literal["raise", "warn"]
 
@@ -64,7 +64,7 @@ class StateReport:
         return self.force <= NO_EQUILIBRIUM
 
 
-def measured(problem: Problem, found: Found) -> StateReport:
+def measured(problem: Search, found: Settled) -> StateReport:
     """The report of states.
 
     Args:

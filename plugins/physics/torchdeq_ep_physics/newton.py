@@ -35,7 +35,7 @@ _FLAT = 1e-9
 
 
 @dataclass(frozen=True)
-class Problem:
+class Search:
     """The equilibria of a batch under added forces.
 
     Args:
@@ -50,7 +50,7 @@ class Problem:
     x: Tensor
     current: Tensor
 
-    def at(self, rows: Tensor) -> Problem:
+    def at(self, rows: Tensor) -> Search:
         """That of some rows."""
         return replace(self, x=self.x[rows], current=self.current[rows])
 
@@ -92,7 +92,7 @@ class Stability:
     factor: Factor
 
 
-def stability(problem: Problem, z: Tensor) -> Stability:
+def stability(problem: Search, z: Tensor) -> Stability:
     """The stability of states.
 
     Args:
@@ -118,7 +118,7 @@ def stability(problem: Problem, z: Tensor) -> Stability:
 
 
 @dataclass(frozen=True)
-class Found:
+class Settled:
     """What a search came to: states and their stability, the steps of the slowest row, how often a saddle was left."""
 
     z: Tensor
@@ -127,7 +127,7 @@ class Found:
     escapes: int
 
 
-def find(problem: Problem, start: Tensor) -> Found:
+def find(problem: Search, start: Tensor) -> Settled:
     """Search for stable equilibria.
 
     Args:
@@ -157,10 +157,10 @@ def find(problem: Problem, start: Tensor) -> Found:
         z = z.index_copy(0, rows, torch.where(lost.unsqueeze(1), z[rows], reached))
         left = left.index_copy(0, rows, lost)
         steps += more
-    return Found(z, found, steps, escapes)
+    return Settled(z, found, steps, escapes)
 
 
-def _settled(problem: Problem, z: Tensor) -> tuple[Tensor, int, Tensor]:
+def _settled(problem: Search, z: Tensor) -> tuple[Tensor, int, Tensor]:
     """Newton's steps until they no longer move a row; how many, and which rows are not there."""
     step = _downhill if problem.system.reciprocal else _continued
     left = torch.isfinite(problem.force(z)).all(1)
@@ -179,7 +179,7 @@ def _settled(problem: Problem, z: Tensor) -> tuple[Tensor, int, Tensor]:
     return z, STEPS, left | failed
 
 
-def _downhill(problem: Problem, z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _downhill(problem: Search, z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A step that lowers the energy, the shift for the next one, and which rows have arrived."""
     r = problem.force(z)
     factor, shift = definite_factor(problem.matrix(z), shift, problem.scale(z))
@@ -198,7 +198,7 @@ def _downhill(problem: Problem, z: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return z_next, torch.where(following < _SMALLEST_SHIFT, torch.zeros_like(following), following), is_done
 
 
-def _shortened(problem: Problem, z: Tensor, move: Tensor, r: Tensor, shift: Tensor) -> Tensor:
+def _shortened(problem: Search, z: Tensor, move: Tensor, r: Tensor, shift: Tensor) -> Tensor:
     """The share of each move, a power of a half, that lowers the energy enough; 0 if none does."""
     before, gain = problem.energy(z), (r * problem.system.conjugate_slope(z) * move).sum(1)
     size = r.norm(dim=1)
@@ -218,7 +218,7 @@ def _shortened(problem: Problem, z: Tensor, move: Tensor, r: Tensor, shift: Tens
     return torch.where(accepted, length, torch.zeros_like(length))
 
 
-def _continued(problem: Problem, z: Tensor, friction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _continued(problem: Search, z: Tensor, friction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An implicit step of the flow, the friction for the next one, and which rows have arrived."""
     r = problem.force(z)
     move = problem.matrix(z).factor(friction.unsqueeze(1) * problem.scale(z)).solve(r)
@@ -234,7 +234,7 @@ def _close(z: Tensor) -> Tensor:
     return _CLOSE * torch.finfo(z.dtype).eps * z.abs().amax(1).clamp_min(1.0)
 
 
-def _relaxed(problem: Problem, z: Tensor) -> Tensor:
+def _relaxed(problem: Search, z: Tensor) -> Tensor:
     """Explicit steps of the flow, each as long as the stiffness allows."""
     for _ in range(_EXPLICIT_STEPS):
         move = problem.force(z) / problem.scale(z)
@@ -246,7 +246,7 @@ def _relaxed(problem: Problem, z: Tensor) -> Tensor:
     return z
 
 
-def _leave(problem: Problem, z: Tensor, direction: Tensor, first: Tensor) -> Tensor:
+def _leave(problem: Search, z: Tensor, direction: Tensor, first: Tensor) -> Tensor:
     """A state beside a saddle, along its unstable direction and lower in energy if there is one.
 
     Where both sides are equal, the force at the start of the search says which it is.

@@ -18,7 +18,7 @@ from torchdeq_ep_physics.annealing import Annealing
 from torchdeq_ep_physics.checks import OnFailure, StateReport, measured, speak_up
 from torchdeq_ep_physics.drawing import figure
 from torchdeq_ep_physics.matrices import DenseMatrix, Matrix
-from torchdeq_ep_physics.newton import Found, Problem, find, stability
+from torchdeq_ep_physics.newton import Search, Settled, find, stability
 from torchdeq_ep_physics.nudges import by_factor
 
 Theta = dict[str, Tensor]
@@ -276,25 +276,25 @@ class PhysicalSystem(nn.Module, ABC):
         axes.set_xlabel("entry of the state")
 
     @torch.no_grad()
-    def _solved(self, x: Tensor, current: Tensor | float, theta: Theta, start: Tensor | None) -> Found:
+    def _solved(self, x: Tensor, current: Tensor | float, theta: Theta, start: Tensor | None) -> Settled:
         """A state, found, measured and spoken of."""
         values = {name: value.detach() for name, value in theta.items()}
         x = x.detach()
         z = (self.start(x) if start is None else start).detach()
         force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
-        problem = Problem(self, self.prepared(values), x.expand(len(z), *x.shape[1:]), force)
+        problem = Search(self, self.prepared(values), x.expand(len(z), *x.shape[1:]), force)
         if self.annealing is not None:
             z = self.annealing.run(problem, z)
         if self.solver == "newton":
             found = find(problem, z)
         else:
             z = self._by_torchdeq(problem, z)
-            found = Found(z, stability(problem, z), 0, 0)
+            found = Settled(z, stability(problem, z), 0, 0)
         self.last = measured(problem, found)
         speak_up(self.last, type(self).__name__, self.advice, self.on_failure)
         return found
 
-    def _by_torchdeq(self, problem: Problem, z: Tensor) -> Tensor:
+    def _by_torchdeq(self, problem: Search, z: Tensor) -> Tensor:
         flow = self.map(problem.x, problem.theta)
 
         def nudged(z: Tensor) -> Tensor:
