@@ -1,5 +1,11 @@
 """Physical networks as equilibrium layers, trained by equilibrium propagation, with ngspice as a solver."""
 
+from torchdeq_ep_physics.annealing import Annealing as Annealing
+from torchdeq_ep_physics.checks import NoEquilibriumError as NoEquilibriumError
+from torchdeq_ep_physics.checks import StateReport as StateReport
+from torchdeq_ep_physics.checks import UnconvergedStateWarning as UnconvergedStateWarning
+from torchdeq_ep_physics.checks import UnstableStateWarning as UnstableStateWarning
+from torchdeq_ep_physics.diodes import DiodeLaw as DiodeLaw
 from torchdeq_ep_physics.elastic import ElasticNetwork as ElasticNetwork
 from torchdeq_ep_physics.hardware import Drift as Drift
 from torchdeq_ep_physics.hardware import Mismatch as Mismatch
@@ -18,5 +24,4 @@ from torchdeq_ep_physics.spice_process import NgspiceTimeoutError as NgspiceTime
 from torchdeq_ep_physics.spice_process import SpiceProgram as SpiceProgram
 from torchdeq_ep_physics.spice_process import ngspice_available as ngspice_available
 from torchdeq_ep_physics.system import NoEnergyError as NoEnergyError
-from torchdeq_ep_physics.system import NoEquilibriumError as NoEquilibriumError
 from torchdeq_ep_physics.system import PhysicalSystem as PhysicalSystem

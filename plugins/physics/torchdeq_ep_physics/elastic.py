@@ -10,6 +10,8 @@ from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_physics.drawing import graph
+from torchdeq_ep_physics.matrices import Matrix
+from torchdeq_ep_physics.stamps import Assembly, Branches, Stamps
 from torchdeq_ep_physics.system import PhysicalSystem, Theta, positive
 
 
@@ -62,6 +64,7 @@ class ElasticNetwork(PhysicalSystem):
         self.log_length = positive(at_rest if length is None else length)
         self.register_buffer("positions", positions)
         self.register_buffer("_ends", ends, persistent=False)
+        self._assembly = Assembly([_spring_stamps(ends, 2 * n_free)], 2 * n_free, is_symmetric=True)
 
     def physical(self) -> Theta:
         return {"stiffness": self.log_stiffness.exp(), "length": self.log_length.exp()}
@@ -99,6 +102,22 @@ class ElasticNetwork(PhysicalSystem):
         both: Tensor = total[: self.n_free].repeat_interleave(2)
         return both
 
+    def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
+        places = self.places(z, x)
+        along = places[:, self._ends[0]] - places[:, self._ends[1]]
+        distance = along.norm(dim=2)
+        tension = (theta["length"] / distance).unsqueeze(-1).unsqueeze(-1)
+        direction = along / distance.unsqueeze(-1)
+        unit = torch.eye(2, dtype=z.dtype, device=z.device)
+        across = unit - direction.unsqueeze(-1) * direction.unsqueeze(-2)
+        blocks = theta["stiffness"].reshape(-1, 1, 1) * (unit - tension * across)
+        return self._assembly.matrix([blocks.permute(0, 2, 3, 1).flatten(1)])
+
+    def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        places = self.places(z, x)
+        distance = (places[:, self._ends[0]] - places[:, self._ends[1]]).norm(dim=2)
+        return (theta["stiffness"] * torch.maximum(distance, theta["length"])).amax(1)
+
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
         theta = self.physical()
         places = self.places(z.unsqueeze(0), x)[0].detach()
@@ -109,3 +128,19 @@ class ElasticNetwork(PhysicalSystem):
         driven, nailed = places[self.n_free : first_nailed], places[first_nailed:]
         axes.plot(*driven.T.tolist(), ">", color="tab:orange", markersize=10, zorder=3)
         axes.plot(*nailed.T.tolist(), "^", color="black", markersize=8, zorder=3)
+
+
+def _spring_stamps(ends: Tensor, size: int) -> Stamps:
+    """Those of springs, which have a value for each pair of coordinates, pair by pair."""
+    first, second = ends
+    parts = []
+    for pair, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        outputs = Branches(2 * first + row, 2 * second + row)
+        stamps = Stamps.of_currents(outputs, Branches(2 * first + column, 2 * second + column), size)
+        parts.append((stamps, pair * ends.shape[1]))
+    return Stamps(
+        torch.cat([stamps.rows for stamps, _ in parts]),
+        torch.cat([stamps.columns for stamps, _ in parts]),
+        torch.cat([stamps.signs for stamps, _ in parts]),
+        torch.cat([stamps.branch + offset for stamps, offset in parts]),
+    )

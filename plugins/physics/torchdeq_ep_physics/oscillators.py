@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_physics.drawing import circle, graph
+from torchdeq_ep_physics.matrices import DenseMatrix
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta
 
 
@@ -18,6 +19,10 @@ class OscillatorNetwork(PhysicalSystem):
 
     Couplings are symmetric, `K_ij = K_ji`, of either sign. Without frequencies it is the XY model; with a lag that of
     Sakaguchi and Kuramoto, which is not reciprocal. The inputs are phases `x_k`.
+
+    Where pinning holds no phase of a group of coupled ones, their common rotation is free: the frame is then the one
+    that turns with the group, and its mean phase stays where the search starts. A loss may depend on phase differences
+    alone.
 
     Args:
         coupling: Initial `K`, of shape `(n, n)`; its symmetric part without the diagonal is taken.
@@ -30,13 +35,21 @@ class OscillatorNetwork(PhysicalSystem):
         InvalidOptionError: If shapes do not fit.
     """
 
+    largest_step = 1.0
+
+    origin = 2 * math.pi  # a phase is one among those of a turn, wherever zero is
+
+    advice = (
+        "Likeliest: the oscillators do not lock, because their frequencies differ by more than the couplings can hold. "
+        "Use stronger couplings or smaller frequencies."
+    )
+
     def __init__(
         self, coupling: Tensor, pinning: Tensor, frequency: Tensor | None = None, *, lag: float = 0.0, **options: Any
     ) -> None:
         n = len(coupling)
         if coupling.shape != (n, n) or pinning.dim() != 2 or len(pinning) != n:
             raise InvalidOptionError("coupling must have shape (n, n), and pinning (n, n_inputs).")
-        options.setdefault("solver", "anderson")
         super().__init__(n, **options)
         self.lag = lag
         self.coupling = nn.Parameter(coupling.clone())
@@ -65,21 +78,64 @@ class OscillatorNetwork(PhysicalSystem):
     def force(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         among = torch.sin(z.unsqueeze(1) - z.unsqueeze(2) - self.lag)
         pinned = torch.sin(x.unsqueeze(1) - z.unsqueeze(2))
-        return theta["frequency"] + (theta["coupling"] * among).sum(2) + (theta["pinning"] * pinned).sum(2)
+        force = theta["frequency"] + (theta["coupling"] * among).sum(2) + (theta["pinning"] * pinned).sum(2)
+        free = self.free_rotations(theta)
+        return force if free is None else force - force @ free
 
     def energy(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         if not self.reciprocal:
             raise NoEnergyError("oscillators whose couplings lag have no energy.")
         among = torch.cos(z.unsqueeze(1) - z.unsqueeze(2))
         pinned = torch.cos(x.unsqueeze(1) - z.unsqueeze(2))
-        return (
-            -(theta["coupling"] * among).sum((1, 2)) / 2
-            - (theta["pinning"] * pinned).sum((1, 2))
-            - (theta["frequency"] * z).sum(1)
-        )
+        free, frequency = self.free_rotations(theta), theta["frequency"]
+        if free is not None:
+            frequency = frequency - free @ frequency
+        coupled = (theta["coupling"] * among).sum((1, 2)) / 2
+        energy: Tensor = -coupled - (theta["pinning"] * pinned).sum((1, 2)) - (frequency * z).sum(1)
+        return energy
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
-        return 2 * theta["coupling"].abs().sum(1) + theta["pinning"].abs().sum(1)
+        return (2 * theta["coupling"].abs().sum(1) + theta["pinning"].abs().sum(1)).clamp_min(torch.finfo(z.dtype).eps)
+
+    def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> DenseMatrix:
+        coupled = theta["coupling"] * torch.cos(z.unsqueeze(1) - z.unsqueeze(2) - self.lag)
+        pinned = (theta["pinning"] * torch.cos(x.unsqueeze(1) - z.unsqueeze(2))).sum(2)
+        values = torch.diag_embed(coupled.sum(2) + pinned) - coupled
+        free = self.free_rotations(theta)
+        if free is not None:  # the common rotation is no instability, and no way for a nudge
+            values = values - free @ values + self.stiffness(z, theta, x).mean() * free
+        return DenseMatrix(values, values if self.reciprocal else None)
+
+    def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        among = (theta["coupling"] * torch.sin(z.unsqueeze(1) - z.unsqueeze(2) - self.lag)).abs().amax((1, 2))
+        pinned = (theta["pinning"] * torch.sin(x.unsqueeze(1) - z.unsqueeze(2))).abs().amax((1, 2))
+        largest = torch.maximum(torch.maximum(among, pinned), theta["frequency"].abs().amax())
+        # Where all phases agree every term is rounding.
+        unit = torch.maximum(theta["coupling"].abs().amax(), theta["pinning"].abs().amax())
+        return torch.maximum(largest, 1e-6 * unit)
+
+    def free_rotations(self, theta: Theta) -> Tensor | None:
+        """The common rotations that nothing pins.
+
+        Args:
+            theta: Physical parameters.
+
+        Returns:
+            The orthogonal projection on them, of shape `(n, n)`, or `None` if there are none.
+        """
+        is_pinned = (theta["pinning"].detach() != 0).any(1)
+        if bool(is_pinned.all()):
+            return None
+        is_coupled = (theta["coupling"].detach() != 0) | torch.eye(self.n_states, dtype=torch.bool)
+        group, before = torch.arange(self.n_states), None
+        while before is None or not torch.equal(group, before):  # the largest number that couplings lead to
+            before = group
+            group = torch.where(is_coupled, group, -1).amax(1)
+            group = group[group]
+        together = group.unsqueeze(1) == group
+        is_held = (together & is_pinned).any(1, keepdim=True)
+        projection = (together & ~is_held).to(theta["coupling"].dtype) / together.sum(1)
+        return projection if not bool(is_held.all()) else None
 
     def sketch(self, axes: Any, z: Tensor, x: Tensor) -> None:
         places = circle(self.n_states)

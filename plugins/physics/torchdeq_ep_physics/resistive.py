@@ -10,21 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_physics.diodes import GMIN as GMIN
+from torchdeq_ep_physics.diodes import NOMINAL, ZERO_CELSIUS, DiodeLaw
+from torchdeq_ep_physics.diodes import THERMAL_VOLTAGE as THERMAL_VOLTAGE
 from torchdeq_ep_physics.drawing import circle, graph
+from torchdeq_ep_physics.matrices import Matrix
+from torchdeq_ep_physics.stamps import Assembly, Branch, Branches, Stamps
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta, positive
 
-THERMAL_VOLTAGE = 1.38064852e-23 * 300.15 / 1.6021766208e-19
-"""`k T / q` at 27 degrees Celsius, with the constants of ngspice."""
-
-GMIN = 1e-12
-"""Conductance in parallel to each diode, as in SPICE."""
-
-_LARGEST_EXPONENT = 40.0  # beyond it a diode is continued linearly; no circuit gets there, only a search for one
-
-Branch = tuple[int, int]
+_PREPARED = "matrix of the linear branches"
+_MANY = 1_000_000  # currents of resistors in a batch: beyond it the largest is bounded from below
+_FULL = 0.02  # a matrix with so large a share of entries is faster to multiply with than its branches
 
 
 class ResistiveNetwork(PhysicalSystem):
@@ -43,12 +44,14 @@ class ResistiveNetwork(PhysicalSystem):
         amplifiers: Pairs of pairs `((plus, minus), (into, out_of))`: a current proportional to the voltage between
             `plus` and `minus` flows into the terminal `into`, taken from `out_of`. SPICE's element G.
         transconductance: That of each amplifier, in siemens; trained, as a logarithm.
-        saturation: Saturation current of the diodes, in amperes.
+        saturation: Saturation current of the diodes at 27 degrees Celsius, in amperes.
         ideality: Their ideality factor.
+        temperature: Of the diodes, in degrees Celsius: their law is then that of SPICE's silicon diode there.
         **options: As for [`PhysicalSystem`][torchdeq_ep_physics.PhysicalSystem]; the capacity is one of capacitances.
 
     Raises:
-        InvalidOptionError: If a terminal does not exist, or a conductance is not positive.
+        InvalidOptionError: If a terminal does not exist, a node is joined to no source or rail, or a conductance is not
+            positive.
 
     Example:
         >>> divider = ResistiveNetwork(1, 1, [(0, 1), (0, 2)], torch.tensor([1e-3, 3e-3]).double())
@@ -56,12 +59,8 @@ class ResistiveNetwork(PhysicalSystem):
         0.25
     """
 
-    largest_step = 0.5
+    advice = "Use smaller inputs or nudges; amplifiers in a loop may have no operating point, or none that is stable."
 
-    _resistor: Tensor
-    _diode: Tensor
-    _control: Tensor
-    _output: Tensor
     _rail: Tensor
 
     def __init__(
@@ -77,6 +76,7 @@ class ResistiveNetwork(PhysicalSystem):
         transconductance: Tensor | None = None,
         saturation: float = 1e-12,
         ideality: float = 1.5,
+        temperature: float = NOMINAL,
         **options: Any,
     ) -> None:
         super().__init__(n_nodes, **options)
@@ -95,16 +95,28 @@ class ResistiveNetwork(PhysicalSystem):
         self.rails = tuple(rails)
         self.resistors, self.diodes = list(resistors), list(diodes)
         self.amplifiers = list(amplifiers)
-        self.saturation, self.slope = saturation, ideality * THERMAL_VOLTAGE
-        self.ideality = ideality
+        if not (saturation > 0 and ideality > 0 and temperature > -ZERO_CELSIUS):
+            raise InvalidOptionError("saturation, ideality and the absolute temperature must be positive.")
+        self.saturation, self.ideality, self.temperature = saturation, ideality, temperature
+        self.diode_law = DiodeLaw.at(saturation, ideality, temperature)
         self.log_conductance = positive(conductance)
         self.log_transconductance: nn.Parameter | None = (
             None if transconductance is None else positive(transconductance)
         )
-        dtype = conductance.dtype
-        for name, branches in (("resistor", resistors), ("diode", diodes), ("control", controls), ("output", outputs)):
-            self.register_buffer(f"_{name}", _incidence(branches, terminals, dtype), persistent=False)
-        self.register_buffer("_rail", torch.tensor(self.rails, dtype=dtype), persistent=False)
+        self.register_buffer("_rail", torch.tensor(self.rails, dtype=conductance.dtype), persistent=False)
+        self._resistors, self._diodes = Branches.of(self.resistors), Branches.of(self.diodes)
+        self._both_held = (torch.minimum(self._resistors.first, self._resistors.second) >= n_nodes).nonzero().squeeze(1)
+        self._controls, outputs_of = Branches.of(controls), Branches.of(outputs)
+        # The current of an amplifier flows into its first output: minus what flows out of it.
+        self._outputs = Branches(outputs_of.second, outputs_of.first)
+        self._linear = {
+            "conductance": Stamps.of_currents(self._resistors, self._resistors, n_nodes),
+            "transconductance": Stamps.of_currents(self._outputs, self._controls, n_nodes),
+        }
+        diodes_stamps = Stamps.of_currents(self._diodes, self._diodes, n_nodes)
+        self._assembly = Assembly([*self._linear.values(), diodes_stamps], n_nodes, is_symmetric=not amplifiers)
+        self._is_full = sum(len(kind.rows) for kind in self._linear.values()) > _FULL * n_nodes * terminals
+        self._require_no_floating_node()
 
     @classmethod
     def layered(
@@ -166,10 +178,30 @@ class ResistiveNetwork(PhysicalSystem):
             **options,
         )
 
+    def _require_no_floating_node(self) -> None:
+        """Raise InvalidOptionError if a node is joined, by whatever branches, to no terminal of fixed voltage."""
+        pairs = torch.tensor([*self.resistors, *self.diodes], dtype=torch.long).reshape(-1, 2)
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        graph_of = csr_matrix((torch.ones(len(pairs)), pairs.T.numpy()), shape=(terminals, terminals))
+        _, group = connected_components(graph_of, directed=False)
+        held = set(group[self.n_states :].tolist())
+        floating = [node for node, own in enumerate(group[: self.n_states].tolist()) if own not in held]
+        if floating:
+            shown = ", ".join(str(node) for node in floating[:5]) + (", ..." if len(floating) > 5 else "")
+            raise InvalidOptionError(
+                f"no resistor or diode joins node {shown} to an input or a rail, not even by way of other nodes, so "
+                "its voltage is not determined. Give it a resistor to ground (a large one, 1e12 ohms, does)."
+            )
+
     @property
     def reciprocal(self) -> bool:  # type: ignore[override]
         """Whether there are no amplifiers."""
         return not self.amplifiers
+
+    @property
+    def largest_step(self) -> float:  # type: ignore[override]
+        """In volts. Without amplifiers the energy is convex, and tells how far a step may go."""
+        return 0.5 if self.amplifiers else float("inf")
 
     def physical(self) -> Theta:
         theta = {"conductance": self.log_conductance.exp()}
@@ -180,35 +212,98 @@ class ResistiveNetwork(PhysicalSystem):
     def force(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """The current into each free node, in amperes."""
         u = self.potentials(z, x)
-        into = -(theta["conductance"] * (u @ self._resistor.T)) @ self._resistor
-        into = into - self.diode_current(u @ self._diode.T) @ self._diode
-        if self.amplifiers:
-            into = into + (theta["transconductance"] * (u @ self._control.T)) @ self._output
-        return into[:, : self.n_states]
+        terminals = u.shape[1]
+        out = self._diodes.at_ends(self.diode_current(self._diodes.across(u)), terminals, -1.0)[:, : self.n_states]
+        if self._is_full:
+            return -(out + u @ self._matrix(theta).T)
+        for name, values in theta.items():
+            if name in self._linear:
+                flows = self._resistors if name == "conductance" else self._outputs
+                controls = self._resistors if name == "conductance" else self._controls
+                out = out + flows.at_ends(values * controls.across(u), terminals, -1.0)[:, : self.n_states]
+        return -out
 
     def energy(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         if self.amplifiers:
             raise NoEnergyError("a network with amplifiers has no energy: their current does not flow back.")
         u = self.potentials(z, x)
-        v = u @ self._diode.T
-        bounded = (v / self.slope).clamp_max(_LARGEST_EXPONENT)
-        beyond = v - self.slope * bounded
-        knee = self.saturation * torch.exp(bounded)
-        diodes = self.slope * knee + knee * (beyond + beyond**2 / (2 * self.slope)) - self.saturation * v
-        resistors = theta["conductance"] * (u @ self._resistor.T) ** 2 / 2
-        return resistors.sum(1) + (diodes + GMIN * v**2 / 2).sum(1)
+        return self._heat(u, theta) / 2 + self.diode_law.content(self._diodes.across(u)).sum(1)
+
+    def prepared(self, theta: Theta) -> Theta:
+        return {**theta, _PREPARED: self._matrix(theta)} if self._is_full else theta
+
+    def _matrix(self, theta: Theta) -> Tensor:
+        """Currents out of the nodes by voltages of all terminals, but for the diodes; `(n_nodes, terminals)`."""
+        if _PREPARED in theta:
+            return theta[_PREPARED]
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        matrix = self._linear["conductance"].dense(theta["conductance"], self.n_states, terminals)
+        if self.amplifiers:
+            matrix = matrix + self._linear["transconductance"].dense(
+                theta["transconductance"], self.n_states, terminals
+            )
+        return matrix
+
+    def _heat(self, u: Tensor, theta: Theta) -> Tensor:
+        """The power that the resistors turn into heat, in watts."""
+        conductance = theta["conductance"]
+        if not self._is_full:
+            return (conductance * self._resistors.across(u).square()).sum(1)
+        # As a quadratic form: far fewer entries than branches times samples.
+        n = self.n_states
+        z, held = u[:, :n], u[:, n:]
+        matrix = self._matrix(theta)
+        among_free = (z * (z @ matrix[:, :n].T + 2 * held @ matrix[:, n:].T)).sum(1)
+        at_held = self._resistors.at_ends(conductance.unsqueeze(0), u.shape[1])[:, n:]
+        between = self._resistors.pick(self._both_held)
+        crossed = u.index_select(1, between.first) * u.index_select(1, between.second)
+        at_held_ones = (at_held * held.square()).sum(1) - 2 * (conductance[self._both_held] * crossed).sum(1)
+        power: Tensor = among_free + at_held_ones
+        return power
 
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
-        bounded = (self.potentials(z, x) @ self._diode.T / self.slope).clamp_max(_LARGEST_EXPONENT)
-        slopes = self.saturation / self.slope * torch.exp(bounded) + GMIN
-        total = theta["conductance"] @ self._resistor.abs() + slopes @ self._diode.abs()
-        return total[:, : self.n_states]
+        slopes = self.diode_law.conductance(self.diode_voltages(z, x))
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        of_resistors = self._resistors.at_ends(theta["conductance"].unsqueeze(0), terminals)
+        return (of_resistors + self._diodes.at_ends(slopes, terminals))[:, : self.n_states]
+
+    def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
+        slopes = self.diode_law.conductance(self.diode_voltages(z, x))
+        transconductance = theta["transconductance"] if self.amplifiers else z.new_zeros(0)
+        return self._assembly.matrix([theta["conductance"], transconductance, slopes])
+
+    def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        u = self.potentials(z, x)
+        currents = [self.diode_current(self._diodes.across(u))]
+        if self._is_full and len(self.resistors) * len(u) > _MANY:
+            currents.append(self._typical_current(u, theta))
+        else:
+            currents.append(theta["conductance"] * self._resistors.across(u))
+        if self.amplifiers:
+            currents.append(theta["transconductance"] * self._controls.across(u))
+        return torch.cat(currents, 1).abs().amax(1)
+
+    def _typical_current(self, u: Tensor, theta: Theta) -> Tensor:
+        """At each node less than the largest current of its resistors, from the heat of them all."""
+        n = self.n_states
+        matrix = self._linear["conductance"].dense(theta["conductance"], n, u.shape[1])
+        # At a free node sum_j g_j (u - u_j)^2; the matrix has minus g_j, and the sum of all at the node itself.
+        total = matrix[:, :n].diagonal()
+        around = matrix.clone()
+        around[:, :n].fill_diagonal_(0.0)
+        z = u[:, :n]
+        heat = total * z.square() + 2 * z * (u @ around.T) - u.square() @ around.T
+        count = (matrix != 0).sum(1).clamp_min(1)
+        width = (u.amax(1, keepdim=True) - u.amin(1, keepdim=True)).clamp_min(torch.finfo(u.dtype).tiny)
+        return heat.clamp_min(0.0) / count / width
 
     def diode_current(self, v: Tensor) -> Tensor:
-        """Shockley's law with SPICE's parallel conductance; ngspice's differs by less than `0.05 saturation`."""
-        bounded = (v / self.slope).clamp_max(_LARGEST_EXPONENT)
-        knee = torch.exp(bounded)
-        return self.saturation * (knee * (1 + v / self.slope - bounded) - 1) + GMIN * v
+        """The current of a diode at a voltage, in amperes, by its [law][torchdeq_ep_physics.DiodeLaw]."""
+        return self.diode_law.current(v)
+
+    def diode_voltages(self, z: Tensor, x: Tensor) -> Tensor:
+        """The voltage across each diode, of shape `(batch, len(diodes))`."""
+        return self._diodes.across(self.potentials(z, x))
 
     def potentials(self, z: Tensor, x: Tensor) -> Tensor:
         """Voltages of all terminals: nodes, inputs, rails."""
@@ -221,7 +316,7 @@ class ResistiveNetwork(PhysicalSystem):
         terminals = [end for branch in (*self.resistors, *self.diodes) for end in branch]
         shown = sorted(set(terminals))
         conductance = self.physical()["conductance"].detach()
-        current = (conductance * (u @ self._resistor.T)).abs()
+        current = (conductance * self._resistors.across(u.unsqueeze(0))[0]).abs()
         places = circle(len(u))
         graph(axes, places, shown, self.resistors, current, u, "voltage (V)", arrows=self.diodes)
 
@@ -240,10 +335,3 @@ def differential(x: Tensor) -> Tensor:
         tensor([[ 1.,  2., -1., -2.]])
     """
     return torch.cat([x, -x], 1)
-
-
-def _incidence(branches: Sequence[Branch], terminals: int, dtype: torch.dtype) -> Tensor:
-    matrix = torch.zeros(len(branches), terminals, dtype=dtype)
-    for row, (start, end) in enumerate(branches):
-        matrix[row, start], matrix[row, end] = 1.0, -1.0
-    return matrix

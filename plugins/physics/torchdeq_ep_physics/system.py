@@ -13,21 +13,19 @@ from torchdeq.solver import get_solver
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.extend import ModeLike, RelaxedMode
+from torchdeq_ep.extend import ModeLike, RelaxedMode, check_choice
+from torchdeq_ep_physics.annealing import Annealing
+from torchdeq_ep_physics.checks import OnFailure, StateReport, measured, speak_up
 from torchdeq_ep_physics.drawing import figure
+from torchdeq_ep_physics.matrices import DenseMatrix, Matrix
+from torchdeq_ep_physics.newton import Search, Settled, find, stability
+from torchdeq_ep_physics.nudges import by_factor
 
 Theta = dict[str, Tensor]
-
-_NEWTON_STEPS = 200
-_CLOSE = 1e3
 
 
 class NoEnergyError(EPError, TypeError):
     """The force of a system is not the gradient of any energy."""
-
-
-class NoEquilibriumError(EPError, RuntimeError):
-    """The search for an equilibrium of a physical network did not converge."""
 
 
 class PhysicalSystem(nn.Module, ABC):
@@ -37,15 +35,22 @@ class PhysicalSystem(nn.Module, ABC):
     `capacity dz/dt = force`; [`map`][torchdeq_ep_physics.PhysicalSystem.map] is a step of that flow. Parameters are
     kept so that they stay physical: [`physical`][torchdeq_ep_physics.PhysicalSystem.physical] returns positive ones.
 
+    The force and the stability of every state are measured: [`last`][torchdeq_ep_physics.PhysicalSystem.last] has them.
+    A state that is no equilibrium is an error, and an unstable one a warning.
+
     Args:
         n_states: Entries of the state of one sample.
-        solver: How the free phase is solved: `"newton"`, by dense implicit steps, or the name of a torchdeq solver.
+        solver: `"newton"`, for the free phase and the nudged ones, on the network's own matrix; or the name of a
+            torchdeq solver for the free phase, while the backward mode has its own.
         backward: Backward mode, by name or as a mode; the metric is added to it.
         capacity: Capacitance or viscosity of each entry; positive, of shape `(n_states,)`. By default each entry has
             the one with which it would relax in a single step if the others stood still.
         step: Length of a step of the flow, in units of time if a capacity is given.
         max_iter: Largest number of steps of a torchdeq solver, and of the backward mode.
         tol: Tolerance of a torchdeq solver.
+        annealing: Thermal motion before the search, which finds lower minima of a rugged energy; `None` for none.
+        on_failure: `"raise"` raises where no equilibrium is found; `"warn"` returns the states as they are, with a
+            warning.
     """
 
     reciprocal = True
@@ -54,7 +59,16 @@ class PhysicalSystem(nn.Module, ABC):
     capacity: Tensor | None
 
     largest_step: float = float("inf")
-    """No entry moves further in one implicit step."""
+    """No entry moves further in one step of Newton's method."""
+
+    origin: float = 0.0
+    """Added to a state before its size is asked for: a relative nudge moves it by a share of that size."""
+
+    advice: str = "Use smaller inputs or nudges, or another start."
+    """What is likely to be wrong where no equilibrium is found, and what to do."""
+
+    last: StateReport | None = None
+    """What was measured of the states that were last returned."""
 
     def __init__(
         self,
@@ -66,18 +80,23 @@ class PhysicalSystem(nn.Module, ABC):
         step: float = 1.0,
         max_iter: int = 500,
         tol: float = 1e-10,
+        annealing: Annealing | None = None,
+        on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
         if capacity is not None and (capacity.shape != (n_states,) or not bool((capacity > 0).all())):
             raise InvalidOptionError(f"capacity must be a positive tensor of shape ({n_states},).")
         if not step > 0:
             raise InvalidOptionError(f"step must be positive, not {step!r}.")
+        check_choice("on_failure", on_failure, ("raise", "warn"))
         self.n_states = n_states
         self.solver = solver
         self.backward = backward
         self.step = step
         self.max_iter = max_iter
         self.tol = tol
+        self.annealing = annealing
+        self.on_failure: OnFailure = on_failure
         self.register_buffer("capacity", capacity)
 
     @abstractmethod
@@ -99,6 +118,31 @@ class PhysicalSystem(nn.Module, ABC):
     @abstractmethod
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """A positive scale of `-d force_i / d z_i`, of a shape that broadcasts to the state."""
+
+    def prepared(self, theta: Theta) -> Theta:
+        """The parameters, and whatever of them is worth computing only once in a search for an equilibrium."""
+        return theta
+
+    def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
+        """`-d force / d z` of each sample."""
+
+        def one(z: Tensor, x: Tensor) -> Tensor:
+            return -self.force(z.unsqueeze(0), theta, x.unsqueeze(0)).squeeze(0)
+
+        values = torch.vmap(torch.func.jacrev(one))(z, x)
+        return DenseMatrix(values, values if self.reciprocal else None)
+
+    def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        """The largest of the terms that make up the force of each sample, which a net force is compared with."""
+        return (self.stiffness(z, theta, x) * z).abs().amax(1)
+
+    def conjugate(self, z: Tensor) -> Tensor:
+        """The coordinate by which the negative gradient of the energy is the force."""
+        return z
+
+    def conjugate_slope(self, z: Tensor) -> Tensor:
+        """Its derivative by the state, positive, entry by entry."""
+        return torch.ones_like(z)
 
     def start(self, x: Tensor) -> Tensor:
         """Where the search for the free equilibrium starts."""
@@ -150,35 +194,41 @@ class PhysicalSystem(nn.Module, ABC):
             The state, of shape `(batch, n_states)`.
 
         Raises:
-            NoEquilibriumError: If the implicit steps do not converge.
+            NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
-        values = {name: value.detach() for name, value in (self.physical() if theta is None else theta).items()}
-        if self.solver == "newton":
-            return self._newton(x.detach(), current, values, self.start(x) if start is None else start)
-        flow, x = self.map(x.detach(), values), x.detach()
-        z = self.start(x) if start is None else start
+        return self._solved(x, current, self.physical() if theta is None else theta, start).z
 
-        def nudged(z: Tensor) -> Tensor:
-            return flow(z) + self.mobility(z, values, x) * current
-
-        options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "stop_mode": "rel"}
-        solution: Tensor = get_solver(self.solver)(nudged, z, **options)[0]
-        return solution
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
         """The free equilibrium, with the gradient of the backward mode.
 
         Args:
             x: Input of shape `(batch, ...)`.
+            start: Where the search starts, by default at [`start`][torchdeq_ep_physics.PhysicalSystem.start].
 
         Returns:
             The state, of shape `(batch, n_states)`.
+
+        Raises:
+            NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
         theta = self.physical()
-        z = self.equilibrium(x, theta=theta)
-        return tep.attach(self.map(x, theta), z, backward=self.mode(x, theta))
+        found = self._solved(x, 0.0, theta, start)
+        z = found.z
+        if not torch.is_grad_enabled():
+            return z
+        mode = self.mode(x, theta)
+        if self.solver == "newton" and isinstance(mode, RelaxedMode) and mode.solver is None:
+            with torch.no_grad():
+                mobility, metric = (quantity(z, theta, x).detach() for quantity in (self.mobility, self.metric))
+            mode = by_factor(mode, found.stability.factor, mobility, metric)
+        return tep.attach(self.map(x, theta), z + self.origin, backward=mode) - self.origin
 
-    def mode(self, x: Tensor, theta: Theta | None = None, backward: str | ModeLike | None = None) -> ModeLike:
+    def mode(
+        self,
+        x: Tensor,
+        theta: Theta | None = None,
+        backward: str | ModeLike | None = None,
+    ) -> ModeLike:
         """The backward mode with the metric of this system at an input.
 
         Args:
@@ -192,11 +242,11 @@ class PhysicalSystem(nn.Module, ABC):
         mode = tep.get_backward(self.backward if backward is None else backward)
         if isinstance(mode, RelaxedMode) and mode.max_iter is None:
             mode = replace(mode, max_iter=self.max_iter)
-        if not isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) or mode.metric is not None:
-            return mode
         values = {name: value.detach() for name, value in (self.physical() if theta is None else theta).items()}
         held = x.detach()
-        return replace(mode, metric=lambda z: self.metric(z, values, held))
+        if isinstance(mode, (tep.EquilibriumPropagation, tep.InfinitesimalEP)) and mode.metric is None:
+            mode = replace(mode, metric=lambda z: self.metric(z, values, held))
+        return mode
 
     def plot(self, path: str, x: Tensor, cotangent: Tensor, amplitude: float = 0.1) -> None:
         """Draw one sample in its free state and nudged along a cotangent.
@@ -225,36 +275,34 @@ class PhysicalSystem(nn.Module, ABC):
         axes.bar(range(self.n_states), z.tolist(), color="tab:blue")
         axes.set_xlabel("entry of the state")
 
-    def _newton(self, x: Tensor, current: Tensor | float, theta: Theta, z: Tensor) -> Tensor:
-        """Implicit steps of the flow, which become Newton's as the force vanishes and the steps grow.
+    @torch.no_grad()
+    def _solved(self, x: Tensor, current: Tensor | float, theta: Theta, start: Tensor | None) -> Settled:
+        """A state, found, measured and spoken of."""
+        values = {name: value.detach() for name, value in theta.items()}
+        x = x.detach()
+        z = (self.start(x) if start is None else start).detach()
+        force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
+        problem = Search(self, self.prepared(values), x.expand(len(z), *x.shape[1:]), force)
+        if self.annealing is not None:
+            z = self.annealing.run(problem, z)
+        if self.solver == "newton":
+            found = find(problem, z)
+        else:
+            z = self._by_torchdeq(problem, z)
+            found = Settled(z, stability(problem, z), 0, 0)
+        self.last = measured(problem, found)
+        speak_up(self.last, type(self).__name__, self.advice, self.on_failure)
+        return found
 
-        Pseudo-transient continuation (Kelley & Keyes 1998): unlike Newton's method it does not run into a saddle, and
-        it needs no good start.
-        """
+    def _by_torchdeq(self, problem: Search, z: Tensor) -> Tensor:
+        flow = self.map(problem.x, problem.theta)
 
-        def one(z: Tensor, x: Tensor) -> Tensor:
-            return self.force(z.unsqueeze(0), theta, x.unsqueeze(0)).squeeze(0)
+        def nudged(z: Tensor) -> Tensor:
+            return flow(z) + self.mobility(z, problem.theta, problem.x) * problem.current
 
-        slope = torch.vmap(torch.func.jacrev(one))
-        r = self.force(z, theta, x) + current
-        duration = torch.ones(len(z), 1).to(z)
-        for _ in range(_NEWTON_STEPS):
-            friction = self.stiffness(z, theta, x).expand(z.shape) / duration
-            move = torch.linalg.solve(torch.diag_embed(friction) - slope(z, x), r)
-            longest = move.abs().amax(1, keepdim=True)
-            z = z + move * (self.largest_step / longest).clamp_max(1.0)
-            before, r = r, self.force(z, theta, x) + current
-            if float(longest.max()) <= _CLOSE * torch.finfo(z.dtype).eps * max(1.0, float(z.abs().max())):
-                return z
-            if not bool(torch.isfinite(z).all()):
-                break
-            gain = before.norm(dim=1, keepdim=True) / r.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-            duration = (duration * gain.clamp(0.3, 10.0)).clamp(1e-2, 1e12)
-        raise NoEquilibriumError(
-            f"no equilibrium of {type(self).__name__} was found in {_NEWTON_STEPS} implicit steps: the largest force "
-            f"left is {float(r.abs().max()):.1e}. Use smaller inputs or nudges, or a torchdeq solver "
-            "(solver='anderson')."
-        )
+        options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "stop_mode": "rel"}
+        solution: Tensor = get_solver(self.solver)(nudged, z, **options)[0]
+        return solution
 
 
 def positive(values: Tensor) -> nn.Parameter:
