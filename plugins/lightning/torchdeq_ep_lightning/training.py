@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
@@ -24,13 +23,18 @@ from torchdeq_ep.extend import check_count, unknown_name, write_text
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
 from torchdeq_ep_lightning.module import VectorFieldClassifier
+from torchdeq_ep_lightning.resuming import BEFORE, CHECKPOINT, Record, Saver, newest_checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
 RESULT = "result.json"
 _CONFIG = "config.yaml"
-_CHECKPOINT = "last.ckpt"
 # What may differ between the two halves of a resumed run.
-_FREE_KEYS = ("out", "fresh", "quiet", "config", "trainer.enable_progress_bar", "trainer.enable_model_summary")
+_FREE_KEYS = (
+    *("out", "fresh", "quiet", "config", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("checkpoint_every", "data.workers", "data.cache"),
+)
+# What may only grow: how far a run goes. `None` and -1 are without an end.
+_EXTENT = ("trainer.max_epochs", "trainer.max_steps")
 _ALIASES = {"--seed": "--seed_everything"}
 
 
@@ -56,46 +60,6 @@ class Result:
     def last(self) -> dict[str, float]:
         """Measurements at the end."""
         return self.history[-1]
-
-
-class Record(Checkpoint):
-    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption.
-
-    As one of Lightning's checkpoints it comes last, so that it sees what the module's own hooks log.
-    """
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self._place: dict[str, int] | None = None
-        self._seconds = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
-        # Lightning forgets the place of a loader that was asked for its length before the checkpoint was read, as the
-        # cosine schedule does.
-        if self._place is not None:
-            cast(Any, trainer.train_dataloader).load_state_dict(self._place)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["place_in_epoch"] = cast(Any, trainer.train_dataloader).state_dict()
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._place = checkpoint["place_in_epoch"]
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": self._elapsed(), **measured}
-        self.history = [*self.history[: trainer.current_epoch], row]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self._elapsed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history, self._seconds = list(state_dict["history"]), state_dict["seconds"]
-
-    def _elapsed(self) -> float:
-        return self._seconds + (time.perf_counter() - self._since if self._since else 0.0)
 
 
 class TrainCLI(LightningCLI):
@@ -135,14 +99,9 @@ class TrainCLI(LightningCLI):
         config = self.config
         out = Path(config.out)
         self.record = Record()
-        checkpoint = ModelCheckpoint(
-            out,
-            filename=_CHECKPOINT.removesuffix(".ckpt"),
-            every_n_train_steps=config.checkpoint_every,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        extra: list[Callback] = [NudgeStats(), self.record, checkpoint]
+        self.resumed = newest_checkpoint(out, speak=_leads())
+        saver = Saver(out, config.checkpoint_every, self.resumed)
+        extra: list[Callback] = [NudgeStats(), self.record]
         if config.trainer.enable_progress_bar is None and config.quiet:
             kwargs["enable_progress_bar"] = False
         elif config.trainer.enable_progress_bar is not False:
@@ -153,6 +112,8 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = [CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")]
         extra_callbacks = [self._get(self.config_init, key) for key in self.parser.callback_keys]
         settings = {**self.config_init.trainer, **kwargs, "default_root_dir": str(out)}
+        theirs = settings["callbacks"] or []
+        settings["callbacks"] = [saver, *(theirs if isinstance(theirs, list) else [theirs])]
         return self._instantiate_trainer(settings, [*extra_callbacks, *extra])
 
 
@@ -209,16 +170,16 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
         cli = _configure(path, arguments)
         config = cli.config
         out = Path(config.out)
-        finished = _read_result(out) if not config.fresh else None
+        finished = _read_result(out, _extent(config)) if not config.fresh else None
         if finished is not None:
             return finished
         cli.instantiate()
         trainer = cli.trainer
-        last = out / _CHECKPOINT
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+        resumed = None if cli.resumed is None else str(cli.resumed)
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=False)
         result = Result(path.stem, config.backward, config.seed_everything, tuple(cli.record.history), out)
         if trainer.is_global_zero and trainer.state.finished:
-            plain = {**vars(result), "out": str(out)}
+            plain = {**vars(result), "out": str(out), "extent": _extent(config)}
             write_text(out / RESULT, json.dumps(plain, indent=1) + "\n")
     return result
 
@@ -252,28 +213,61 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
     out = Path(config.out)
     plain = yaml.safe_load(cli.parser.dump(config, skip_link_targets=True, format="yaml"))
     saved = out / _CONFIG
-    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
-    if saved.is_file() and not config.fresh:
-        _refuse_other(yaml.safe_load(saved.read_text(encoding="utf-8")), plain, out)
-    elif leader:
+    before = None if config.fresh else _saved_configuration(saved)
+    if before is not None:
+        _refuse_other(before, plain, out)
+    if _leads() and plain != before:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidOptionError(f"cannot make the directory {out}: {error}") from error
-        for stale in (RESULT, _CHECKPOINT):
+        for stale in (RESULT, CHECKPOINT, BEFORE) if before is None else ():
             (out / stale).unlink(missing_ok=True)
         write_text(saved, yaml.safe_dump(plain, sort_keys=False))
     return cli
 
 
+def _leads() -> bool:
+    """Whether this process is the first of a run: the one that writes and speaks."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def _saved_configuration(path: Path) -> dict[str, Any] | None:
+    """That of the run in this directory, `None` if there is no run."""
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidOptionError(
+            f"{path} is damaged, so nobody can tell which run is in this directory: put back the file, give another "
+            "--out, or --fresh true to start over."
+        )
+    return found
+
+
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     one, other = _flat(before), _flat(now)
     for key in sorted(one.keys() | other.keys()):
-        if key not in _FREE_KEYS and one.get(key) != other.get(key):
-            raise InvalidOptionError(
-                f"{out} holds a run with {key}={one.get(key)!r}, which cannot be resumed with {other.get(key)!r}: give "
-                "another --out, or --fresh true to start over."
-            )
+        was, wanted = one.get(key), other.get(key)
+        if key in _FREE_KEYS or was == wanted or (key in _EXTENT and _is_more(wanted, was)):
+            continue
+        raise InvalidOptionError(
+            f"{out} holds a run with {key}={was!r}, which cannot be resumed with {wanted!r}: "
+            + ("a run can be made longer, not shorter. Give " if key in _EXTENT else "give ")
+            + "another --out, or --fresh true to start over."
+        )
+
+
+def _is_more(one: int | None, other: int | None) -> bool:
+    endless = (None, -1)
+    return one in endless or (other not in endless and one > other)
+
+
+def _extent(config: Any) -> dict[str, int | None]:
+    return {key: config[key] for key in _EXTENT}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -286,12 +280,15 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _read_result(out: Path) -> Result | None:
+def _read_result(out: Path, extent: dict[str, int | None]) -> Result | None:
+    """The result of a finished run, `None` if there is none, or if it has been made longer since."""
     try:
         plain = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if plain.get("extent", extent) != extent:
+            return None
+        return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
 
 
 # Lightning's advice on matters that this package has decided. Each with what it is about.
