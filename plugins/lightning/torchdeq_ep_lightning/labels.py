@@ -116,6 +116,7 @@ def _check(column: LabelColumn, names: tuple[str, ...] | None) -> None:
             raise DataError(
                 f"{column.place(row)} has the label {value!r}; labels are whole numbers from 0 on, or all of them "
                 "strings."
+            )
         if names is not None and value >= len(names):
             raise DataError(
                 f"{column.place(row)} has the label {value!r}, but {column.origin} names {len(names)} classes."
