@@ -17,7 +17,8 @@ import yaml
 
 from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep_lightning.training import _configure, _quiet_lightning, find_recipe, recipes, run
+from torchdeq_ep_lightning.quiet import quiet_lightning
+from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
 
 TINY = [
     *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
@@ -214,6 +215,6 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
 
 def weights_at_start(options: list[str], out: Path) -> dict[str, torch.Tensor]:
     cli = _configure(find_recipe("digits-mlp"), [*options[2:], "--out", str(out)])
-    with _quiet_lightning():
+    with quiet_lightning():
         cli.instantiate()
     return {key: value.double() for key, value in cli.model.state_dict().items()}

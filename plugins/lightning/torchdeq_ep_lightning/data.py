@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from torchdeq_ep.errors import DataError, InvalidOptionError
 from torchdeq_ep.extend import check_count
 from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Samples
 from torchdeq_ep_lightning.decoding import Reading
+from torchdeq_ep_lightning.flavour import LightningDataModule
 from torchdeq_ep_lightning.images import DIGITS, Images, StreamedImages, load_images
 
 

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from torchdeq_ep import nudge_loss
@@ -16,6 +15,7 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import EquilibriumRule, check_choice, check_count, deqs_of, find_solver
 from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_sigmoid
 from torchdeq_ep_lightning.callbacks import Means
+from torchdeq_ep_lightning.flavour import LightningModule
 
 ActivationName = Literal["shifted-sigmoid", "dsilu"]
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+
+from torchdeq_ep_lightning.flavour import Callback, Checkpoint, LightningModule, Trainer
 
 CHECKPOINT = "last.ckpt"
 BEFORE = "before.ckpt"

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import logging
 import os
-import warnings
+import re
+from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_count, unknown_name, write_text
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
+from torchdeq_ep_lightning.flavour import (
+    Callback,
+    CSVLogger,
+    LightningArgumentParser,
+    LightningCLI,
+    RichProgressBar,
+    TensorBoardLogger,
+    Trainer,
+)
 from torchdeq_ep_lightning.module import VectorFieldClassifier
+from torchdeq_ep_lightning.quiet import quiet_lightning
 from torchdeq_ep_lightning.resuming import BEFORE, CHECKPOINT, Record, Saver, newest_checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -35,6 +41,8 @@ _FREE_KEYS = (
 )
 # What may only grow: how far a run goes. `None` and -1 are without an end.
 _EXTENT = ("trainer.max_epochs", "trainer.max_steps")
+# Options that stand for all below them.
+_SECTIONS = ("--model", "--data", "--swap", "--homeostasis", "--alignment", "--trainer")
 _ALIASES = {"--seed": "--seed_everything"}
 
 
@@ -65,6 +73,8 @@ class Result:
 class TrainCLI(LightningCLI):
     """Lightning's command line with the options of this package: modes, homeostasis, measurements, results."""
 
+    further: Sequence[Callback] = ()
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--backward", type=str | dict[int, str], default="ep", help="mode, or modes by epoch")
         parser.add_argument("--out", type=str | None, default=None, help="directory of the results")
@@ -84,7 +94,12 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's own warns if the process has other arguments
+        # Lightning's own warns if the process has other arguments.
+        refuse_unknown_options(args, [name for action in parser._actions for name in action.option_strings])
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise InvalidOptionError(_first_words(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config
@@ -114,7 +129,43 @@ class TrainCLI(LightningCLI):
         settings = {**self.config_init.trainer, **kwargs, "default_root_dir": str(out)}
         theirs = settings["callbacks"] or []
         settings["callbacks"] = [saver, *(theirs if isinstance(theirs, list) else [theirs])]
-        return self._instantiate_trainer(settings, [*extra_callbacks, *extra])
+        return self._instantiate_trainer(settings, [*extra_callbacks, *extra, *self.further])
+
+
+def refuse_unknown_options(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse an option that does not exist, and name the nearest that does.
+
+    Args:
+        arguments: As on the command line.
+        known: The options that exist. What lies below one of them, as `--trainer.logger.class_path`, is not looked at.
+
+    Raises:
+        InvalidOptionError: If there is one.
+
+    Example:
+        >>> refuse_unknown_options(["--model.lr", "0.1"], ["--model", "--model.lr"])
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].removesuffix("+")
+        below = any(name.startswith(f"{option}.") for option in known if option not in _SECTIONS)
+        if name.startswith("--") and len(name) > 2 and name not in known and not below:
+            # Under another section the last part may be the same: --lr is --model.lr.
+            near = difflib.get_close_matches(name, known, n=1) or [
+                option for option in known if option.rpartition(".")[2] == name.removeprefix("--")
+            ]
+            also = f" Did you mean {near[0]!r}?" if near else ""
+            raise InvalidOptionError(
+                f"unknown option {name!r}.{also} `torchdeq-ep train RECIPE --print_config` writes all there are."
+            )
+
+
+def _first_words(message: str, parser: LightningArgumentParser) -> str:
+    """An error of the parser's, with the nearest key where one of a recipe does not exist."""
+    unknown = re.search(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected|'([\w.]+)' is not expected", message)
+    name = next(filter(None, unknown.groups()), "") if unknown else ""
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1) if name else []
+    return f"{message.rstrip('.')}.{f' Did you mean {near[0]!r}?' if near else ''}"
 
 
 def recipes() -> dict[str, Path]:
@@ -149,12 +200,28 @@ def find_recipe(name: str) -> Path:
     raise InvalidOptionError(f"{unknown_name('recipe', name, known)} Or give the path of a YAML file.")
 
 
-def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
+def check(recipe: str, overrides: Sequence[str] = ()) -> None:
+    """Refuse what [`run`][torchdeq_ep_lightning.training.run] would refuse before it reads data; nothing is written.
+
+    Args:
+        recipe: As for `run`.
+        overrides: As for `run`.
+
+    Raises:
+        InvalidOptionError: If the recipe does not exist, or an option is not acceptable.
+    """
+    path = find_recipe(recipe)
+    with quiet_lightning():
+        _parse(path, [_ALIASES.get(argument, argument) for argument in overrides]).before_instantiate_classes()
+
+
+def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Result:
     """Train a recipe, resume it, or return its result if it is finished.
 
     Args:
         recipe: Name of a recipe, or the path of a YAML file.
         overrides: Options in the form of the command line, e.g. `["--backward", "hep", "--model.angle", "90"]`.
+        callbacks: Further ones.
 
     Returns:
         The measurements.
@@ -162,21 +229,27 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
     Raises:
         InvalidOptionError: If the recipe does not exist, an option is not acceptable, or the directory holds a run of
             another configuration.
-        SystemExit: If an option cannot be parsed; the message on standard error names the key.
+        KeyboardInterrupt: After Ctrl-C; the same call goes on from the last checkpoint.
     """
     path = find_recipe(recipe)
     arguments = [_ALIASES.get(argument, argument) for argument in overrides]
-    with _quiet_lightning():
+    with quiet_lightning():
         cli = _configure(path, arguments)
         config = cli.config
         out = Path(config.out)
         finished = _read_result(out, _extent(config)) if not config.fresh else None
         if finished is not None:
             return finished
+        cli.further = list(callbacks)
         cli.instantiate()
         trainer = cli.trainer
         resumed = None if cli.resumed is None else str(cli.resumed)
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=False)
+        try:
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=False)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from stop
+            raise
         result = Result(path.stem, config.backward, config.seed_everything, tuple(cli.record.history), out)
         if trainer.is_global_zero and trainer.state.finished:
             plain = {**vars(result), "out": str(out), "extent": _extent(config)}
@@ -194,8 +267,8 @@ class _Cli(TrainCLI):
         super().instantiate_classes()
 
 
-def _configure(path: Path, arguments: list[str]) -> _Cli:
-    cli = _Cli(
+def _parse(path: Path, arguments: list[str]) -> _Cli:
+    return _Cli(
         VectorFieldClassifier,
         ImageData,
         save_config_callback=None,
@@ -205,7 +278,12 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
         load_from_checkpoint_support=False,
         args=["--config", str(path), *arguments],
         run=False,
+        parser_kwargs={"exit_on_error": False},
     )
+
+
+def _configure(path: Path, arguments: list[str]) -> _Cli:
+    cli = _parse(path, arguments)
     config = cli.config
     if config.out is None:
         slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in str(config.backward))
@@ -289,43 +367,3 @@ def _read_result(out: Path, extent: dict[str, int | None]) -> Result | None:
         return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-
-# Lightning's advice on matters that this package has decided. Each with what it is about.
-_NOISE = (
-    ".*does not have many workers.*",  # batches are slices of tensors in memory
-    ".*Checkpoint directory .* exists and is not empty.*",  # resumption is what it is for
-    ".*number of training batches .* is smaller than the logging interval.*",  # epochs are logged in any case
-    # Deprecations inside Lightning.
-    ".*treespec, LeafSpec.*",
-    r"\s*``instantiate_classes`` was deprecated",
-    r"\s*By default only one JsonargparseDeprecationWarning",
-)
-
-
-# What these say at every start: the seed, the devices, advertisements.
-_CHATTY = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero", "lightning_fabric")
-
-
-@contextmanager
-def _quiet_lightning() -> Any:
-    chatty = [(logger, logger.level) for logger in map(logging.getLogger, _CHATTY)]
-    for logger, _ in chatty:
-        logger.setLevel(logging.WARNING)
-    try:
-        with _filtered():
-            yield
-    finally:
-        for logger, level in chatty:
-            logger.setLevel(level)
-
-
-@contextmanager
-def _filtered() -> Any:
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message)
-        # One line for every other step of a long run: NudgeStats counts them, and the summary has the count.
-        warnings.filterwarnings("ignore", category=ConvergenceWarning)
-        warnings.filterwarnings("ignore", category=TruncationWarning)
-        yield

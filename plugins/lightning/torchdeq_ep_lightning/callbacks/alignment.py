@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from torchdeq_ep import EquilibriumPropagation, get_backward, use_backward
@@ -20,6 +19,7 @@ from torchdeq_ep_lightning.callbacks.lookup import named, rule_of
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
 from torchdeq_ep_lightning.callbacks.restoring import as_it_was
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
 class AlignmentMonitor(Measuring):

@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+
+from torchdeq_ep_lightning.flavour import Callback, LightningModule, Trainer
 
 
 class Means:

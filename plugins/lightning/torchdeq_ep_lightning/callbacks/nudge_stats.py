@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +15,7 @@ from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import rule_of
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
 class NudgeStats(Measuring, Attached):
