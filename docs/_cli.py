@@ -23,8 +23,8 @@ This page is made from the parsers of the commands by `docs/_cli.py`. `torchdeq-
 terminal, and `torchdeq-ep --version` the version.
 
 The exit code is 0, or 2 if something that was asked for does not exist or cannot be done; the reason is on standard
-error, with the nearest name that exists. `sweep` ends with 1 if a run has failed. After Ctrl-C it is 130; `train` and `sweep`
-go on by the same command.
+error, with the nearest name that exists. `sweep` ends with 1 if a run has failed. After Ctrl-C it is 130; `train` and
+`sweep` go on by the same command.
 
 | commands | come with |
 | --- | --- |
@@ -34,8 +34,8 @@ go on by the same command.
 | `train`, `sweep` | `torchdeq-ep-lightning` |
 
 Another distribution adds a command by an entry point of the group `torchdeq_ep.commands`: its name, and a callable from
-the remaining arguments to an exit code, which may also end by `sys.exit`. A plugin that cannot be imported breaks no other
-command, and if two have one name, that of the distribution which is first in the alphabet is used, and it is said.
+the remaining arguments to an exit code, which may also end by `sys.exit`. A plugin that cannot be imported breaks no
+other command, and if two have one name, that of the distribution that comes first is used, and it is said.
 """
 
 GUIDES = {

@@ -11,16 +11,16 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 WHERE = "TORCHDEQ_EP_TEST_KILL"
-"""Environment variable: `STEP HOOK`, where the hook is that of a callback."""
+"""Environment variable: `STEP HOOK [SIGNAL]`, where the hook is that of a callback."""
 
 
 class Killer(Callback):
-    """Ends the process by SIGKILL in one of its hooks, once so many steps are done."""
+    """Sends the process a signal in one of its hooks, once so many steps are done."""
 
-    def __init__(self, step: int, hook: str) -> None:
+    def __init__(self, step: int, hook: str, sign: str = "SIGKILL") -> None:
         def kill(trainer: Trainer, *_: Any) -> None:
             if trainer.global_step >= step and trainer.is_global_zero:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.Signals[sign])
 
         setattr(self, hook, kill)
 
@@ -29,11 +29,11 @@ def arm(where: str | None) -> None:
     """Put a killer behind the other callbacks of every run of this process."""
     if not where:
         return
-    step, hook = where.split()
+    step, *rest = where.split()
     fit = Trainer.fit
 
     def armed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        self.callbacks.append(Killer(int(step), hook))
+        self.callbacks.append(Killer(int(step), *rest))
         return fit(self, *args, **kwargs)
 
     Trainer.fit = armed

@@ -142,6 +142,16 @@ def test_two_processes_killed_at_random_steps(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_ctrl_c_ends_with_a_word_and_the_same_command_goes_on(tmp_path):
+    command = ["train", "digits-mlp", *SMALL, "--backward", "ift", *steps(1), "--out", "out"]
+    assert in_a_warm_process(command, tmp_path, "4 on_train_batch_start SIGINT") == 130
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "the same command goes on from the last checkpoint" in printed
+    assert "Traceback" not in printed
+    assert in_a_warm_process(command, tmp_path) == 0
+    assert [row["step"] for row in outcome(tmp_path / "out")[1]] == [10, 20, 30]
+
+
 TINY = [*SMALL, *steps(1), "--backward", "ep"]
 CONSTANT = [*TINY, "--model.schedule", "constant"]  # of a run that is cut short, a cosine would be another
 

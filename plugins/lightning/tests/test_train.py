@@ -103,6 +103,35 @@ def test_bad_configurations_are_refused_by_key(tmp_path, capsys, arguments, key)
     assert not (tmp_path / "out" / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        ("--bakward", "--backward"),
+        ("--model.lrr", "--model.lr"),
+        ("--lr", "--model.lr"),
+        ("--trainer.max_epoch", "--trainer.max_epochs"),
+        ("--data.bach=3", "--data.batch"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_the_nearest(tmp_path, capsys, option, near):
+    assert main(["train", "digits-mlp", option, "1", "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert f"Did you mean {near!r}?" in printed
+    assert "usage" not in printed
+    assert len(printed.splitlines()) < 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_key_of_a_file_is_answered_by_the_nearest(tmp_path, capsys):
+    own = yaml.safe_load(find_recipe("digits-mlp").read_text())
+    own["model"]["hiden"] = own["model"].pop("hidden")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert main(["train", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert "Did you mean 'model.hidden'?" in printed
+    assert "usage" not in printed
+
+
 def test_another_configuration_does_not_continue_a_run(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     run("digits-mlp", [*TINY, *out])

@@ -253,20 +253,20 @@ def _drawn(study: optuna.Study, sweep: Sweep) -> Trial | None:
     if studies.is_surplus(study, trial, sweep.trials):
         return None
     seeds = sweep.axes["seed"]
-    drawn = draw(trial, {key: values for key, values in sweep.axes.items() if key != "seed"})
+    try:
+        drawn = draw(trial, {key: values for key, values in sweep.axes.items() if key != "seed"})
+    except ValueError as error:
+        study.tell(trial, state=TrialState.FAIL)
+        raise InvalidOptionError(
+            f"the study {sweep.study!r} draws from other values ({error}): give another --study or --out."
+        ) from error
     trial.set_user_attr(studies.CELL, {"seed": seeds[trial.number % len(seeds)], **drawn})
     return trial
 
 
 def _train(study: optuna.Study, trial: Trial, sweep: Sweep) -> None:
     cell: dict[str, str] = trial.user_attrs[studies.CELL]
-    if sweep.sampler == "grid":
-        for key, values in sweep.axes.items():
-            # So that Optuna's own tools show them. Values of an earlier sweep of the study may be others.
-            with contextlib.suppress(ValueError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if key in cell:
-                    trial.suggest_categorical(key, values)
+    _show_parameters(trial, cell, sweep)
     done = sum(other.state.is_finished() for other in studies.state_of(study) if not studies.is_returned(other))
     total = len(studies.state_of(study)) if sweep.sampler == "grid" else sweep.trials
     total -= sum(map(studies.is_returned, studies.state_of(study))) if sweep.sampler == "grid" else 0
@@ -286,6 +286,17 @@ def _train(study: optuna.Study, trial: Trial, sweep: Sweep) -> None:
     if outcome != "done":
         said = value.partition("\n")[0] if outcome == "failed" else f"after {len(value)} epochs"
         sys.stdout.write(f"  {outcome}: {said}\n")
+
+
+def _show_parameters(trial: Trial, cell: dict[str, str], sweep: Sweep) -> None:
+    """Give a trial that waited its parameters, which samplers and Optuna's own tools look at."""
+    if trial.params:
+        return
+    for key, values in sweep.axes.items():
+        # Values of an earlier sweep of the study may be others; what the run is does not depend on this.
+        if cell.get(key) in values or (key in cell and sweep.sampler != "grid"):
+            with contextlib.suppress(ValueError):
+                draw(trial, {key: values})
 
 
 def rows_of(study: optuna.Study) -> list[dict[str, Any]]:
