@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -382,3 +384,14 @@ def test_two_plugins_of_one_name_are_said(capsys: pytest.CaptureFixture[str], mo
     assert "'list' of a_plugin:greet has the name of what is built in" in printed
     assert cli.main(["list"]) == 0
     assert "the backward mode 'mine' is of a_plugin:greet and of b_plugin:mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [["-m", "torchdeq_ep.cli"], ["PROGRAM"]])
+def test_the_version_is_told_without_torch(start: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    program = tmp_path / "torchdeq-ep"  # as an installer writes it
+    program.write_text("import sys\nfrom torchdeq_ep.cli import main\nsys.exit(main())\n")
+    command = [sys.executable, *(str(program) if part == "PROGRAM" else part for part in start), "--version"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=60)
+    assert told.stdout.startswith("torchdeq-ep 0.")

@@ -99,7 +99,12 @@ class StreamedImages(Dataset[Tensor]):
             workers: Processes that decode them; 0 for this one alone.
         """
         chunks = torch.split(torch.arange(len(self)), _AT_ONCE)
-        loader: Any = DataLoader(self, batch_sampler=chunks, num_workers=workers, collate_fn=_same)
+        loader: Any = DataLoader(
+            self,
+            batch_sampler=list(chunks),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_same,
+        )
         pixels = torch.empty(0)
         for rows, decoded in zip(chunks, loader, strict=True):
             if not len(pixels):

@@ -199,7 +199,7 @@ def _is_dead(trial: FrozenTrial) -> bool:
         started = trial.datetime_start
         return started is not None and time.time() - started.timestamp() > _DEAD_AFTER
     if worker["host"] == socket.gethostname():
-        return _start_of(worker["pid"]) != worker["start"]
+        return bool(_start_of(worker["pid"]) != worker["start"])
     return time.time() - float(worker["beat"]) > _DEAD_AFTER
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import Any
 
 from torchdeq_ep_lightning.flavour import Checkpoint, LightningModule, Trainer
 from torchdeq_ep_lightning.resuming import Record
@@ -88,7 +88,7 @@ def _train(connection: Connection, recipe: str, overrides: list[str]) -> None:
     # What Lightning starts again for a second device: the run, not the sweep.
     from torchdeq_ep import cli
 
-    sys.argv = [cast(str, cli.__file__), "train", recipe, *overrides]
+    sys.argv = [cli.__file__, "train", recipe, *overrides]
     sys.modules["__main__"].__spec__ = None
     try:
         result = run(recipe, overrides, [Reporter(connection)])
