@@ -58,7 +58,7 @@ EXAMPLES = {
     "errors": "torchdeq-ep errors NotHolomorphicError",
     "physics": "torchdeq-ep physics iris --simulator twin --steps 20",
     "train": "torchdeq-ep train digits-mlp --backward hep:n_points=4 --seed 1 --model.angle 30 --trainer.max_epochs 5",
-    "sweep": "torchdeq-ep sweep digits-mlp --backward ift ep --model.lr 0.03 0.1 --seed 0 1 --jobs 2",
+    "sweep": "torchdeq-ep sweep digits-mlp --backward ift ep --angle 0 90 --seed 0 1 --jobs 2",
 }
 
 TRAIN = """Train a network of the papers. The same command again resumes a run that was stopped.

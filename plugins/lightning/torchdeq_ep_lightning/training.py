@@ -149,10 +149,9 @@ def refuse_unknown_options(arguments: Sequence[str], known: Sequence[str]) -> No
         name = argument.partition("=")[0].removesuffix("+")
         below = any(name.startswith(f"{option}.") for option in known if option not in _SECTIONS)
         if name.startswith("--") and len(name) > 2 and name not in known and not below:
-            # Under another section the last part may be the same: --lr is --model.lr.
-            near = difflib.get_close_matches(name, known, n=1) or [
-                option for option in known if option.rpartition(".")[2] == name.removeprefix("--")
-            ]
+            # In another section the last part may be the same: --lr is --model.lr.
+            near = [option for option in known if option.rpartition(".")[2] == name.removeprefix("--")]
+            near = near or difflib.get_close_matches(name, known, n=1)
             also = f" Did you mean {near[0]!r}?" if near else ""
             raise InvalidOptionError(
                 f"unknown option {name!r}.{also} `torchdeq-ep train RECIPE --print_config` writes all there are."
@@ -161,8 +160,8 @@ def refuse_unknown_options(arguments: Sequence[str], known: Sequence[str]) -> No
 
 def _first_words(message: str, parser: LightningArgumentParser) -> str:
     """An error of the parser's, with the nearest key where one of a recipe does not exist."""
-    unknown = re.search(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected|'([\w.]+)' is not expected", message)
-    name = next(filter(None, unknown.groups()), "") if unknown else ""
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    name = ".".join(unknown.groups()) if unknown else ""
     known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(name, known, n=1) if name else []
     return f"{message.rstrip('.')}.{f' Did you mean {near[0]!r}?' if near else ''}"
