@@ -30,6 +30,7 @@ def arm(where: str | None) -> None:
     if not where:
         return
     step, *rest = where.split()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     fit = Trainer.fit
 
     def armed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
