@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,8 @@ This page is made from the parsers of the commands by `docs/_cli.py`. `torchdeq-
 terminal, and `torchdeq-ep --version` the version.
 
 The exit code is 0, or 2 if something that was asked for does not exist or cannot be done; the reason is on standard
-error. `sweep` ends with 1 if a run has failed.
+error, with the nearest name that exists. `sweep` ends with 1 if a run has failed. After Ctrl-C it is 130; `train` and
+`sweep` go on by the same command.
 
 | commands | come with |
 | --- | --- |
@@ -33,7 +34,8 @@ error. `sweep` ends with 1 if a run has failed.
 | `train`, `sweep` | `torchdeq-ep-lightning` |
 
 Another distribution adds a command by an entry point of the group `torchdeq_ep.commands`: its name, and a callable from
-the remaining arguments to an exit code.
+the remaining arguments to an exit code, which may also end by `sys.exit`. A plugin that cannot be imported breaks no
+other command, and if two have one name, that of the distribution that comes first is used, and it is said.
 """
 
 GUIDES = {
@@ -44,7 +46,7 @@ GUIDES = {
     "errors": "[Errors and warnings](errors.md)",
     "physics": "[Physical networks](physics.md)",
     "train": "[Train the papers' networks](train.md)",
-    "sweep": "[Train the papers' networks](train.md)",
+    "sweep": "[Sweeps](sweeps.md)",
 }
 
 EXAMPLES = {
@@ -56,7 +58,7 @@ EXAMPLES = {
     "errors": "torchdeq-ep errors NotHolomorphicError",
     "physics": "torchdeq-ep physics iris --simulator twin --steps 20",
     "train": "torchdeq-ep train digits-mlp --backward hep:n_points=4 --seed 1 --model.angle 30 --trainer.max_epochs 5",
-    "sweep": "torchdeq-ep sweep digits-mlp --backward ift ep --angle 0 90 --seed 0 1",
+    "sweep": "torchdeq-ep sweep digits-mlp --backward ift ep --angle 0 90 --seed 0 1 --jobs 2",
 }
 
 TRAIN = """Train a network of the papers. The same command again resumes a run that was stopped.
@@ -106,9 +108,9 @@ def heading(name: str) -> str:
 
 def spelling(action: argparse.Action) -> str:
     """How an option is written; in brackets if it is an argument that may be left out."""
-    value = str(action.metavar or action.dest.upper())
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
     value = {"+": f"{value} ...", "?": f"[{value}]"}.get(str(action.nargs), value)
-    return f"`{' '.join([*action.option_strings[:1], value])}`"
+    return f"`{' '.join(filter(None, [*action.option_strings[:1], value]))}`"
 
 
 def meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
@@ -176,6 +178,8 @@ def kind(hint: Any) -> str:
         return " or ".join(map(kind, arguments))
     if origin is tuple:
         return f"{len(arguments)} {kind(arguments[0])}"
+    if origin is Callable:
+        return "function"
     if origin is dict:
         return f"dict of {kind(arguments[1])} by {kind(arguments[0])}"
     return str(hint.__name__) if origin is None else f"list of {kind(arguments[0])}"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from torchdeq_ep import cli
+from torchdeq_ep.modes import registry
 from torchdeq_ep.modes.registry import available_backwards
 
 pytest.importorskip("rich")
@@ -255,3 +259,139 @@ def test_commands_of_plugins_are_listed_and_run(
     assert "no_such_plugin" in capsys.readouterr().err
     assert cli.main(["list"]) == 0  # a plugin cannot take the place of a command that is built in
     assert "backward modes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        ("sys.exit()", 0, ""),
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(5)", 5, ""),
+        ("sys.exit('no such simulator')", 1, "no such simulator\n"),
+        ("return None", 0, ""),
+        ("return 3", 3, ""),
+    ],
+)
+def test_a_plugin_ends_as_it_would_alone(
+    ending: str, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("ending_plugin")
+    exec(f"import sys\ndef run(arguments):\n    {ending}", vars(module))
+    monkeypatch.setitem(sys.modules, "ending_plugin", module)
+    _provide(monkeypatch, EntryPoint("end", "ending_plugin:run", cli.COMMAND_GROUP))
+    assert cli.main(["end"]) == code
+    assert capsys.readouterr().err == message
+
+
+def _provide(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> None:
+    """The entry points of this process: these, and no others."""
+    found = lambda group: [entry for entry in entries if entry.group == group]  # noqa: E731
+    monkeypatch.setattr(cli, "entry_points", found)
+    monkeypatch.setattr(registry, "entry_points", found)
+    registry._plugins.cache_clear()
+    monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+
+
+@pytest.fixture
+def _no_plugins_after() -> Iterator[None]:
+    yield
+    registry._plugins.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "physics"])
+def test_a_command_without_its_distribution_names_it(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _provide(monkeypatch)
+    assert cli.main([name, "digits-mlp", "--backward", "hep"]) == 2
+    assert (
+        f"pip install 'torchdeq-ep-{'physics[recipes]' if name == 'physics' else 'lightning'}'"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["conpare"], "'compare'"),
+        (["tran"], "'train'"),
+        (["compare", "--bakward", "ep"], "'--backward'"),
+        (["compare", "--backwrad=ep"], "'--backward'"),
+        (["diagnose", "--markdwon", "x.md"], "'--markdown'"),
+        (["env", "--jsn"], "'--json'"),
+    ],
+)
+def test_a_misspelt_name_is_answered_by_the_nearest(
+    arguments: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert f"Did you mean {near}?" in printed
+    assert "usage:" not in printed
+
+
+def test_ctrl_c_ends_with_the_code_of_a_shell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "environment", interrupted)
+    assert cli.main(["env"]) == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_plugins_after")
+def test_a_broken_plugin_breaks_nothing_else(
+    problems: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("odd_plugin")
+    exec("def bad():\n    raise KeyError('odd')\nnumber = 3", vars(module))
+    monkeypatch.setitem(sys.modules, "odd_plugin", module)
+    broken = [
+        EntryPoint(name, value, registry.ENTRY_POINT_GROUP)
+        for name, value in (("gone", "no_such_plugin:mode"), ("odd", "odd_plugin:bad"), ("three", "odd_plugin:number"))
+    ]
+    _provide(monkeypatch, *broken, EntryPoint("absent", "no_such_plugin:run", cli.COMMAND_GROUP))
+    assert cli.main(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert "no_such_plugin" in listed
+    assert "aep " in listed
+    files = ["--json", "out.json"]
+    assert cli.main(["compare", "problems_of_mine:make", "--repeats", "1", *files]) == 0
+    rows = {row["backward"]: row for row in json.loads(Path("out.json").read_text())["rows"]}
+    assert rows["ift"]["gradient_error"] < 1e-3
+    assert {"gone", "odd", "three"} <= set(rows)
+    assert "gone: UnknownBackwardError" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_plugins_after")
+def test_two_plugins_of_one_name_are_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "a_plugin", sys.modules[__name__])
+    _provide(
+        monkeypatch,
+        EntryPoint("greet", "b_plugin:greet", cli.COMMAND_GROUP),
+        EntryPoint("greet", "a_plugin:greet", cli.COMMAND_GROUP),
+        EntryPoint("list", "a_plugin:greet", cli.COMMAND_GROUP),
+        EntryPoint("mine", "b_plugin:mode", registry.ENTRY_POINT_GROUP),
+        EntryPoint("mine", "a_plugin:greet", registry.ENTRY_POINT_GROUP),
+    )
+    assert cli.main(["greet"]) == 7
+    assert "'greet' is of a_plugin:greet and of b_plugin:greet" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().err
+    assert "'greet' is of" in printed
+    assert "'list' of a_plugin:greet has the name of what is built in" in printed
+    assert cli.main(["list"]) == 0
+    assert "the backward mode 'mine' is of a_plugin:greet and of b_plugin:mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [["-m", "torchdeq_ep.cli"], ["PROGRAM"]])
+def test_the_version_is_told_without_torch(start: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    program = tmp_path / "torchdeq-ep"  # as an installer writes it
+    program.write_text("import sys\nfrom torchdeq_ep.cli import main\nsys.exit(main())\n")
+    command = [sys.executable, *(str(program) if part == "PROGRAM" else part for part in start), "--version"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=60)
+    assert told.stdout.startswith("torchdeq-ep 0.")

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from torchdeq_ep import _program as _program
 from torchdeq_ep import errors as errors
 from torchdeq_ep import holomorphic as holomorphic
 from torchdeq_ep import nn as nn

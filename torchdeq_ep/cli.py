@@ -36,11 +36,11 @@ from torchdeq_ep.measuring import (
 from torchdeq_ep.measuring.demo import COMPARED, EPOCHS, NEXT, courses_to_markdown, courses_to_rich, demonstrate
 from torchdeq_ep.measuring.problems import Problem, load_problem
 from torchdeq_ep.modes import available_backwards, describe_backward, get_backward
-
-COMMAND_GROUP = "torchdeq_ep.commands"
-"""Entry points of this group are subcommands: a name, and a callable from the remaining arguments to an exit code."""
+from torchdeq_ep.modes.registry import ENTRY_POINT_GROUP
+from torchdeq_ep.plugin_commands import COMMAND_GROUP, by_name, exit_code, origin, refuse_unknown, run_plugin
 
 _FAILED = 2
+_INTERRUPTED = 130  # as a shell has it after Ctrl-C
 _ENTRY = re.compile(r"^## (\w+)\n+(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 if something asked for does not exist or cannot be done.
+        The exit code: 0; 2 if something asked for does not exist or cannot be done; 130 after Ctrl-C; or that of a
+        plugin.
 
     Example:
         >>> main(["compare", "nowhere:factory"])
@@ -60,22 +61,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it: the user's own modules can be named
-    commands = {entry.name: entry for entry in entry_points(group=COMMAND_GROUP) if entry.name not in _BUILT_IN}
+    commands, notes = by_name(entry_points(group=COMMAND_GROUP), _BUILT_IN)
     try:
         if arguments and arguments[0] in commands:
-            return _run_plugin(commands[arguments[0]], arguments[1:])
+            _say([note for note in notes if f"{arguments[0]!r}" in note])
+            return run_plugin(commands[arguments[0]], arguments[1:])
+        if arguments and arguments[0] not in _BUILT_IN and not arguments[0].startswith("-"):
+            refuse_unknown(arguments[0], [*_BUILT_IN, *commands])
+        if arguments[:1] in (["-h"], ["--help"]):
+            _say(notes)
         options = _parser(commands).parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
     except EPError as error:
         sys.stderr.write(f"torchdeq-ep: {error}\n")
         return _FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("\ntorchdeq-ep: stopped by Ctrl-C.\n")
+        return _INTERRUPTED
     except SystemExit as stop:  # argparse has written the help, the version or what is wrong
-        return stop.code if isinstance(stop.code, int) else _FAILED
+        return exit_code(stop.code)
+
+
+def _say(notes: Sequence[str]) -> None:
+    sys.stderr.writelines(f"torchdeq-ep: the command {note}.\n" for note in notes)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which option is the nearest to one that does not exist."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            parser = getattr(options, "parser", self)
+            known = [name for action in parser._actions for name in action.option_strings]
+            name = rest[0].partition("=")[0]
+            raise InvalidOptionError(
+                unknown_name("option", name, known)
+                if name.startswith("-")
+                else f"nobody knows what {' '.join(rest)!r} is for: {parser.prog} --help has what can be given."
+            )
+        return options
 
 
 def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchdeq-ep", description="Equilibrium propagation as a backward pass for torchdeq's models."
     )
     parser.add_argument("--version", action="version", version=f"torchdeq-ep {version('torchdeq-ep')}")
@@ -104,8 +134,9 @@ def _parser(commands: dict[str, EntryPoint]) -> argparse.ArgumentParser:
     diagnosing.set_defaults(run=_diagnose)
     _add_texts(subparsers)
     for name, entry in commands.items():
-        origin = entry.dist.name if entry.dist else entry.value
-        subparsers.add_parser(name, help=f"from {origin}", add_help=False)
+        subparsers.add_parser(name, help=f"from {origin(entry)}", add_help=False)
+    for subparser in subparsers.choices.values():
+        subparser.set_defaults(parser=subparser)
     return parser
 
 
@@ -175,14 +206,16 @@ def _list(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{title}\n")
         width = max(len(name) for name, _ in rows)
         sys.stdout.writelines(f"  {name:{width}}  {text}\n" for name, text in rows)
+    _, notes = by_name(entry_points(group=ENTRY_POINT_GROUP))
+    sys.stderr.writelines(f"torchdeq-ep: the backward mode {note}.\n" for note in notes)
     return 0
 
 
 def _description(name: str) -> str:
     try:
         return describe_backward(name)
-    except EPError as error:  # a plugin that cannot be imported hides no other mode
-        return f"({str(error).splitlines()[0]})"
+    except Exception as error:  # a plugin that cannot be imported hides no other mode
+        return f"({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -339,17 +372,6 @@ def _write_json(target: str | None, figures: dict[str, Any]) -> None:
         sys.stdout.write(text)
     else:
         write_text(target, text)
-
-
-def _run_plugin(entry: EntryPoint, arguments: list[str]) -> int:
-    try:
-        command: Callable[[list[str]], int] = entry.load()
-    except Exception as error:
-        origin = entry.dist.name if entry.dist else "a plugin"
-        raise InvalidOptionError(
-            f"the command {entry.name!r} of {origin} cannot be imported from {entry.value}: {error}"
-        ) from error
-    return command(arguments)
 
 
 _BUILT_IN = ("list", "compare", "demo", "diagnose", "env", "errors")

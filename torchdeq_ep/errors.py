@@ -162,6 +162,10 @@ class LossMismatchWarning(EPWarning):
     """The loss given to `nudge_loss` is not the loss whose gradient reached the layer."""
 
 
+class MeasurementSkippedWarning(EPWarning):
+    """A monitor could not measure at some step of a training; the training goes on as it would have without it."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Message for a name that does not exist: what does, and which of them is nearest.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchdeq_ep.errors import EPError, InvalidOptionError
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.measuring.capture import short
 from torchdeq_ep.modes import ModeLike, available_backwards, get_backward
 from torchdeq_ep.relaxation import Solver, check_solver
@@ -50,7 +50,7 @@ def plan(
     for name, choice in (("backwards", chosen), ("solvers", drivers)):
         if not choice:
             raise InvalidOptionError(f"there is nothing to compare: {name} is empty.")
-    for spec in chosen:
+    for spec in chosen if backwards is not None else ():  # a plugin that is broken has a row that says so
         get_backward(spec)
     for solver in drivers:
         check_solver(solver, linear=True)  # other modes refuse it, each in its row
@@ -74,7 +74,7 @@ def _entry(spec: str | ModeLike, solver: str | Solver | None) -> Entry:
     try:
         # Not every mode takes a solver, one from a plugin say.
         return Entry(backward, driver, get_backward(spec) if solver is None else get_backward(spec, solver=solver))
-    except EPError as error:
+    except Exception as error:  # a plugin may raise anything
         return Entry(backward, driver, None, short(error))
 
 

@@ -284,7 +284,9 @@ def _options_of(factory: Callable[..., Any]) -> tuple[str, ...] | None:
 
 @cache
 def _plugins() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    # The first of a name, in the order of the distributions; `torchdeq-ep list` tells of the others.
+    entries = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.dist.name if e.dist else e.value)
+    return {entry.name: entry for entry in reversed(entries)}
 
 
 def _load(name: str) -> Callable[..., ModeLike]:

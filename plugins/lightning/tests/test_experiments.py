@@ -15,7 +15,6 @@ from lightning_problems import write_coloured
 from torchdeq_ep.cli import main
 from torchdeq_ep_lightning.report import Spread
 from torchdeq_ep_lightning.report import main as report
-from torchdeq_ep_lightning.sweep import cells
 from torchdeq_ep_lightning.training import run
 
 SMALL = [
@@ -24,14 +23,6 @@ SMALL = [
 ]
 
 QUIET = ["--quiet", "true", "--trainer.accelerator", "cpu"]
-
-
-def test_every_combination_is_a_run():
-    names = [
-        cell.name for cell in cells(["ift", "ep", "hep:n_points=4,beta=0.1"], [0.05, 0.5], [0, 90], [0, 1], [0, 1])
-    ]
-    assert len(names) == len(set(names)) == 4 * 2 * 2 * 2
-    assert "hep_n_points=4_beta=0.1-angle90-homeostasis1-seed1" in names
 
 
 def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):

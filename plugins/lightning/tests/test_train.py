@@ -19,7 +19,8 @@ from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.nn import shifted_dsilu
 from torchdeq_ep_lightning import VectorFieldClassifier
-from torchdeq_ep_lightning.training import _configure, _quiet_lightning, find_recipe, recipes, run
+from torchdeq_ep_lightning.quiet import quiet_lightning
+from torchdeq_ep_lightning.training import _configure, find_recipe, recipes, run
 
 TINY = [
     *("--model.hidden", "[12, 8]", "--data.train_limit", "100", "--data.test_limit", "50", "--data.batch", "20"),
@@ -102,6 +103,35 @@ def test_bad_configurations_are_refused_by_key(tmp_path, capsys, arguments, key)
     assert main(["train", *arguments, "--out", str(tmp_path / "out"), "--quiet", "true"]) == 2
     assert key in capsys.readouterr().err
     assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        ("--bakward", "--backward"),
+        ("--model.lrr", "--model.lr"),
+        ("--lr", "--model.lr"),
+        ("--trainer.max_epoch", "--trainer.max_epochs"),
+        ("--data.bach=3", "--data.batch"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_the_nearest(tmp_path, capsys, option, near):
+    assert main(["train", "digits-mlp", option, "1", "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert f"Did you mean {near!r}?" in printed
+    assert "usage" not in printed
+    assert len(printed.splitlines()) < 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_key_of_a_file_is_answered_by_the_nearest(tmp_path, capsys):
+    own = yaml.safe_load(find_recipe("digits-mlp").read_text())
+    own["model"]["hiden"] = own["model"].pop("hidden")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    assert main(["train", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert "Did you mean 'model.hidden'?" in printed
+    assert "usage" not in printed
 
 
 def test_another_configuration_does_not_continue_a_run(tmp_path, capsys):
@@ -243,6 +273,6 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
 
 def weights_at_start(options: list[str], out: Path) -> dict[str, torch.Tensor]:
     cli = _configure(find_recipe("digits-mlp"), [*options[2:], "--out", str(out)])
-    with _quiet_lightning():
+    with quiet_lightning():
         cli.instantiate()
     return {key: value.double() for key, value in cli.model.state_dict().items()}

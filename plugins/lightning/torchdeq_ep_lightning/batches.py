@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from torchdeq_ep_lightning.images import Images
+from torchdeq_ep_lightning.images import Images, StreamedImages
 
 Indices = tuple[int, Tensor]
 
@@ -87,7 +87,13 @@ class Samples(Dataset[Any]):
     """Whole batches of images by their rows, scaled, augmented and normalised."""
 
     def __init__(
-        self, images: Images, mean: Sequence[float], std: Sequence[float], flip: bool, crop: int, seed: int
+        self,
+        images: Images | StreamedImages,
+        mean: Sequence[float],
+        std: Sequence[float],
+        flip: bool,
+        crop: int,
+        seed: int,
     ) -> None:
         self.images, self.flip, self.crop, self.seed = images, flip, crop, seed
         self.mean, self.std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (mean, std))
@@ -98,7 +104,7 @@ class Samples(Dataset[Any]):
 
     def __getitems__(self, indices: Indices) -> tuple[Tensor, Tensor]:
         epoch, rows = indices
-        x = self.images.pixels[rows]
+        x = self.images.take(rows)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         if self.flip or self.crop:
             flips, shifts = self._draws(epoch)

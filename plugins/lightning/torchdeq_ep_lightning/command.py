@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from pytorch_lightning.utilities import rank_zero_only
-
+from torchdeq_ep_lightning.flavour import rank_zero_only
 from torchdeq_ep_lightning.training import recipes, run
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell has it."""
 
 _USAGE = """usage: torchdeq-ep train RECIPE [--backward MODE] [--seed N] [--out DIR] [--KEY VALUE ...]
 
@@ -36,7 +38,11 @@ def train(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE.format(names=", ".join(recipes())))
         return 0 if arguments else 2
-    result = run(arguments[0], arguments[1:])
+    try:
+        result = run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("\ntorchdeq-ep: stopped by Ctrl-C; the same command goes on from the last checkpoint.\n")
+        return INTERRUPTED
     if getattr(rank_zero_only, "rank", 0):
         return 0
     last = result.last

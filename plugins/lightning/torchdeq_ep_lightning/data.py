@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any, Literal, cast
 
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from torchdeq_ep.errors import DataError, InvalidOptionError
 from torchdeq_ep.extend import check_count
 from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Samples
-from torchdeq_ep_lightning.images import DIGITS, Images, load_images
+from torchdeq_ep_lightning.decoding import Reading
+from torchdeq_ep_lightning.flavour import LightningDataModule
+from torchdeq_ep_lightning.images import DIGITS, Images, StreamedImages, load_images
 
 
 class ImageData(LightningDataModule):
@@ -23,13 +24,14 @@ class ImageData(LightningDataModule):
 
     Args:
         source: `"digits"`: scikit-learn's, 1437 images of 8 x 8 to train on and 360 to test on. A folder with
-            `train*.parquet` and `test*.parquet`, also in a subfolder `data`. A folder with the subfolders `train` and
-            `test`, which hold a subfolder of image files for each class. Or a name on Hugging Face's hub, such as
-            `"zalando-datasets/fashion_mnist"`.
+            `train.parquet` or `train-00000-of-00002.parquet` and so on, and the same for `test`, also in a subfolder
+            `data`. A folder with the subfolders `train` and `test`, which hold a subfolder of image files for each
+            class. Or a name on Hugging Face's hub, such as `"zalando-datasets/fashion_mnist"`.
         train_split: Name of the split to train on.
         test_split: Name of the split to test on.
         image_column: Column of the images.
-        label_column: Column of the labels.
+        label_column: Column of the labels: numbers of classes from 0 on, or names, which are numbered in order over
+            both splits together. Where the files name the classes, both must do so alike.
         shape: Channels, height and width that all images must have; by default those of the first.
         batch: Images in one step of the optimiser, over all processes. What does not fill a batch is left out of the
             epoch.
@@ -41,8 +43,13 @@ class ImageData(LightningDataModule):
         flip: Whether to mirror half of the training images.
         crop: Pixels of black padding on each side of a training image, from which it is cropped at random.
         seed: Seed of order and augmentation.
-        workers: Processes that prepare batches; 0 for none, which is fastest for small images.
+        workers: Processes that decode images and prepare batches; 0 for none, which is fastest for small images.
         cache: Folder of the files that Hugging Face's `datasets` keeps; by default its own.
+        resize: Height and width to which every image is brought; by default they must be alike.
+        alpha: What becomes of images that are transparent somewhere: `"refuse"`, `"keep"` for a channel of its own, or
+            `"black"` or `"white"` for a ground behind them.
+        streaming: Leave the images in their files, encoded, and decode those of a batch when it is made: for sets that
+            are larger than the memory.
 
     Raises:
         DataError: If files are missing or cannot be used; the message names the file and the row.
@@ -73,6 +80,9 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         workers: int = 0,
         cache: str | None = None,
+        resize: tuple[int, int] | None = None,
+        alpha: Literal["refuse", "keep", "black", "white"] = "refuse",
+        streaming: bool = False,
     ) -> None:
         super().__init__()
         limits = {"train_limit": train_limit or 1, "test_limit": test_limit or 1}
@@ -89,11 +99,13 @@ class ImageData(LightningDataModule):
         self.limits = (train_limit, test_limit)
         self.mean, self.std, self.flip, self.crop = tuple(mean), tuple(std), flip, crop
         self.seed, self.workers, self.cache = seed, workers, cache
-        self._images: tuple[Images, Images] | None = None
+        self.reading = Reading(None if resize is None else (resize[0], resize[1]), alpha)
+        self.streaming = streaming
+        self._images: tuple[Images | StreamedImages, ...] | None = None
 
     @property
-    def images(self) -> tuple[Images, Images]:
-        """Training and test images, read when they are first asked for."""
+    def images(self) -> tuple[Images | StreamedImages, ...]:
+        """Training and test images, opened when they are first asked for."""
         if self._images is None:
             self._images = self._read()
         return self._images
@@ -101,13 +113,17 @@ class ImageData(LightningDataModule):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        _, channels, height, width = self.images[0].pixels.shape
-        return channels, height, width
+        return cast(tuple[int, int, int], self.images[0].shape)
 
     @property
     def n_classes(self) -> int:
         """Number of classes."""
         return self.images[0].n_classes
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """What the classes are called in the data, in the order of their numbers."""
+        return self.images[0].classes
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training images, shuffled anew in each epoch."""
@@ -138,19 +154,26 @@ class ImageData(LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _read(self) -> tuple[Images, Images]:
-        train, test = load_images(self.source, self.splits, self.columns, self.limits, self.cache)
-        expected = self.expected_shape or tuple(train.pixels.shape[1:])
-        for part in (train, test):
-            if tuple(part.pixels.shape[1:]) != expected:
+    def _read(self) -> tuple[Images | StreamedImages, ...]:
+        parts = load_images(
+            self.source,
+            self.splits,
+            self.columns,
+            self.limits,
+            self.cache,
+            self.reading,
+            self.streaming,
+            self.workers,
+        )
+        expected = self.expected_shape or parts[0].shape
+        for part in parts:
+            if part.shape != expected:
                 raise DataError(
-                    f"the images of {part.origin} are of shape {tuple(part.pixels.shape[1:])} (channels, height, "
-                    f"width), not {expected}."
+                    f"the images of {part.origin} are of shape {part.shape} (channels, height, width), not {expected}."
                 )
-        classes = max(train.n_classes, test.n_classes)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, expected[0]):
                 raise InvalidOptionError(
                     f"data.{name} needs one number, or one for each of {expected[0]} channels, not {list(values)}."
                 )
-        return replace(train, n_classes=classes), replace(test, n_classes=classes)
+        return parts

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from torchdeq_ep import nudge_loss
@@ -16,6 +15,7 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import EquilibriumRule, check_choice, check_count, deqs_of, find_solver
 from torchdeq_ep.nn import VectorField, VectorFieldCNN, VectorFieldMLP, dsilu, shifted_dsilu, shifted_sigmoid
 from torchdeq_ep_lightning.callbacks import Means
+from torchdeq_ep_lightning.flavour import LightningModule
 
 ActivationName = Literal["shifted-sigmoid", "dsilu", "shifted-dsilu"]
 
@@ -57,7 +57,8 @@ class VectorFieldClassifier(LightningModule):
         lr_factors: Multiply the learning rate of each layer of a CNN, forward and backward weights alike.
         readout_lr_factor: Multiplies that of the read-out.
         readout_decay_factor: Multiplies the weight decay of the read-out.
-        schedule: `"constant"`, or `"cosine"` to zero over the training, at every step.
+        schedule: `"constant"`, or `"cosine"` to zero over the training, at every step. A run that is made longer goes
+            on by the schedule of the longer one.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -207,8 +208,16 @@ class VectorFieldClassifier(LightningModule):
             optimizer = torch.optim.AdamW(groups, self.lr)
         if self.schedule == "constant":
             return optimizer
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(int(self.trainer.estimated_stepping_batches)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # A run that has been made longer goes on by the schedule of the longer one.
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler)
+            rates = zip(self.optimizers().param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)  # type: ignore[union-attr]
+            for group, highest, factor in rates:
+                group["lr"] = highest * factor(scheduler.last_epoch)
 
     def _group(self, name: str, parameter: Tensor) -> dict[str, Any]:
         lr_factor, decay_factor = self._factors(name)
@@ -227,6 +236,11 @@ class VectorFieldClassifier(LightningModule):
             return 1.0, 1.0
         # Layer k + 1 is reached by forward weight k + 1, and left backwards by backward weight k.
         return self.lr_factors[int(rest) + (kind == "backward_weights")], 1.0
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate: from 1 to 0 over so many steps."""
+    return lambda step: (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0))) / 2
 
 
 def _check_optimizer(lr: float, momentum: float, weight_decay: float) -> None:

@@ -51,7 +51,8 @@ class Spread:
 def label(row: RunRow) -> str:
     """What a run is called in tables and legends, without angle and seed."""
     weight = row["homeostasis"]
-    return str(row["backward"]) if weight is None else f"{row['backward']}, homeostasis {weight:g}"
+    others = "".join(f", {key} {value}" for key, value in row.get("axes", {}).items())
+    return f"{row['backward']}{'' if weight is None else f', homeostasis {weight:g}'}{others}"
 
 
 def series(rows: Sequence[RunRow], x: Callable[[RunRow, RunRow], float | None], measure: str, final: bool) -> Series:

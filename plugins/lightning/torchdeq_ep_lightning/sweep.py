@@ -1,82 +1,125 @@
-"""`torchdeq-ep sweep`: a recipe over modes, angles, amplitudes, homeostasis and seeds; one results file, figures."""
+"""`torchdeq-ep sweep`: a recipe over any of its keys, by one worker or many; one study, its figures and tables."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import itertools
 import json
+import multiprocessing
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.trial import Trial, TrialState
+
 from torchdeq_ep import get_backward
-from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.extend import write_text
+from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.extend import check_choice, check_count, write_text
+from torchdeq_ep_lightning import studies
+from torchdeq_ep_lightning.axes import draw, grid, read_axes
 from torchdeq_ep_lightning.report import save_figures, to_markdown
-from torchdeq_ep_lightning.training import find_recipe, run
+from torchdeq_ep_lightning.training import check, find_recipe
+from torchdeq_ep_lightning.trial import end_with_parent, train_apart
 
 RESULTS = "results.json"
+SAMPLERS = ("grid", "random", "tpe")
+PRUNERS: dict[str, Callable[[], Any]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": optuna.pruners.MedianPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+}
+# Options that one worker may have otherwise than another.
+_OF_A_MACHINE = ("--data.source", "--data.cache", "--data.workers", "--checkpoint_every", "--quiet")
+_LONGEST_NAME = 120
+_WAIT = 0.5
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a sweep; `None` where the recipe's own value holds.
+class Sweep:
+    """What all workers of a sweep do.
 
     Args:
-        backward: Spec of the mode, the amplitude included.
-        angle: Initial angle in degrees.
-        homeostasis: Weight of homeostasis; 0 is without.
-        seed: The seed.
+        recipe: Name of a recipe, or the path of a YAML file.
+        study: Name of the study.
+        storage: Path or URL of its storage.
+        out: Directory of the runs, the figures and the tables.
+        overrides: Options of every run.
+        axes: Values by key.
+        sampler: One of `SAMPLERS`.
+        trials: How many runs a sampler makes.
+        pruner: One of `PRUNERS`.
+        measure: What is minimised, and pruned by.
     """
 
-    backward: str
-    angle: float | None
-    homeostasis: float | None
-    seed: int
+    recipe: str
+    study: str
+    storage: str
+    out: Path
+    overrides: tuple[str, ...]
+    axes: dict[str, list[str]]
+    sampler: str
+    trials: int
+    pruner: str
+    measure: str
 
-    @property
-    def name(self) -> str:
-        """A name for its directory."""
-        parts = [self.backward]
-        parts += [] if self.angle is None else [f"angle{self.angle:g}"]
-        parts += [] if self.homeostasis is None else [f"homeostasis{self.homeostasis:g}"]
-        text = "-".join([*parts, f"seed{self.seed}"])
-        return "".join(c if c.isalnum() or c in "-._=" else "_" for c in text)
+    def open(self) -> tuple[optuna.Study, Any]:
+        """The study and its storage."""
+        storage = studies.open_storage(self.storage)
+        samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+        kind = samplers.get(self.sampler, optuna.samplers.RandomSampler)
+        # Of the runs that are on their way, which TPE else would not know.
+        options: dict[str, Any] = {"constant_liar": True} if self.sampler == "tpe" else {}
+        return studies.open_study(self.study, storage, kind(**options), PRUNERS[self.pruner]()), storage
 
-    def overrides(self) -> list[str]:
-        """The options of `train` that it stands for."""
-        options = ["--backward", self.backward, "--seed", str(self.seed)]
-        if self.angle is not None:
-            options += ["--model.angle", f"{self.angle:g}"]
-        if self.homeostasis is not None:
-            enabled = "true" if self.homeostasis else "false"
-            options += ["--homeostasis.enabled", enabled, "--homeostasis.weight", f"{self.homeostasis:g}"]
-        return options
+    def cells(self) -> list[dict[str, str]]:
+        """The runs of a grid."""
+        return grid(self.axes) if self.sampler == "grid" else []
+
+    def options(self, cell: dict[str, str]) -> list[str]:
+        """The options of `train` for a run."""
+        own = list(itertools.chain.from_iterable((f"--{key}", value) for key, value in cell.items()))
+        if "homeostasis.weight" in cell:
+            own += ["--homeostasis.enabled", "false" if cell["homeostasis.weight"] == "0" else "true"]
+        return [*self.overrides, *own, "--out", str(self.out / "runs" / run_name(cell)), "--quiet", "true"]
 
 
-def cells(
-    modes: Sequence[str],
-    amplitudes: Sequence[float],
-    angles: Sequence[float],
-    homeostasis: Sequence[float],
-    seeds: Sequence[int],
-) -> list[Cell]:
-    """Every combination; modes without an amplitude, and those whose spec has one, are taken once.
+def run_name(cell: dict[str, str]) -> str:
+    """A name for the directory of a run.
+
+    Args:
+        cell: Its options.
+
+    Example:
+        >>> run_name({"backward": "hep:n_points=4", "model.angle": "90", "seed": "1"})
+        'hep_n_points=4-angle90-seed1'
+    """
+    parts = [value if key == "backward" else f"{key.rpartition('.')[2]}{value}" for key, value in cell.items()]
+    text = "".join(c if c.isalnum() or c in "-._=" else "_" for c in "-".join(parts))
+    if len(text) <= _LONGEST_NAME:
+        return text or "run"
+    return f"{text[:_LONGEST_NAME]}-{hashlib.sha256(studies.identity(cell).encode()).hexdigest()[:8]}"
+
+
+def specs_of(modes: Sequence[str], amplitudes: Sequence[float]) -> list[str]:
+    """Modes with each amplitude; modes without one, and those whose spec has one, once.
 
     Args:
         modes: Specs.
         amplitudes: Values of `beta`; none for that of the recipe.
-        angles: Angles in degrees; none for that of the recipe.
-        homeostasis: Weights; none for that of the recipe.
-        seeds: Seeds.
 
     Returns:
-        The runs, seed by seed.
+        Specs.
 
     Example:
-        >>> [cell.backward for cell in cells(["ift", "ep"], [0.05, 0.5], [], [], [0])]
+        >>> specs_of(["ift", "ep"], [0.05, 0.5])
         ['ift', 'ep:beta=0.05', 'ep:beta=0.5']
     """
     specs: list[str] = []
@@ -84,9 +127,7 @@ def cells(
         nudged = hasattr(get_backward(mode), "stencil") and "beta=" not in mode
         joint = "," if ":" in mode else ":"
         specs += [f"{mode}{joint}beta={beta:g}" for beta in amplitudes] if nudged and amplitudes else [mode]
-    choices: tuple[Sequence[float | None], Sequence[float | None]] = (angles or [None], homeostasis or [None])
-    axes = (seeds, specs, *choices)
-    return [Cell(spec, angle, weight, seed) for seed, spec, angle, weight in itertools.product(*axes)]
+    return specs
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,41 +137,211 @@ def main(arguments: Sequence[str]) -> int:
         arguments: What follows `sweep`.
 
     Returns:
-        The exit code: 0, or 1 if a run failed.
+        The exit code: 0, 1 if a run failed, or 130 after Ctrl-C.
     """
-    options, overrides = _parser().parse_known_args(arguments)
-    find_recipe(options.recipe)
-    out = Path(options.out or Path("sweeps") / Path(options.recipe).stem)
-    wanted = cells(options.backward, options.beta, options.angle, options.homeostasis, options.seed)
-    results = out / RESULTS
-    rows: list[dict[str, Any]] = []
-    for k, cell in enumerate(wanted, start=1):
-        sys.stdout.write(f"[{k}/{len(wanted)}] {cell.name}\n")
-        sys.stdout.flush()
-        own = [*cell.overrides(), "--out", str(out / "runs" / cell.name), "--quiet", "true"]
-        try:
-            result = run(options.recipe, [*overrides, *own])
-            rows.append(asdict(cell) | {"history": list(result.history), "failure": ""})
-        except InvalidOptionError:
-            raise
-        except EPError as error:  # a nudge that diverges for good is a result too
-            rows.append(asdict(cell) | {"history": [], "failure": f"{type(error).__name__}: {error.args[0]}"})
-            sys.stdout.write(f"  failed: {error}\n")
-        plain = {"name": out.name, "recipe": options.recipe, "overrides": overrides, "command": list(arguments)}
-        write_text(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
-    title = Path(options.recipe).stem
-    figures = save_figures(rows, title, out)
-    document = out / "results.md"
-    write_text(document, to_markdown([json.loads(results.read_text(encoding="utf-8"))]))
-    sys.stdout.write(f"written: {'  '.join(map(str, [results, document, *figures]))}\n")
+    options, rest = _parser().parse_known_args(arguments)
+    sweep = _read(options, rest)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    first = sweep.cells()[:1] or [{key: values[0] for key, values in sweep.axes.items() if ".." not in values[0]}]
+    check(sweep.recipe, sweep.options(first[0]))
+    study, storage = sweep.open()
+    _refuse_another(study, sweep)
+    studies.ask_for(study, storage, sweep.cells(), options.retry)
+    try:
+        if options.jobs > 1:
+            _work_together(sweep, options.jobs)
+        _work(sweep)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ntorchdeq-ep: stopped by Ctrl-C; the same command goes on where each run was.\n")
+        return _INTERRUPTED
+    rows = rows_of(study)
+    written = _write(sweep, rows, list(arguments))
+    sys.stdout.write(f"written: {'  '.join(map(str, written))}\n")
     return int(any(row["failure"] for row in rows))
+
+
+def _read(options: argparse.Namespace, rest: list[str]) -> Sweep:
+    find_recipe(options.recipe)
+    for name in ("jobs", "trials"):
+        check_count(f"--{name}", getattr(options, name), 0 if name == "trials" else 1)
+    check_choice("--sampler", options.sampler, SAMPLERS)
+    check_choice("--pruner", options.pruner, PRUNERS)
+    fixed, more = read_axes(rest)
+    axes = {"seed": [str(seed) for seed in options.seed], "backward": specs_of(options.backward, options.beta)}
+    if options.angle:
+        axes["model.angle"] = [f"{angle:g}" for angle in options.angle]
+    if options.homeostasis:
+        axes["homeostasis.weight"] = [f"{weight:g}" for weight in options.homeostasis]
+    if (options.sampler == "grid") == bool(options.trials):
+        raise InvalidOptionError("--trials N goes with --sampler random or tpe: a grid has as many runs as points.")
+    stem = Path(options.recipe).stem
+    out = Path(options.out or Path("sweeps") / stem)
+    return Sweep(
+        options.recipe,
+        options.study or out.name,
+        options.storage or str(out / "study.journal"),
+        out,
+        tuple(fixed),
+        axes | more,
+        options.sampler,
+        options.trials,
+        options.pruner,
+        options.measure,
+    )
+
+
+def _refuse_another(study: optuna.Study, sweep: Sweep) -> None:
+    """A study is of one recipe and of the same options for every run: what is to differ is swept over."""
+    now = {"recipe": Path(sweep.recipe).stem, "measure": sweep.measure}
+    for token, following in itertools.pairwise([*sweep.overrides, ""]):
+        if token.startswith("--") and token not in _OF_A_MACHINE:
+            now[token] = following
+    before = study.user_attrs.get("options")
+    if before is None:
+        study.set_user_attr("options", now)
+    elif before != now:
+        key = min(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        raise InvalidOptionError(
+            f"the study {sweep.study!r} in {sweep.storage} has {key}={before.get(key)!r} in every run, not "
+            f"{now.get(key)!r}: give another --study or --out, or both values after the option, to go over them."
+        )
+
+
+def _work_together(sweep: Sweep, jobs: int) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchdeq_ep_lightning.sweep"])
+    workers = [context.Process(target=_work_apart, args=(sweep,)) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _work_apart(sweep: Sweep) -> None:
+    end_with_parent()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    with contextlib.suppress(KeyboardInterrupt):
+        _work(sweep)
+
+
+def _work(sweep: Sweep) -> None:
+    """Train what waits until nothing does, and nobody else's run can come back."""
+    study, storage = sweep.open()
+    while True:
+        for number in studies.put_back(study, storage):
+            sys.stdout.write(f"the worker of run {number} is gone: it waits for another\n")
+        studies.ask_for(study, storage, sweep.cells())
+        trial = studies.claim(study, storage) or _drawn(study, sweep)
+        if trial is not None:
+            _train(study, trial, sweep)
+        elif not studies.state_of(study, TrialState.RUNNING, TrialState.WAITING):
+            return
+        else:
+            time.sleep(_WAIT)
+
+
+def _drawn(study: optuna.Study, sweep: Sweep) -> Trial | None:
+    """A further run of a sampler, if there are to be more."""
+    if sweep.sampler == "grid":
+        return None
+    counted = [trial for trial in studies.state_of(study) if not studies.is_returned(trial)]
+    if len(counted) >= sweep.trials:
+        return None
+    trial = study.ask()
+    if studies.is_surplus(study, trial, sweep.trials):
+        return None
+    seeds = sweep.axes["seed"]
+    try:
+        drawn = draw(trial, {key: values for key, values in sweep.axes.items() if key != "seed"})
+    except ValueError as error:
+        study.tell(trial, state=TrialState.FAIL)
+        raise InvalidOptionError(
+            f"the study {sweep.study!r} draws from other values ({error}): give another --study or --out."
+        ) from error
+    trial.set_user_attr(studies.CELL, {"seed": seeds[trial.number % len(seeds)], **drawn})
+    return trial
+
+
+def _train(study: optuna.Study, trial: Trial, sweep: Sweep) -> None:
+    cell: dict[str, str] = trial.user_attrs[studies.CELL]
+    _show_parameters(trial, cell, sweep)
+    done = sum(other.state.is_finished() for other in studies.state_of(study) if not studies.is_returned(other))
+    total = len(studies.state_of(study)) if sweep.sampler == "grid" else sweep.trials
+    total -= sum(map(studies.is_returned, studies.state_of(study))) if sweep.sampler == "grid" else 0
+    sys.stdout.write(f"[{done + 1}/{total}] {run_name(cell)}\n")
+    sys.stdout.flush()
+
+    def on_epoch(history: list[dict[str, float]]) -> bool:
+        value = history[-1].get(sweep.measure)
+        if value is None or sweep.pruner == "none":
+            return False
+        trial.report(value, int(history[-1]["epoch"]))
+        return trial.should_prune()
+
+    with studies.alive(trial):
+        outcome, value = train_apart(sweep.recipe, sweep.options(cell), on_epoch)
+        studies.finish(study, trial, outcome, value, sweep.measure)
+    if outcome != "done":
+        said = value.partition("\n")[0] if outcome == "failed" else f"after {len(value)} epochs"
+        sys.stdout.write(f"  {outcome}: {said}\n")
+
+
+def _show_parameters(trial: Trial, cell: dict[str, str], sweep: Sweep) -> None:
+    """Give a trial that waited its parameters, which samplers and Optuna's own tools look at."""
+    if trial.params:
+        return
+    for key, values in sweep.axes.items():
+        # Values of an earlier sweep of the study may be others; what the run is does not depend on this.
+        if cell.get(key) in values or (key in cell and sweep.sampler != "grid"):
+            with contextlib.suppress(ValueError):
+                draw(trial, {key: values})
+
+
+def rows_of(study: optuna.Study) -> list[dict[str, Any]]:
+    """The runs of a study that are done, for tables and figures.
+
+    Args:
+        study: The study.
+
+    Returns:
+        One row for each: its options, its measurements of each epoch, and why it failed, if it did.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for trial in studies.state_of(study):
+        cell = trial.user_attrs.get(studies.CELL)
+        if cell is None or not trial.state.is_finished() or studies.is_returned(trial):
+            continue
+        own = dict(cell)
+        weight, angle = own.pop("homeostasis.weight", None), own.pop("model.angle", None)
+        rows[studies.identity(cell)] = {
+            "backward": own.pop("backward"),
+            "angle": None if angle is None else float(angle),
+            "homeostasis": None if weight is None else float(weight),
+            "seed": int(own.pop("seed")),
+            "axes": own,
+            "history": trial.user_attrs.get(studies.HISTORY, []),
+            "failure": trial.user_attrs.get(studies.FAILURE, ""),
+        }
+    return sorted(rows.values(), key=lambda row: (row["seed"], row["backward"], repr(row)[:200]))
+
+
+def _write(sweep: Sweep, rows: list[dict[str, Any]], command: list[str]) -> list[Path]:
+    results, document = sweep.out / RESULTS, sweep.out / "results.md"
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    plain = {"name": sweep.study, "recipe": sweep.recipe, "overrides": list(sweep.overrides), "command": command}
+    write_text(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
+    write_text(document, to_markdown([plain | {"runs": rows}]))
+    return [results, document, *save_figures(rows, Path(sweep.recipe).stem, sweep.out)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchdeq-ep sweep",
-        description="Train a recipe over modes, amplitudes, angles, homeostasis and seeds. What has been trained is "
-        "kept: the same command continues where it was stopped. Further options go to each run, as for train.",
+        description="Train a recipe over any of its keys: --KEY VALUE VALUE ... takes each, --KEY LOW..HIGH draws from "
+        "a range, and an option with one value goes to every run, as for train. What has been trained is kept, and the "
+        "same command, started again or elsewhere, does the rest.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or the path of a YAML file")
@@ -142,4 +353,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--out", metavar="DIR", help="default: sweeps/RECIPE")
+    parser.add_argument("--study", metavar="NAME", help="name of the study (default: that of the directory)")
+    parser.add_argument(
+        "--storage", metavar="URL", help="of a database, or the path of a file (default: study.journal in DIR)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers on this machine (default: 1)")
+    parser.add_argument("--sampler", default="grid", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: grid)")
+    parser.add_argument("--trials", type=int, default=0, metavar="N", help="runs of a sampler, over all workers")
+    parser.add_argument("--pruner", default="none", metavar="NAME", help=f"{', '.join(PRUNERS)} (default: none)")
+    parser.add_argument(
+        "--measure", default="test/error", metavar="NAME", help="what is minimised, and pruned by (default: test/error)"
+    )
+    parser.add_argument("--retry", action="store_true", help="train runs again that failed")
     return parser

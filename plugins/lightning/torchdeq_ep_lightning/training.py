@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import logging
 import os
-import time
-import warnings
+import re
+from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from torchdeq_ep.errors import ConvergenceWarning, InvalidOptionError, TruncationWarning
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_count, unknown_name, write_text
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
+from torchdeq_ep_lightning.flavour import (
+    Callback,
+    CSVLogger,
+    LightningArgumentParser,
+    LightningCLI,
+    RichProgressBar,
+    TensorBoardLogger,
+    Trainer,
+)
 from torchdeq_ep_lightning.module import VectorFieldClassifier
+from torchdeq_ep_lightning.quiet import quiet_lightning
+from torchdeq_ep_lightning.resuming import BEFORE, CHECKPOINT, Record, Saver, newest_checkpoint
 
 RECIPES = Path(__file__).parent / "recipes"
 RESULT = "result.json"
 _CONFIG = "config.yaml"
-_CHECKPOINT = "last.ckpt"
 # What may differ between the two halves of a resumed run.
-_FREE_KEYS = ("out", "fresh", "quiet", "config", "trainer.enable_progress_bar", "trainer.enable_model_summary")
+_FREE_KEYS = (
+    *("out", "fresh", "quiet", "config", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("checkpoint_every", "data.workers", "data.cache"),
+)
+# What may only grow: how far a run goes. `None` and -1 are without an end.
+_EXTENT = ("trainer.max_epochs", "trainer.max_steps")
+# Options that stand for all below them.
+_SECTIONS = ("--model", "--data", "--swap", "--homeostasis", "--alignment", "--trainer")
 _ALIASES = {"--seed": "--seed_everything"}
 
 
@@ -58,48 +70,10 @@ class Result:
         return self.history[-1]
 
 
-class Record(Checkpoint):
-    """Keeps the measurements of every epoch and the place in the data in the checkpoints, for resumption.
-
-    As one of Lightning's checkpoints it comes last, so that it sees what the module's own hooks log.
-    """
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self._place: dict[str, int] | None = None
-        self._seconds = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = time.perf_counter()
-        # Lightning forgets the place of a loader that was asked for its length before the checkpoint was read, as the
-        # cosine schedule does.
-        if self._place is not None:
-            cast(Any, trainer.train_dataloader).load_state_dict(self._place)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["place_in_epoch"] = cast(Any, trainer.train_dataloader).state_dict()
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._place = checkpoint["place_in_epoch"]
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": self._elapsed(), **measured}
-        self.history = [*self.history[: trainer.current_epoch], row]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self._elapsed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history, self._seconds = list(state_dict["history"]), state_dict["seconds"]
-
-    def _elapsed(self) -> float:
-        return self._seconds + (time.perf_counter() - self._since if self._since else 0.0)
-
-
 class TrainCLI(LightningCLI):
     """Lightning's command line with the options of this package: modes, homeostasis, measurements, results."""
+
+    further: Sequence[Callback] = ()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--backward", type=str | dict[int, str], default="ep", help="mode, or modes by epoch")
@@ -120,7 +94,12 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.n_classes", "model.n_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # Lightning's own warns if the process has other arguments
+        # Lightning's own warns if the process has other arguments.
+        refuse_unknown_options(args, [name for action in parser._actions for name in action.option_strings])
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise InvalidOptionError(_first_words(str(error), parser)) from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config
@@ -135,14 +114,9 @@ class TrainCLI(LightningCLI):
         config = self.config
         out = Path(config.out)
         self.record = Record()
-        checkpoint = ModelCheckpoint(
-            out,
-            filename=_CHECKPOINT.removesuffix(".ckpt"),
-            every_n_train_steps=config.checkpoint_every,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        extra: list[Callback] = [NudgeStats(), self.record, checkpoint]
+        self.resumed = newest_checkpoint(out, speak=_leads())
+        saver = Saver(out, config.checkpoint_every, self.resumed)
+        extra: list[Callback] = [NudgeStats(), self.record]
         if config.trainer.enable_progress_bar is None and config.quiet:
             kwargs["enable_progress_bar"] = False
         elif config.trainer.enable_progress_bar is not False:
@@ -153,7 +127,44 @@ class TrainCLI(LightningCLI):
             kwargs["logger"] = [CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")]
         extra_callbacks = [self._get(self.config_init, key) for key in self.parser.callback_keys]
         settings = {**self.config_init.trainer, **kwargs, "default_root_dir": str(out)}
-        return self._instantiate_trainer(settings, [*extra_callbacks, *extra])
+        theirs = settings["callbacks"] or []
+        settings["callbacks"] = [saver, *(theirs if isinstance(theirs, list) else [theirs])]
+        return self._instantiate_trainer(settings, [*extra_callbacks, *extra, *self.further])
+
+
+def refuse_unknown_options(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse an option that does not exist, and name the nearest that does.
+
+    Args:
+        arguments: As on the command line.
+        known: The options that exist. What lies below one of them, as `--trainer.logger.class_path`, is not looked at.
+
+    Raises:
+        InvalidOptionError: If there is one.
+
+    Example:
+        >>> refuse_unknown_options(["--model.lr", "0.1"], ["--model", "--model.lr"])
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].removesuffix("+")
+        below = any(name.startswith(f"{option}.") for option in known if option not in _SECTIONS)
+        if name.startswith("--") and len(name) > 2 and name not in known and not below:
+            # In another section the last part may be the same: --lr is --model.lr.
+            near = [option for option in known if option.rpartition(".")[2] == name.removeprefix("--")]
+            near = near or difflib.get_close_matches(name, known, n=1)
+            also = f" Did you mean {near[0]!r}?" if near else ""
+            raise InvalidOptionError(
+                f"unknown option {name!r}.{also} `torchdeq-ep train RECIPE --print_config` writes all there are."
+            )
+
+
+def _first_words(message: str, parser: LightningArgumentParser) -> str:
+    """An error of the parser's, with the nearest key where one of a recipe does not exist."""
+    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    name = ".".join(unknown.groups()) if unknown else ""
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, known, n=1) if name else []
+    return f"{message.rstrip('.')}.{f' Did you mean {near[0]!r}?' if near else ''}"
 
 
 def recipes() -> dict[str, Path]:
@@ -188,12 +199,28 @@ def find_recipe(name: str) -> Path:
     raise InvalidOptionError(f"{unknown_name('recipe', name, known)} Or give the path of a YAML file.")
 
 
-def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
+def check(recipe: str, overrides: Sequence[str] = ()) -> None:
+    """Refuse what [`run`][torchdeq_ep_lightning.training.run] would refuse before it reads data; nothing is written.
+
+    Args:
+        recipe: As for `run`.
+        overrides: As for `run`.
+
+    Raises:
+        InvalidOptionError: If the recipe does not exist, or an option is not acceptable.
+    """
+    path = find_recipe(recipe)
+    with quiet_lightning():
+        _parse(path, [_ALIASES.get(argument, argument) for argument in overrides]).before_instantiate_classes()
+
+
+def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Result:
     """Train a recipe, resume it, or return its result if it is finished.
 
     Args:
         recipe: Name of a recipe, or the path of a YAML file.
         overrides: Options in the form of the command line, e.g. `["--backward", "hep", "--model.angle", "90"]`.
+        callbacks: Further ones.
 
     Returns:
         The measurements.
@@ -201,24 +228,30 @@ def run(recipe: str, overrides: Sequence[str] = ()) -> Result:
     Raises:
         InvalidOptionError: If the recipe does not exist, an option is not acceptable, or the directory holds a run of
             another configuration.
-        SystemExit: If an option cannot be parsed; the message on standard error names the key.
+        KeyboardInterrupt: After Ctrl-C; the same call goes on from the last checkpoint.
     """
     path = find_recipe(recipe)
     arguments = [_ALIASES.get(argument, argument) for argument in overrides]
-    with _quiet_lightning():
+    with quiet_lightning():
         cli = _configure(path, arguments)
         config = cli.config
         out = Path(config.out)
-        finished = _read_result(out) if not config.fresh else None
+        finished = _read_result(out, _extent(config)) if not config.fresh else None
         if finished is not None:
             return finished
+        cli.further = list(callbacks)
         cli.instantiate()
         trainer = cli.trainer
-        last = out / _CHECKPOINT
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=False)
+        resumed = None if cli.resumed is None else str(cli.resumed)
+        try:
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=False)
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from stop
+            raise
         result = Result(path.stem, config.backward, config.seed_everything, tuple(cli.record.history), out)
         if trainer.is_global_zero and trainer.state.finished:
-            plain = {**vars(result), "out": str(out)}
+            plain = {**vars(result), "out": str(out), "extent": _extent(config)}
             write_text(out / RESULT, json.dumps(plain, indent=1) + "\n")
     return result
 
@@ -233,8 +266,8 @@ class _Cli(TrainCLI):
         super().instantiate_classes()
 
 
-def _configure(path: Path, arguments: list[str]) -> _Cli:
-    cli = _Cli(
+def _parse(path: Path, arguments: list[str]) -> _Cli:
+    return _Cli(
         VectorFieldClassifier,
         ImageData,
         save_config_callback=None,
@@ -244,7 +277,12 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
         load_from_checkpoint_support=False,
         args=["--config", str(path), *arguments],
         run=False,
+        parser_kwargs={"exit_on_error": False},
     )
+
+
+def _configure(path: Path, arguments: list[str]) -> _Cli:
+    cli = _parse(path, arguments)
     config = cli.config
     if config.out is None:
         slug = "".join(c if c.isalnum() or c in "-._" else "-" for c in str(config.backward))
@@ -252,28 +290,61 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
     out = Path(config.out)
     plain = yaml.safe_load(cli.parser.dump(config, skip_link_targets=True, format="yaml"))
     saved = out / _CONFIG
-    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
-    if saved.is_file() and not config.fresh:
-        _refuse_other(yaml.safe_load(saved.read_text(encoding="utf-8")), plain, out)
-    elif leader:
+    before = None if config.fresh else _saved_configuration(saved)
+    if before is not None:
+        _refuse_other(before, plain, out)
+    if _leads() and plain != before:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidOptionError(f"cannot make the directory {out}: {error}") from error
-        for stale in (RESULT, _CHECKPOINT):
+        for stale in (RESULT, CHECKPOINT, BEFORE) if before is None else ():
             (out / stale).unlink(missing_ok=True)
         write_text(saved, yaml.safe_dump(plain, sort_keys=False))
     return cli
 
 
+def _leads() -> bool:
+    """Whether this process is the first of a run: the one that writes and speaks."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def _saved_configuration(path: Path) -> dict[str, Any] | None:
+    """That of the run in this directory, `None` if there is no run."""
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidOptionError(
+            f"{path} is damaged, so nobody can tell which run is in this directory: put back the file, give another "
+            "--out, or --fresh true to start over."
+        )
+    return found
+
+
 def _refuse_other(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     one, other = _flat(before), _flat(now)
     for key in sorted(one.keys() | other.keys()):
-        if key not in _FREE_KEYS and one.get(key) != other.get(key):
-            raise InvalidOptionError(
-                f"{out} holds a run with {key}={one.get(key)!r}, which cannot be resumed with {other.get(key)!r}: give "
-                "another --out, or --fresh true to start over."
-            )
+        was, wanted = one.get(key), other.get(key)
+        if key in _FREE_KEYS or was == wanted or (key in _EXTENT and _is_more(wanted, was)):
+            continue
+        raise InvalidOptionError(
+            f"{out} holds a run with {key}={was!r}, which cannot be resumed with {wanted!r}: "
+            + ("a run can be made longer, not shorter. Give " if key in _EXTENT else "give ")
+            + "another --out, or --fresh true to start over."
+        )
+
+
+def _is_more(one: int | None, other: int | None) -> bool:
+    endless = (None, -1)
+    return one in endless or (other not in endless and one > other)
+
+
+def _extent(config: Any) -> dict[str, int | None]:
+    return {key: config[key] for key in _EXTENT}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -286,49 +357,12 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _read_result(out: Path) -> Result | None:
+def _read_result(out: Path, extent: dict[str, int | None]) -> Result | None:
+    """The result of a finished run, `None` if there is none, or if it has been made longer since."""
     try:
         plain = json.loads((out / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if plain.get("extent", extent) != extent:
+            return None
+        return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Result(plain["recipe"], plain["backward"], plain["seed"], tuple(plain["history"]), out)
-
-
-# Lightning's advice on matters that this package has decided. Each with what it is about.
-_NOISE = (
-    ".*does not have many workers.*",  # batches are slices of tensors in memory
-    ".*Checkpoint directory .* exists and is not empty.*",  # resumption is what it is for
-    ".*number of training batches .* is smaller than the logging interval.*",  # epochs are logged in any case
-    # Deprecations inside Lightning.
-    ".*treespec, LeafSpec.*",
-    r"\s*``instantiate_classes`` was deprecated",
-    r"\s*By default only one JsonargparseDeprecationWarning",
-)
-
-
-# What these say at every start: the seed, the devices, advertisements.
-_CHATTY = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero", "lightning_fabric")
-
-
-@contextmanager
-def _quiet_lightning() -> Any:
-    chatty = [(logger, logger.level) for logger in map(logging.getLogger, _CHATTY)]
-    for logger, _ in chatty:
-        logger.setLevel(logging.WARNING)
-    try:
-        with _filtered():
-            yield
-    finally:
-        for logger, level in chatty:
-            logger.setLevel(level)
-
-
-@contextmanager
-def _filtered() -> Any:
-    with warnings.catch_warnings():
-        for message in _NOISE:
-            warnings.filterwarnings("ignore", message)
-        # One line for every other step of a long run: NudgeStats counts them, and the summary has the count.
-        warnings.filterwarnings("ignore", category=ConvergenceWarning)
-        warnings.filterwarnings("ignore", category=TruncationWarning)
-        yield

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from torchdeq_ep import EquilibriumPropagation, get_backward, use_backward
-from torchdeq_ep.errors import EPError, InvalidOptionError
-from torchdeq_ep.extend import Capture, Equilibrium, Mode, Reference, check_count, cosine, deqs_of, left_as_found
+from torchdeq_ep.errors import EPError, InvalidOptionError, MeasurementSkippedWarning
+from torchdeq_ep.extend import Capture, Equilibrium, Mode, Reference, check_count, cosine, deqs_of
 from torchdeq_ep.jacobian import measure_symmetry
+from torchdeq_ep_lightning.callbacks.cutting import UncuttableError, first_samples
 from torchdeq_ep_lightning.callbacks.lookup import named, rule_of
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
+from torchdeq_ep_lightning.callbacks.restoring import as_it_was
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
 class AlignmentMonitor(Measuring):
     """Compare error vectors of equilibrium propagation with exact ones, every so many steps, on a few samples.
 
     After the step, `training_step` is called once more on the first rows of the batch; what it logs is dropped, and
-    buffers, gradients and the random state are as before. Logged under `alignment/`, with the DEQ's name in front of
-    the measure if there are several: `cosine` of the two error vectors, `symmetry` of `J M` (1 is symmetric),
-    `residual` of the free phase; and the cosine of each part of the state that `parts` names.
+    the module is as before: gradients, buffers, every attribute of it and of what it contains (metrics and their
+    counts, lists, counters, generators), and the random state. A measurement never ends a training: a batch of which
+    nobody can tell the samples, such as that of a graph, and a measurement that fails are left out, with one warning.
+    Logged under `alignment/`, with the DEQ's name in front of the measure if there are several: `cosine` of the two
+    error vectors, `symmetry` of `J M` (1 is symmetric), `residual` of the free phase; and the cosine of each part of
+    the state that `parts` names.
 
     Args:
         every: Steps between two measurements; 0 for none.
@@ -38,6 +43,8 @@ class AlignmentMonitor(Measuring):
         parts: Dotted path of a method of the LightningModule without arguments that returns slices of the state's
             second dimension by name.
         probes: Gaussian probes of the symmetry.
+        cut: For batches that are not rows of samples: a function from a batch and a number of samples to a smaller
+            batch, or the same batch; or the dotted path of such a method in the LightningModule.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -54,6 +61,7 @@ class AlignmentMonitor(Measuring):
         metric: str | None = None,
         parts: str | None = None,
         probes: int = 20,
+        cut: str | Callable[[Any, int], Any] | None = None,
     ) -> None:
         check_count("every", every, 0)
         check_count("samples", samples)
@@ -62,7 +70,8 @@ class AlignmentMonitor(Measuring):
             get_backward(backward)
         super().__init__()
         self.every, self.samples, self.backward, self.probes = every, samples, backward, probes
-        self.metric, self.parts = metric, parts
+        self.metric, self.parts, self.cut = metric, parts, cut
+        self._has_warned = False
         self.last: dict[str, float] = {}
         """The latest measurements."""
 
@@ -70,6 +79,7 @@ class AlignmentMonitor(Measuring):
         deqs_of(pl_module)
         named(pl_module, self.metric)
         named(pl_module, self.parts)
+        self._cutter(pl_module)
         if self.every and not pl_module.automatic_optimization:
             raise InvalidOptionError(
                 f"AlignmentMonitor calls training_step, and that of {type(pl_module).__name__} steps its optimisers by "
@@ -81,8 +91,18 @@ class AlignmentMonitor(Measuring):
     ) -> None:
         if not self.every or batch_idx % self.every:
             return
-        with trainer.precision_plugin.train_step_context():
-            self.last = self._measure(pl_module, batch, batch_idx)
+        try:
+            few = self._cutter(pl_module)(batch, self.samples)
+            with trainer.precision_plugin.train_step_context():
+                self.last = self._measure(pl_module, few, batch_idx)
+        except UncuttableError as error:
+            self._skip(
+                f"of a batch of {type(batch).__name__}, {error}. Give AlignmentMonitor(cut=...) a function that cuts it"
+            )
+            return
+        except Exception as error:  # the training of a user is worth more than a measurement
+            self._skip(f"it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return
         for logger in trainer.loggers:
             logger.log_metrics(self.last, step=trainer.global_step)
         self._means.add(self.last)
@@ -90,16 +110,32 @@ class AlignmentMonitor(Measuring):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._means.end_epoch(pl_module)
 
-    def _measure(self, pl_module: LightningModule, batch: Any, batch_idx: int) -> dict[str, float]:
+    def _cutter(self, pl_module: LightningModule) -> Callable[[Any, int], Any]:
+        if isinstance(self.cut, str):
+            return cast(Callable[[Any, int], Any], named(pl_module, self.cut))
+        return self.cut or first_samples
+
+    def _skip(self, reason: str) -> None:
+        if not self._has_warned:
+            warnings.warn(
+                f"AlignmentMonitor leaves out a measurement, and the training goes on: {reason.rstrip('.')}. It is not "
+                "said again for this run.",
+                MeasurementSkippedWarning,
+                stacklevel=2,
+            )
+        self._has_warned = True
+
+    def _measure(self, pl_module: LightningModule, few: Any, batch_idx: int) -> dict[str, float]:
         deqs = deqs_of(pl_module)
         metric = named(pl_module, self.metric)
         references = [Reference() for _ in deqs]
         modes = [self._mode(deq, metric) for deq in deqs]
-        few = _first_rows(batch, self.samples)
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-        handles = [use_backward(deq, reference) for deq, reference in zip(deqs, references, strict=True)]
+        handles = []
         try:
-            with left_as_found(pl_module), torch.enable_grad(), _Silenced(pl_module), warnings.catch_warnings():
+            for deq, reference in zip(deqs, references, strict=True):
+                handles.append(use_backward(deq, reference))
+            with as_it_was(pl_module), torch.enable_grad(), _Silenced(pl_module), warnings.catch_warnings():
                 # torch on operations that vmap has to loop over: nothing a user could change for a measurement.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 returned = pl_module.training_step(few, batch_idx)
@@ -160,15 +196,3 @@ class _Silenced:
         del self._namespace["log"]
         if self._before is not None:
             self._namespace["log"] = self._before
-
-
-def _first_rows(batch: Any, rows: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:rows]
-    if isinstance(batch, Mapping):
-        return type(batch)({key: _first_rows(value, rows) for key, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_first_rows(value, rows) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_first_rows(value, rows) for value in batch)
-    return batch

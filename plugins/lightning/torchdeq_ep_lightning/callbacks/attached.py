@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+from torchdeq_ep_lightning.flavour import Callback, LightningModule, Trainer
 
 
 class Attached(Callback):

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +19,7 @@ from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import loss_scale, named
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.schedule import Unit, check_unit, current, read_schedule
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
 class Homeostasis(Measuring, Attached):

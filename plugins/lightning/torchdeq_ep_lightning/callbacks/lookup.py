@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from pytorch_lightning import Trainer
 from torch import nn
 
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import EquilibriumRule
+from torchdeq_ep_lightning.flavour import Trainer
 
 
 def loss_scale(trainer: Trainer) -> float:

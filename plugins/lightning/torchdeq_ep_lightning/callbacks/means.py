@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
-from pytorch_lightning import Callback, LightningModule, Trainer
+import torch
+
+from torchdeq_ep_lightning.flavour import Callback, LightningModule, Trainer
 
 
 class Means:
@@ -71,7 +74,7 @@ class Means:
             pl_module: Whose `log` is called.
             prog_bar: Whether they are shown.
         """
-        for name, value in self.epoch.items():
+        for name, value in _over_processes(self.epoch, pl_module.trainer.world_size).items():
             pl_module.log(name, value, prog_bar=prog_bar, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         self._recent, self._epoch = {}, {}
 
@@ -86,6 +89,16 @@ class Means:
             state: What `state_dict` returned.
         """
         self._recent, self._epoch = state["recent"], state["epoch"]
+
+
+def _over_processes(means: dict[str, float], world: int) -> dict[str, float]:
+    """Means over the processes that have a measurement: one may have left it out."""
+    if world == 1:
+        return means
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, means)
+    names = sorted({name for each in gathered for name in each})
+    return {name: fmean(each[name] for each in gathered if name in each) for name in names}
 
 
 class Measuring(Callback):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchdeq_ep import EquilibriumPropagation, ImplicitDifferentiation
@@ -15,6 +15,7 @@ from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import rule_of
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
 class NudgeStats(Measuring, Attached):
@@ -63,8 +64,7 @@ class NudgeStats(Measuring, Attached):
 
     def _watch(self, deq: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if deq.training:
-            iterations, residual = _solver_numbers(output[1])
-            self._means.add({"free/iterations": iterations, "free/residual": residual})
+            self._means.add(_named("free", _solver_numbers(output[1])))
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -75,8 +75,7 @@ class NudgeStats(Measuring, Attached):
 def _statistics(deq: nn.Module, statistics: Any) -> dict[str, float]:
     report = statistics.get("report")
     if report is None:
-        iterations, residual = _solver_numbers(statistics)
-        return {"nudge/iterations": iterations, "nudge/residual": residual}
+        return _named("nudge", _solver_numbers(statistics))
     values = {
         "iterations": float(report.iterations),
         "calls": float(report.calls),
@@ -95,8 +94,15 @@ def _statistics(deq: nn.Module, statistics: Any) -> dict[str, float]:
     for name in ("truncation", "adjoint_residual", "inconsistency"):
         if math.isfinite(getattr(report, name)):
             values[name] = getattr(report, name)
-    return {f"nudge/{name}": value for name, value in values.items()}
+    return _named("nudge", values)
 
 
-def _solver_numbers(statistics: Any) -> tuple[float, float]:
-    return float(statistics["nstep"].max()), float(statistics["rel_lowest"].max())
+def _named(phase: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{phase}/{name}": value for name, value in values.items()}
+
+
+def _solver_numbers(statistics: Any) -> dict[str, float]:
+    """What a solver of torchdeq tells; nothing where it is another's, whose statistics are its own."""
+    names = {"nstep": "iterations", "rel_lowest": "residual"}
+    found = {name: statistics.get(key) for key, name in names.items()} if isinstance(statistics, Mapping) else {}
+    return {name: float(value.max()) for name, value in found.items() if isinstance(value, Tensor) and value.numel()}

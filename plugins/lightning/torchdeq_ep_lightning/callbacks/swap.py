@@ -7,8 +7,6 @@ from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-from pytorch_lightning import LightningModule, Trainer
-
 from torchdeq_ep import EquilibriumPropagation, Stencil, get_backward, use_backward
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import BackwardHandle, ModeLike, OnDivergence, check_choice, deqs_of
@@ -16,6 +14,7 @@ from torchdeq_ep_lightning.callbacks.attached import Attached
 from torchdeq_ep_lightning.callbacks.lookup import loss_scale, named
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
 from torchdeq_ep_lightning.callbacks.schedule import Unit, check_unit, current, read_schedule
+from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 AmplitudeScale = Literal["relative", "absolute", "per-sample"]
 
