@@ -134,6 +134,14 @@ def test_the_twin_is_ngspice_at_any_temperature(saturation, ideality, temperatur
         assert z.item() == pytest.approx(expected, abs=1e-4)
 
 
+@needs_ngspice
+@pytest.mark.parametrize("temperature", CELSIUS)
+def test_the_netlist_of_a_network_has_its_temperature(temperature):
+    network, x = driven(1e-12, 1.5, temperature, 1e3), torch.tensor([[2.0]])
+    found = physics.Ngspice(network, x)(torch.zeros(1, 1))
+    assert network.equilibrium(x).item() == pytest.approx(found.item(), abs=1e-6)
+
+
 # --- size ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_physics.diodes import NOMINAL
 from torchdeq_ep_physics.resistive import GMIN, ResistiveNetwork
-from torchdeq_ep_physics.spice_process import CELSIUS, TOLERANCES, NgspiceError, SpiceProgram, spice_deck, spice_number
+from torchdeq_ep_physics.spice_process import TOLERANCES, NgspiceError, SpiceProgram, spice_deck, spice_number
 from torchdeq_ep_physics.system import Theta
-
-_OPTIONS = f".options {TOLERANCES} gmin={GMIN:g} temp={CELSIUS:g} tnom={CELSIUS:g}"
 
 
 class Ngspice:
@@ -130,7 +129,8 @@ class Ngspice:
         nodes, inputs = network.n_states, network.n_inputs
         names = [f"n{k}" for k in range(nodes)] + [f"in{k}" for k in range(inputs)]
         names += [f"rail{k}" for k in range(len(network.rails))]
-        lines = ["* resistive network", _OPTIONS]
+        temperatures = f"temp={network.temperature:g} tnom={NOMINAL:g}"
+        lines = ["* resistive network", f".options {TOLERANCES} gmin={GMIN:g} {temperatures}"]
         lines += [f"Vin{k} in{k} 0 DC {spice_number(volts)}" for k, volts in enumerate(self.x[0].tolist())]
         lines += [f"Vrail{k} rail{k} 0 DC {spice_number(volts, 'a rail')}" for k, volts in enumerate(network.rails)]
         lines += [f"Inudge{k} 0 n{k} DC {spice_number(amperes)}" for k, amperes in enumerate(current[0].tolist())]

@@ -28,9 +28,6 @@ from torchdeq_ep.extend import check_count
 TOLERANCES = "reltol=1e-10 vntol=1e-13 abstol=1e-18 itl1=1000"
 """Tight enough that a difference of two operating points is a derivative."""
 
-CELSIUS = 27.0
-"""Where nothing else is said: SPICE's own temperature."""
-
 # The last attempt of ngspice, a transient that is taken for an operating point, also "finds" one at floating nodes.
 _SETTINGS = ("set numdgt=16", "set width=300", "optran 1 1 1 0 0 0")
 _VALUE = re.compile(r"^(v\(\w+\)) = (\S+)", re.MULTILINE | re.IGNORECASE)
