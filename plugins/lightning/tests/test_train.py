@@ -247,6 +247,12 @@ def reached(out: Path) -> int:
         return 0
 
 
+def test_spawned_processes_are_refused_by_name(tmp_path):
+    options = [*TINY, "--trainer.devices", "2", "--trainer.strategy", "ddp_spawn", "--out", str(tmp_path / "out")]
+    with pytest.raises(InvalidOptionError, match=r"strategy ddp, "):
+        run("digits-mlp", options)
+
+
 def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     """20 steps in float64. Homeostasis is off: each process draws probes of its own."""
     options = ["train", "digits-mlp", "--backward", "ep:beta=1e-3,tol=1e-10", "--data.train_limit", "400"]

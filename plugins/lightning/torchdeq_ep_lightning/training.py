@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import pickle
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -226,8 +227,8 @@ def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback
         The measurements.
 
     Raises:
-        InvalidOptionError: If the recipe does not exist, an option is not acceptable, or the directory holds a run of
-            another configuration.
+        InvalidOptionError: If the recipe does not exist, an option is not acceptable, the directory holds a run of
+            another configuration, or processes are to be spawned, which the model cannot follow.
         KeyboardInterrupt: After Ctrl-C; the same call goes on from the last checkpoint.
     """
     path = find_recipe(recipe)
@@ -242,6 +243,7 @@ def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback
         cli.further = list(callbacks)
         cli.instantiate()
         trainer = cli.trainer
+        _refuse_spawn(trainer, cli.model)
         resumed = None if cli.resumed is None else str(cli.resumed)
         try:
             trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=False)
@@ -254,6 +256,19 @@ def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback
             plain = {**vars(result), "out": str(out), "extent": _extent(config)}
             write_text(out / RESULT, json.dumps(plain, indent=1) + "\n")
     return result
+
+
+def _refuse_spawn(trainer: Trainer, model: Any) -> None:
+    """Refuse processes that are given a model by pickle, where it cannot be."""
+    if getattr(trainer.strategy.launcher, "_start_method", "fork") != "spawn":
+        return
+    try:
+        pickle.dumps(model)
+    except Exception as error:
+        raise InvalidOptionError(
+            "--trainer.strategy: processes that are spawned get the model by pickle, and a DEQ with torchdeq's own "
+            f"backward has none ({error}). Use --trainer.strategy ddp, which starts the command once more for each."
+        ) from error
 
 
 class _Cli(TrainCLI):
