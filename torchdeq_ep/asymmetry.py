@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdeq_ep.jacobian import as_operator
+from torchdeq_ep.jacobian.metric import as_operator
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms, split_rows

@@ -10,7 +10,6 @@ from torchdeq_ep.jacobian.linearization import vjp as vjp
 from torchdeq_ep.jacobian.metric import ActivityMetric as ActivityMetric
 from torchdeq_ep.jacobian.metric import Metric as Metric
 from torchdeq_ep.jacobian.metric import OperatorMetric as OperatorMetric
-from torchdeq_ep.jacobian.metric import as_operator as as_operator
 from torchdeq_ep.jacobian.metric import automatic_metric as automatic_metric
 from torchdeq_ep.jacobian.spectrum import FieldOfValues as FieldOfValues
 from torchdeq_ep.jacobian.spectrum import field_of_values as field_of_values

@@ -61,7 +61,11 @@ def _each_once(names: Sequence[str]) -> list[str]:
     """Without further names of the same mode."""
     first: dict[str, str] = {}
     for name in names:
-        first.setdefault(repr(get_backward(name)), name)
+        try:
+            mode = repr(get_backward(name))
+        except Exception:  # a plugin that is broken has a row that says so
+            mode = name
+        first.setdefault(mode, name)
     return list(first.values())
 
 

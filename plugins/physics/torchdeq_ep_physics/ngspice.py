@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_physics.diodes import NOMINAL
 from torchdeq_ep_physics.resistive import GMIN, ResistiveNetwork
-from torchdeq_ep_physics.spice_process import TOLERANCES, NgspiceError, SpiceProgram, spice_deck, spice_number
+from torchdeq_ep_physics.spice_process import TOLERANCES, SpiceProgram, spice_deck, spice_number
 from torchdeq_ep_physics.system import Theta
 
 
@@ -34,7 +34,6 @@ class Ngspice:
     Raises:
         MissingDependencyError: If there is no such program.
         InvalidOptionError: If an option is not acceptable, `x` has another shape, or a number is not finite.
-        NgspiceError: If a node is joined to no source and no rail: it has no voltage.
 
     Example:
         >>> network = ResistiveNetwork(1, 1, [(0, 1), (0, 2)], torch.tensor([1e-3, 3e-3]).double())
@@ -67,12 +66,6 @@ class Ngspice:
                 raise InvalidOptionError(f"{name} has entries that are NaN or infinite, and no circuit has them.")
         if bool((self.theta["conductance"] <= 0).any()):
             raise InvalidOptionError("a conductance must be positive: a resistor of 1 / 0 ohm is none. Leave it out.")
-        floating = _floating(network)
-        if floating:
-            raise NgspiceError(
-                f"the nodes {floating[:5]} of {network.n_states} float: no resistor or diode joins them to an input or "
-                "a rail, so they have no voltage. Connect them, or leave them out."
-            )
 
     def __call__(self, current: Tensor) -> Tensor:
         """The node voltages of each row under currents injected into the nodes.
@@ -148,19 +141,3 @@ class Ngspice:
 
 def _alter(prefix: str, values: Sequence[float]) -> list[str]:
     return [f"alter {prefix}{k} = {spice_number(value, prefix)}" for k, value in enumerate(values)]
-
-
-def _floating(network: ResistiveNetwork) -> list[int]:
-    """The nodes that no resistor and no diode joins to an input or a rail, over however many others."""
-    joined: dict[int, list[int]] = {}
-    for a, b in (*network.resistors, *network.diodes):
-        joined.setdefault(a, []).append(b)
-        joined.setdefault(b, []).append(a)
-    held = list(range(network.n_states, network.n_states + network.n_inputs + len(network.rails)))
-    reached = set(held)
-    while held:
-        for other in joined.get(held.pop(), ()):
-            if other not in reached:
-                reached.add(other)
-                held.append(other)
-    return [node for node in range(network.n_states) if node not in reached]

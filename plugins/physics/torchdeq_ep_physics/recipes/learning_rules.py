@@ -41,7 +41,7 @@ class RuleResult:
         accuracy: Part of the unseen samples that is right, for each seed.
 
     Example:
-        >>> RuleResult("ep", 3, 0.999, (0.96, 0.94, 0.95)).mean
+        >>> round(RuleResult("ep", 3, 0.999, (0.96, 0.94, 0.95)).mean, 3)
         0.95
     """
 
