@@ -138,21 +138,21 @@ def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network,
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", ["ift", "ep", "hep:n_points=4"])
 def test_the_convolutional_network_learns(tmp_path, backward):
-    """One epoch of the recipe at a quarter of the width, with its own rates of learning; nudged phases stop at 1e-2.
+    """Two epochs of the recipe at a quarter of the width, with its own rates of learning; nudged phases stop at 1e-2.
 
     The loss has to fall by 15 % from the first quarter of the steps to the last. If the read-out alone learns, it falls
-    by 3 %.
+    by 3 %. With the papers' shifted activation and weights nothing is learnt in the first twenty steps.
     """
     source = write_coloured(tmp_path / "data", 2000, 100)
     out = tmp_path / "out"
     options = ["--backward", backward, "--data.source", str(source), "--data.image_column", "image", *QUIET]
-    options += ["--model.hidden", "[32, 64, 128, 128]", "--data.batch", "50", "--trainer.max_epochs", "1"]
+    options += ["--model.hidden", "[32, 64, 128, 128]", "--data.batch", "50", "--trainer.max_epochs", "2"]
     options += ["--swap.tol", "1e-2", "--homeostasis.enabled", "false", "--trainer.precision", "32-true"]
     options += ["--trainer.log_every_n_steps", "1", "--out", str(out)]
     result = run("cifar10-cnn", options)
     losses = losses_by_step(out)
-    assert len(losses) == 40
-    assert sum(losses[-10:]) < 0.85 * sum(losses[:10])
+    assert len(losses) == 80
+    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
     assert result.last["test/loss"] < 0.85 * math.log(10)  # of a guess
 
 

@@ -99,8 +99,7 @@ def test_killed_where_amplitudes_and_weights_are_remembered(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("interval", ["0.5", "1.0"])
+@pytest.mark.parametrize(("accumulate", "interval"), [(3, "0.5"), (1, "1.0")])
 def test_killed_at_every_step(tmp_path, accumulate, interval):
     hooks = ("on_train_batch_start", "on_train_batch_end")
     places = [(step, hooks[step % 2] if step < 30 else "on_train_batch_end") for step in range(1, 31)]
