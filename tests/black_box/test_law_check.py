@@ -310,6 +310,7 @@ def test_no_false_alarm(dtype, decades, scale):
     stencil=st.sampled_from(sorted(STENCILS)),
     scale=st.sampled_from(["relative", "response", "absolute"]),
 )
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.TruncationWarning")
 def test_noise_that_repeats_show_is_no_false_alarm(seed, noise, repeats, low, high, beta, stencil, scale):
     try:

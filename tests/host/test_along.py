@@ -547,6 +547,7 @@ def test_the_guard_grows_where_the_map_does_not_contract_and_rests_where_it_does
     assert math.isfinite(controller.guard)
 
 
+@pytest.mark.slow
 def test_the_guard_holds_a_map_that_its_task_drives_beyond_one():
     """The loss rewards a state that is as long as can be: without the guard the Jacobian grows through 1."""
     rates = []

@@ -25,6 +25,7 @@ SMALL = [
 QUIET = ["--quiet", "true", "--trainer.accelerator", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [
@@ -98,6 +99,7 @@ def test_the_page_of_the_homeostasis_experiment_has_its_results():
             )
 
 
+@pytest.mark.slow
 def test_holomorphic_ep_comes_as_far_as_exact_gradients(tmp_path):
     accuracies = {
         mode: 100 - run("digits-mlp", ["--backward", mode, "--out", str(tmp_path / mode), *QUIET]).last["test/error"]

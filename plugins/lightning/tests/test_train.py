@@ -208,6 +208,7 @@ def test_choices_of_the_network_that_are_none(option, value):
         VectorFieldClassifier((1, 8, 8), 10, **network, **{option: value})
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_continues_to_the_same_weights(tmp_path):
     options = ["train", "digits-mlp", "--backward", "{0: ift, 1: 'hep:n_points=4'}", "--homeostasis.enabled", "true"]
     options += [*TINY, "--checkpoint_every", "3", "--data.flip", "true", "--data.crop", "1"]
@@ -253,6 +254,7 @@ def test_spawned_processes_are_refused_by_name(tmp_path):
         run("digits-mlp", options)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     """20 steps in float64. Homeostasis is off: each process draws probes of its own."""
     options = ["train", "digits-mlp", "--backward", "ep:beta=1e-3,tol=1e-10", "--data.train_limit", "400"]
