@@ -1,8 +1,11 @@
 """Random physical networks, many of them with several equilibria, and circuits of any size."""
 
+import pytest
 import torch
 
 import torchdeq_ep_physics as physics
+
+needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
 
 
 def random_network(kind, seed):

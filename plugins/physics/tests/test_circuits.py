@@ -7,21 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from physics_problems import grid
+from physics_problems import grid, needs_ngspice
 
 import torchdeq_ep_physics as physics
 from torchdeq_ep.errors import InvalidOptionError
 
-needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("in_double")
 
 
 # --- law -------------------------------------------------------------------------------------------------------------

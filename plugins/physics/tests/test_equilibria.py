@@ -15,14 +15,7 @@ import torchdeq_ep_physics as physics
 from torchdeq_ep.errors import EPWarning, InvalidOptionError
 from torchdeq_ep_physics import recipes
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("in_double")
 
 
 def jacobians(network, z, x):

@@ -6,13 +6,12 @@ import pickle
 
 import pytest
 import torch
+from physics_problems import needs_ngspice
 
 import torchdeq_ep as tep
 import torchdeq_ep_physics as physics
 from torchdeq_ep.errors import AsymmetryWarning, InvalidOptionError, MissingDependencyError
 from torchdeq_ep_physics.flat_netlist import spice_value
-
-needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
 
 MODELS = """* models of the process
 .model QP PNP(IS=1e-15 BF=60)

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from physics_problems import needs_ngspice
 
 import torchdeq_ep as tep
 import torchdeq_ep_physics as physics
 from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError, SolverTimeoutError
 from torchdeq_ep_physics import recipes
-
-needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
 
 
 @pytest.fixture(autouse=True)

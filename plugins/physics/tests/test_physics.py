@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 import torchdeq
+from physics_problems import needs_ngspice
 
 import torchdeq_ep as tep
 import torchdeq_ep_physics as physics
@@ -15,16 +16,7 @@ from torchdeq_ep.errors import InvalidOptionError, MissingDependencyError, Solve
 from torchdeq_ep_physics import recipes
 from torchdeq_ep_physics.command import main
 
-needs_ngspice = pytest.mark.skipif(not physics.ngspice_available(), reason="ngspice is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("in_double")
 
 
 def circuit(amplification=0.0, **options):
