@@ -79,6 +79,14 @@ def tanh_problem(
     return Problem(f, z.to(dtype), g.to(dtype), slope[:, :, None] * weight)
 
 
+def chain(gain: float, units: int) -> tuple[Equilibrium, Tensor]:
+    """Each unit drives the next, so that powers of `J` grow before they vanish; and its exact error vector."""
+    jacobian = gain * torch.diag(torch.ones(units - 1, dtype=torch.float64), -1)
+    z, g = torch.zeros(1, units, dtype=torch.float64), torch.ones(1, units, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(units, dtype=torch.float64) - jacobian.T, g.T).T
+    return Equilibrium(lambda z: torch.sin(z @ jacobian.T), z, z, g, eps=1e-6), exact
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     """A generator of random numbers."""
     return torch.Generator().manual_seed(seed)

@@ -1,11 +1,13 @@
 """How large a nudge is, in units of the state."""
 
+import warnings
+
 import pytest
 import torch
-from problems import contraction, relative_error, report_of, solve, tanh_problem
+from problems import chain, contraction, relative_error, report_of, solve, tanh_problem
 
 import torchdeq_ep as tep
-from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep.errors import EPWarning, InvalidOptionError
 
 
 def test_absolute_amplitude_is_taken_as_it_is():
@@ -32,3 +34,16 @@ def test_a_nudge_below_the_rounding_of_the_state_is_refused(scale):
     mode = tep.EquilibriumPropagation(tep.Stencil.symmetric(1e-12), scale=scale)
     with pytest.raises(InvalidOptionError, match="lost in the rounding"):
         mode(lambda z: 0.5 * z + 0.5, z, torch.ones(3))
+
+
+@pytest.mark.parametrize("mode", ["ep", "ep-one-sided", "ep-richardson", "hep", "aep"])
+@pytest.mark.parametrize("gain", [3.0, 10.0, 100.0])
+def test_an_automatic_amplitude_is_never_refused(mode, gain):
+    """However far the state is carried away."""
+    problem, _ = chain(gain, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EPWarning)
+        for _ in range(3):
+            v, report = tep.get_backward(mode, on_divergence="accept").solve(problem)
+    assert torch.isfinite(v).all()
+    assert report.beta == 0 or report.nudge > 0

@@ -1,13 +1,16 @@
 """The order in which nodes are visited: one after the other, stacked, online; and the decay along a contour."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from problems import DRIVE, analytic_problem, contraction, relative_error, report_of, solve, tanh_problem
+from problems import DRIVE, analytic_problem, chain, contraction, relative_error, report_of, solve, tanh_problem
 from torch.nn import functional
 
 import torchdeq_ep as tep
 from torchdeq_ep.errors import TruncationWarning
 from torchdeq_ep.modes import propagation
+from torchdeq_ep.state import Memory
 from torchdeq_ep.state.equilibrium import Equilibrium
 
 
@@ -52,8 +55,8 @@ def test_contours_that_are_too_large_are_warned_about():
 def test_a_stack_of_nodes_solves_the_exact_limit_once(monkeypatch):
     problem = tanh_problem(8, (2,), seed=3)
     solves = []
-    solve_limit = propagation.relax_linear
-    monkeypatch.setattr(propagation, "relax_linear", lambda *args: solves.append(args) or solve_limit(*args))
+    solve_limit = propagation.solve_linear
+    monkeypatch.setattr(propagation, "solve_linear", lambda *args: solves.append(args) or solve_limit(*args))
     mode = tep.EquilibriumPropagation(tep.Stencil.richardson(), correction="asymmetric", batching="vmap")
     assert relative_error(mode(problem.f, problem.z, problem.g), problem.dense(transpose=True)) < 1e-8
     assert len(solves) == 1
@@ -97,3 +100,13 @@ def test_online_error_falls_with_the_steps_it_takes():
         for steps in (3, 6, 12)
     ]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+@pytest.mark.parametrize(("gain", "units"), [(3, 8), (4, 12), (1.5, 30)])
+def test_nudges_that_add_more_than_the_force_are_given_up_at_once(gain, units):
+    problem, exact = chain(gain, units)
+    v, report = tep.get_backward("aep").solve(problem)
+    assert relative_error(v, exact) < 1e-8
+    assert (report.beta, report.converged) == (0, True)
+    limit = tep.get_backward("ift").solve(replace(problem, memory=Memory()))[1]
+    assert report.calls <= limit.calls + 60  # some nudges of two steps, and what is measured

@@ -11,6 +11,8 @@ from torchdeq_ep.modes.stencils import Node, Stencil
 ForceScale = Literal["relative", "absolute"]
 """Whether `beta` is in the unit `|z*| / |M g|`, or taken as it is."""
 
+_VISIBLE = 0.5
+
 
 @dataclass(frozen=True)
 class Amplitude:
@@ -110,6 +112,14 @@ class Amplitude:
             A new amplitude.
         """
         return self.divided(self.relative / relative)
+
+    def made_visible(self) -> Amplitude:
+        """The smallest amplitude that is not lost in the rounding of the state, or this one if it is larger.
+
+        Returns:
+            A new amplitude, or this one.
+        """
+        return self if self.rounding <= _VISIBLE else self.divided(_VISIBLE / self.rounding)
 
     def require_visible(self) -> None:
         """Refuse a nudge that is lost in the rounding of the state.

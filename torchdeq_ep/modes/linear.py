@@ -25,7 +25,7 @@ from torchdeq_ep.modes.base import (
 )
 from torchdeq_ep.modes.judgement import FreeLimit, accepted_residual, default_tolerance, is_converged
 from torchdeq_ep.modes.report import NudgeReport
-from torchdeq_ep.relaxation import GMRES, gmres, relax_linear
+from torchdeq_ep.relaxation import GMRES, Relaxation, gmres, relax_linear
 from torchdeq_ep.state import Equilibrium
 
 
@@ -44,13 +44,7 @@ class LinearMode(RelaxedMode):
         measuring = equilibrium.memory.calls
         tol = self.tol or default_tolerance(10 * equilibrium.resolution, equilibrium.residual)
         floor = 100 * equilibrium.resolution
-        enough = FreeLimit(equilibrium, force) if self.tol is None else None
-        if self.solver == GMRES:
-            budget = self.max_iter or DEFAULT_MAX_ITER
-            rows = equilibrium.independent_rows
-            relaxation = gmres(product, force, tol=tol, max_iter=budget, floor=floor, rows=rows, enough=enough)
-        else:
-            relaxation = relax_linear(self.run(equilibrium, tol, floor), product, force, enough)
+        relaxation = solve_linear(self, equilibrium, product, force, tol, floor)
         vector = relaxation.value[0].to(force.dtype)
         report = NudgeReport(
             repr(self),
@@ -76,8 +70,8 @@ class ImplicitDifferentiation(LinearMode):
 
     Args:
         solver: Name of a torchdeq solver or a callable; `"gmres"` for a Krylov space of each sample; `None` for the
-            package's own.
-        max_iter: Largest number of VJPs, by default 100.
+            package's own loop, and GMRES where that does not converge.
+        max_iter: Largest number of VJPs, by default 100, and as many by GMRES. One that is given leaves GMRES out.
         tol: Residual relative to the cotangent at which to stop; by default 10 times the rounding error of the dtype,
             or a tenth of the residual of the free phase if that is more.
         on_divergence: `"raise"` raises if the residual is above 0.1; otherwise the best estimate is returned, with a
@@ -113,8 +107,8 @@ class InfinitesimalEP(LinearMode):
             [`OperatorMetric`][torchdeq_ep.jacobian.OperatorMetric] is any symmetric positive operator.
         correction: `"asymmetric"` replaces `J` by its adjoint, which makes the result exact.
         solver: Name of a torchdeq solver or a callable; `"gmres"` for a Krylov space of each sample; `None` for the
-            package's own.
-        max_iter: Largest number of JVPs, by default 100.
+            package's own loop, and GMRES where that does not converge.
+        max_iter: Largest number of JVPs, by default 100, and as many by GMRES. One that is given leaves GMRES out.
         tol: Residual relative to the force at which to stop; by default 10 times the rounding error of the dtype, or a
             tenth of the residual of the free phase if that is more.
         on_divergence: As for [`EquilibriumPropagation`][torchdeq_ep.EquilibriumPropagation]; `"shrink"` has nothing to
@@ -157,6 +151,46 @@ class InfinitesimalEP(LinearMode):
         vector = displacement if metric is None else displacement / metric
         self.finish(equilibrium, "the infinitesimal nudge", vector, report)
         return vector, report
+
+
+def solve_linear(
+    mode: RelaxedMode, equilibrium: Equilibrium, product: Product, force: Tensor, tol: float, floor: float
+) -> Relaxation:
+    """Solve `v = product(v) + force` by the solver of a mode.
+
+    Where that is left to the package, and its loop does not converge, GMRES takes over: it has the smallest residual
+    for every product it takes, whatever the spectral radius, and is not misled by residuals that grow before they fall,
+    as those of a Jacobian far from normal do. A layer in which it did better begins with it from then on.
+
+    Args:
+        mode: The mode.
+        equilibrium: The free equilibrium.
+        product: A linear map of one vector.
+        force: The term that does not depend on `v`.
+        tol: Relative residual at which to stop.
+        floor: Relative residual that rounding may leave.
+
+    Returns:
+        The estimate, as a stack of one; with the steps of all that were taken.
+    """
+    memory = equilibrium.memory
+    enough = FreeLimit(equilibrium, force) if mode.tol is None else None
+    is_ours = mode.solver is None and mode.max_iter is None
+
+    def by_krylov() -> Relaxation:
+        budget, rows = mode.max_iter or DEFAULT_MAX_ITER, equilibrium.independent_rows
+        return gmres(product, force, tol=tol, max_iter=budget, floor=floor, rows=rows, enough=enough)
+
+    if mode.solver == GMRES or (is_ours and memory.krylov_gains):
+        return by_krylov()
+    relaxation = relax_linear(mode.run(equilibrium, tol, floor), product, force, enough)
+    has_converged = is_converged(relaxation, accepted_residual(mode.tol, tol, floor))
+    if has_converged or not is_ours or memory.krylov_gains is False:
+        return relaxation
+    other = by_krylov()
+    memory.krylov_gains = (other.diverged, other.solved) < (relaxation.diverged, relaxation.solved)
+    best = other if memory.krylov_gains else relaxation
+    return replace(best, steps=relaxation.steps + other.steps, trace=relaxation.trace + other.trace)
 
 
 def solve_by_operator(

@@ -19,17 +19,15 @@ from torchdeq_ep.modes.amplitude import Amplitude, ForceScale
 from torchdeq_ep.modes.base import Correction, Derivative, RelaxedMode, check_correction
 from torchdeq_ep.modes.force import NudgedProblem
 from torchdeq_ep.modes.judgement import (
-    FreeLimit,
     accepted_residual,
     default_tolerance,
     is_converged,
     require_repeatable,
 )
-from torchdeq_ep.modes.linear import fall_back, solve_by_operator
+from torchdeq_ep.modes.linear import fall_back, solve_by_operator, solve_linear
 from torchdeq_ep.modes.report import NudgeReport
 from torchdeq_ep.modes.schedules import NudgedPhases, Online
 from torchdeq_ep.modes.stencils import Stencil
-from torchdeq_ep.relaxation import relax_linear
 from torchdeq_ep.state import Equilibrium, norm
 
 Batching = Literal["auto", "loop", "vmap"]
@@ -132,7 +130,7 @@ class EquilibriumPropagation(RelaxedMode):
         start, limit = self._first_guess(problem, amplitude)
         if self._chooses_amplitude:
             growth = norm(start) / problem.force_size if self.correction else memory.growth
-            amplitude = amplitude.for_displacement(growth).divided(memory.refinement)
+            amplitude = amplitude.for_displacement(growth).divided(memory.refinement).made_visible()
         amplitude.require_visible()
         if memory.prefers_limit and self._starts_at_limit and not memory.is_due(memory.beta) and limit.is_usable:
             displacement, report = start, limit
@@ -162,11 +160,11 @@ class EquilibriumPropagation(RelaxedMode):
             displacement, report = self._checked(problem, amplitude, displacement, report)
         else:
             report = replace(report, nudge_error=math.nan)
-        if not (self._starts_at_limit and limit.is_usable):
+        if not self._starts_at_limit or (report.is_usable and not limit.is_usable):
             return displacement, report
         spoilt = report.nudge_error > max(_SPOILT, limit.residual)
         problem.equilibrium.memory.prefers_limit = spoilt or not report.is_usable
-        if not problem.equilibrium.memory.prefers_limit:
+        if not problem.equilibrium.memory.prefers_limit or limit.residual > report.residual:
             return displacement, report
         return start, replace(limit, calls=report.calls, iterations=report.iterations, trace=report.trace)
 
@@ -182,7 +180,7 @@ class EquilibriumPropagation(RelaxedMode):
             gains = self._chooses_amplitude and not self._starts_at_limit and found.size > report.residual
             factor = smaller_factor(found.size, used, report.tol) if gains else 1.0
             if factor > 1:
-                smaller = used.divided(factor)
+                smaller = used.divided(factor).made_visible()
                 other, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
                 closer = measured_nudge_error(problem, smaller.at(again.beta), other, again.residual, again.spread)
                 report = replace(report, calls=report.calls + again.calls + closer.calls)
@@ -215,7 +213,7 @@ class EquilibriumPropagation(RelaxedMode):
         memory.growth = FACTOR ** max(0, int(math.log(growth, FACTOR))) if growth > 0 else 1.0
         if not report.is_usable or memory.growth <= expected:
             return displacement, report
-        smaller = amplitude.divided(memory.growth / expected)
+        smaller = amplitude.divided(memory.growth / expected).made_visible()
         displacement, again = self._solve_from(problem, smaller, displacement.to(problem.force.dtype))
         return displacement, replace(report + again, residual=again.residual, solved=again.solved)
 
@@ -229,9 +227,7 @@ class EquilibriumPropagation(RelaxedMode):
             return problem.force, NudgeReport("")
         equilibrium = problem.equilibrium
         tol = self.tol or default_tolerance(amplitude.tol, equilibrium.residual)
-        enough = FreeLimit(equilibrium, problem.force) if self.tol is None else None
-        run = self.run(equilibrium, tol, amplitude.floor)
-        limit = relax_linear(run, problem.correction.limit, problem.force, enough)
+        limit = solve_linear(self, equilibrium, problem.correction.limit, problem.force, tol, amplitude.floor)
         report = NudgeReport(
             repr(self),
             calls=limit.steps,
@@ -244,7 +240,7 @@ class EquilibriumPropagation(RelaxedMode):
             solved=limit.solved,
             trace=limit.trace,
         )
-        return (problem.force if limit.diverged else limit.value[0]), report
+        return limit.value[0], report
 
     def _solve_from(self, problem: NudgedProblem, amplitude: Amplitude, start: Tensor) -> tuple[Tensor, NudgeReport]:
         """At an amplitude, or at the best of smaller ones where that yields no estimate."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,16 +145,19 @@ class NudgedPhases:
         nudged, force_size = self._map(nodes), self.problem.force_size
         # In the unit of the smallest nudge of the stack, no displacement is less accurate than asked.
         scale, steps = nudged.smallest * force_size, 0
-        options: dict[str, float] = {}
+        options: dict[str, Any] = {}
         alone = self.limited and len(nodes) == 1
         if alone and self.starts_at_limit:
             # The guess is the limit, so the first residual is what the size of the nudge adds. Where that is much,
             # because of kinks or of a Jacobian that amplifies, a fifth of it will do, and steps that gain nothing end.
+            # Where it is more than the force itself, a displacement that far away says nothing of the limit.
             before = nudged.states(self._guess(nodes, solved))
             first, steps = nudged(before), 1
             added = norm(first - before) / scale
             if added > _MUCH:
                 options = {"tol": max(self.tol, _SHARE * added), "floor": added}
+            if added > 1:
+                options["max_iter"] = 1
             del before
         enough = self._enough(nudged) if alone else None
         # No name is given to guesses and states where that can be, for it would keep them in memory.

@@ -47,6 +47,7 @@ class Memory:
         growth: How many times larger than the force the displacement was in the last pass, as a power of three.
         refinement: What automatic amplitudes are divided by, because their error was found too large.
         nudge_error: What the finite amplitude added to the error vector when that was last measured.
+        krylov_gains: Whether GMRES solved what the loop for linear equations did not; `None` if it never had to.
         recordable: Whether `f` can be recorded at a state that asks for a gradient.
         beta: At which amplitude.
         prefers_limit: Whether nudges with the asymmetric correction spoilt the limit that they started from.
@@ -81,6 +82,7 @@ class Memory:
     nudge_error: float = 0.0
     beta: float = 0.0
     prefers_limit: bool = False
+    krylov_gains: bool | None = None
     recordable: bool = True
     state_is_hidden: bool = False
     compared: bool = False
