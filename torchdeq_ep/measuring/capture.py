@@ -35,7 +35,7 @@ _NOTE_LENGTH = 160
 
 @dataclass(frozen=True)
 class Trial:
-    """A model with a batch and a loss, which can be differentiated over and over from the same random state."""
+    """A model with a batch and a loss, which can be differentiated over and over from the same state."""
 
     model: nn.Module
     batch: Any
@@ -44,7 +44,7 @@ class Trial:
     found: Found
 
     def gradient(self, mode: ModeLike | Sequence[ModeLike] | None) -> tuple[list[Tensor], tuple[str, ...]]:
-        """The gradient of each parameter, and what the backward pass warned about.
+        """The gradient of each parameter from the state that was found, and what the backward pass warned about.
 
         Args:
             mode: One for all DEQs and loops; or one for each DEQ, in the order of `model.modules()`, and one for all
@@ -57,6 +57,10 @@ class Trial:
             InvalidOptionError: If the loss is no scalar that can be differentiated.
         """
         self.found.restore()
+        return self.go_on(mode)
+
+    def go_on(self, mode: ModeLike | Sequence[ModeLike] | None) -> tuple[list[Tensor], tuple[str, ...]]:
+        """The same, from the state that the model has now."""
         deqs = deqs_in(self.model)
         with ExitStack() as switched:
             if mode is not None:

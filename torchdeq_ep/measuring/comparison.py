@@ -253,10 +253,10 @@ def _measure(
         else:
             calls[k] = partial(_solve_all, entry.mode, own)
             if "gradient_error" in figures[k]:
-                passes[k] = partial(trial.gradient, entry.mode)
+                passes[k] = partial(trial.go_on, entry.mode)
     tell("times")
     device = captures[0].equilibrium.z.device
-    of_passes, _ = milliseconds(passes, device, repeats)
+    of_passes, _ = milliseconds(passes, device, repeats, trial.found.restore)
     for k, figure in of_passes.items():
         figures[k]["step_milliseconds"] = figure
     times, failed = milliseconds({k: call for k, call in calls.items() if not _is_bound(entries[k])}, device, repeats)

@@ -26,6 +26,7 @@ Look = tuple[Restore | None, Iterable[Any]]
 # writer, a trainer or a queue of a library changes by itself.
 _LIBRARIES = {"builtins", "functools", "torch", "torchdeq", "torchdeq_ep"}
 _LIBRARIES |= {"pytorch_lightning", "lightning", "lightning_fabric"}
+_ATOMS = {type(None), bool, int, float, complex, str, bytes}
 _PLAIN = (UserDict, UserList, SimpleNamespace)
 # These set themselves up in their first call.
 _DISTRIBUTED = ("torch.distributed", "torch.nn.parallel")
@@ -61,7 +62,7 @@ class Found:
         """
         modules = [part for thing in things if isinstance(thing, nn.Module) for part in thing.modules()]
         own = frozenset(map(_package, (*things, *modules))) - _LIBRARIES
-        parameters = frozenset(_address(parameter) for module in modules for parameter in module.parameters(False))
+        parameters = frozenset(map(_address, (one for module in modules for one in module.parameters(False)))) - {0}
         known: dict[int, Any] = {}
         restores = [*_random_states()]
         todo = [*things]
@@ -129,13 +130,12 @@ def _address(tensor: Tensor) -> int:
 
 def _look_at(thing: Any, own: frozenset[str], parameters: frozenset[int]) -> Look:
     """How to give an object its content back, and what else is to be looked at."""
-    if thing is None or isinstance(thing, (str, bytes, int, float, complex, type, nn.Parameter)):
+    if type(thing) in _ATOMS or isinstance(thing, type):
         return None, ()
     if isinstance(thing, nn.Module):
         return _module(thing)
     if isinstance(thing, Tensor):
-        address = 0 if is_lazy(thing) else _address(thing)
-        return (None if address in parameters - {0} else _tensor(thing)), ()
+        return (None if _address(thing) in parameters else _tensor(thing)), ()
     if isinstance(thing, (tuple, frozenset)):
         return None, thing
     if isinstance(thing, partial):
@@ -195,6 +195,8 @@ def _slots(kind: type) -> list[str]:
 
 def _alike(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     """Whether these are the same objects, in the same order."""
+    if not before:
+        return not now
     return len(now) == len(before) and all(map(is_, now, before)) and all(map(is_, now.values(), before.values()))
 
 
@@ -240,7 +242,7 @@ def _content(thing: Any) -> Restore | None:
 
 
 def _tensor(tensor: Tensor) -> Restore | None:
-    if tensor.requires_grad or tensor.is_meta or is_lazy(tensor):
+    if isinstance(tensor, nn.Parameter) or tensor.requires_grad or tensor.is_meta or is_lazy(tensor):
         return None
     copy = tensor.detach().clone()
     if tensor.layout != torch.strided:
