@@ -235,7 +235,7 @@ def _errors(options: argparse.Namespace) -> int:
     page = page if page.is_file() else Path(__file__).parents[1] / "docs" / "errors.md"
     explained = dict(_ENTRY.findall(page.read_text(encoding="utf-8")))
     if options.name is None:
-        sys.stdout.writelines(f"{name}\n" for name in values)
+        sys.stdout.writelines(f"{name}\n" for name in explained)
     elif options.name in explained:
         sys.stdout.write(f"{options.name}\n\n{explained[options.name].rstrip()}\n")
     else:
