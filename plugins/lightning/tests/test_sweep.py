@@ -134,29 +134,24 @@ def test_a_claim_is_of_one_worker_and_a_dead_one_gives_it_back(tmp_path):
         assert studies.put_back(one, one._storage) == [again.number]
 
 
-@pytest.mark.parametrize("storage", ["study.journal", "sqlite:///study.db"])
-def test_two_workers_that_look_at_the_same_time_claim_two_runs(storage, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    slow, quick = (studies.open_study("s", studies.open_storage(storage)) for _ in range(2))
+def test_two_workers_that_look_at_a_file_of_sqlite_at_the_same_time_claim_two_runs(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    slow, quick = (studies.open_study("s", studies.open_storage(url)) for _ in range(2))
     studies.ask_for(slow, slow._storage, grid({"seed": ["0", "1"]}))
-    behind = getattr(slow._storage, "_backend", slow._storage)  # a cache is in front of a database
-    check = behind.check_trial_is_updatable
-    has_read, claimed = threading.Event(), []
+    database = slow._storage._backend  # behind a cache
+    check, has_read, claimed = database.check_trial_is_updatable, threading.Event(), []
 
     def check_slowly(*arguments):  # a worker that has read that a run waits, and has not claimed it yet
         check(*arguments)
         has_read.set()
         time.sleep(0.5)
 
-    monkeypatch.setattr(behind, "check_trial_is_updatable", check_slowly)
-    if storage.startswith("sqlite"):
-        one = threading.Thread(target=lambda: claimed.append(studies.claim(slow, slow._storage)))
-        one.start()
-        assert has_read.wait(timeout=60)
-        claimed.append(studies.claim(quick, quick._storage))
-        one.join()
-    else:  # a claim is one line that is written whole
-        claimed = [studies.claim(study, study._storage) for study in (slow, quick)]
+    monkeypatch.setattr(database, "check_trial_is_updatable", check_slowly)
+    one = threading.Thread(target=lambda: claimed.append(studies.claim(slow, slow._storage)))
+    one.start()
+    assert has_read.wait(timeout=60)
+    claimed.append(studies.claim(quick, quick._storage))
+    one.join()
     assert sorted(trial.number for trial in claimed) == [0, 1]
 
 
