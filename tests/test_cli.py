@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from torchdeq_ep import cli
+from torchdeq_ep import cli, plugins
 from torchdeq_ep.modes import registry
 from torchdeq_ep.modes.registry import available_backwards
 
@@ -246,11 +246,11 @@ def test_commands_of_plugins_are_listed_and_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, "greeting_plugin", sys.modules[__name__])
     entries = [
-        EntryPoint("greet", "greeting_plugin:greet", cli.COMMAND_GROUP),
-        EntryPoint("list", "greeting_plugin:greet", cli.COMMAND_GROUP),
-        EntryPoint("absent", "no_such_plugin:run", cli.COMMAND_GROUP),
+        EntryPoint("greet", "greeting_plugin:greet", plugins.COMMANDS),
+        EntryPoint("list", "greeting_plugin:greet", plugins.COMMANDS),
+        EntryPoint("absent", "no_such_plugin:run", plugins.COMMANDS),
     ]
-    monkeypatch.setattr(cli, "entry_points", lambda group: entries if group == cli.COMMAND_GROUP else [])
+    _provide(monkeypatch, *entries)
     assert cli.main(["greet", "--loudly", "you"]) == 7
     assert capsys.readouterr().out == "greetings --loudly you\n"
     assert cli.main(["--help"]) == 0
@@ -278,24 +278,22 @@ def test_a_plugin_ends_as_it_would_alone(
     module = ModuleType("ending_plugin")
     exec(f"import sys\ndef run(arguments):\n    {ending}", vars(module))
     monkeypatch.setitem(sys.modules, "ending_plugin", module)
-    _provide(monkeypatch, EntryPoint("end", "ending_plugin:run", cli.COMMAND_GROUP))
+    _provide(monkeypatch, EntryPoint("end", "ending_plugin:run", plugins.COMMANDS))
     assert cli.main(["end"]) == code
     assert capsys.readouterr().err == message
 
 
 def _provide(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> None:
     """The entry points of this process: these, and no others."""
-    found = lambda group: [entry for entry in entries if entry.group == group]  # noqa: E731
-    monkeypatch.setattr(cli, "entry_points", found)
-    monkeypatch.setattr(registry, "entry_points", found)
-    registry._plugins.cache_clear()
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry for entry in entries if entry.group == group])
     monkeypatch.setattr(registry, "_factories", dict(registry._factories))
+    plugins.entries.cache_clear()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _no_plugins_after() -> Iterator[None]:
     yield
-    registry._plugins.cache_clear()
+    plugins.entries.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["train", "sweep", "physics"])
@@ -341,7 +339,6 @@ def test_ctrl_c_ends_with_the_code_of_a_shell(
     assert "stopped by Ctrl-C" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_no_plugins_after")
 def test_a_broken_plugin_breaks_nothing_else(
     problems: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,10 +346,10 @@ def test_a_broken_plugin_breaks_nothing_else(
     exec("def bad():\n    raise KeyError('odd')\nnumber = 3", vars(module))
     monkeypatch.setitem(sys.modules, "odd_plugin", module)
     broken = [
-        EntryPoint(name, value, registry.ENTRY_POINT_GROUP)
+        EntryPoint(name, value, plugins.BACKWARDS)
         for name, value in (("gone", "no_such_plugin:mode"), ("odd", "odd_plugin:bad"), ("three", "odd_plugin:number"))
     ]
-    _provide(monkeypatch, *broken, EntryPoint("absent", "no_such_plugin:run", cli.COMMAND_GROUP))
+    _provide(monkeypatch, *broken, EntryPoint("absent", "no_such_plugin:run", plugins.COMMANDS))
     assert cli.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert "no_such_plugin" in listed
@@ -365,16 +362,16 @@ def test_a_broken_plugin_breaks_nothing_else(
     assert "gone: UnknownBackwardError" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_no_plugins_after")
 def test_two_plugins_of_one_name_are_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "a_plugin", sys.modules[__name__])
     _provide(
         monkeypatch,
-        EntryPoint("greet", "b_plugin:greet", cli.COMMAND_GROUP),
-        EntryPoint("greet", "a_plugin:greet", cli.COMMAND_GROUP),
-        EntryPoint("list", "a_plugin:greet", cli.COMMAND_GROUP),
-        EntryPoint("mine", "b_plugin:mode", registry.ENTRY_POINT_GROUP),
-        EntryPoint("mine", "a_plugin:greet", registry.ENTRY_POINT_GROUP),
+        EntryPoint("greet", "b_plugin:greet", plugins.COMMANDS),
+        EntryPoint("greet", "a_plugin:greet", plugins.COMMANDS),
+        EntryPoint("list", "a_plugin:greet", plugins.COMMANDS),
+        EntryPoint("mine", "b_plugin:mode", plugins.BACKWARDS),
+        EntryPoint("mine", "a_plugin:greet", plugins.BACKWARDS),
+        EntryPoint("ep", "a_plugin:greet", plugins.BACKWARDS),
     )
     assert cli.main(["greet"]) == 7
     assert "'greet' is of a_plugin:greet and of b_plugin:greet" in capsys.readouterr().err
@@ -383,10 +380,12 @@ def test_two_plugins_of_one_name_are_said(capsys: pytest.CaptureFixture[str], mo
     assert "'greet' is of" in printed
     assert "'list' of a_plugin:greet has the name of what is built in" in printed
     assert cli.main(["list"]) == 0
-    assert "the backward mode 'mine' is of a_plugin:greet and of b_plugin:mode" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "the backward mode 'mine' is of a_plugin:greet and of b_plugin:mode" in printed
+    assert "the backward mode 'ep' of a_plugin:greet has the name of what is built in" in printed
 
 
-@pytest.mark.parametrize("start", [["-m", "torchdeq_ep.cli"], ["PROGRAM"]])
+@pytest.mark.parametrize("start", [["-m", "torchdeq_ep"], ["-m", "torchdeq_ep.cli"], ["PROGRAM"]])
 def test_the_version_is_told_without_torch(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     program = tmp_path / "torchdeq-ep"  # as an installer writes it

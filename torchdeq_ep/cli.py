@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from torchdeq_ep.measuring import (
 from torchdeq_ep.measuring.demo import COMPARED, EPOCHS, NEXT, courses_to_markdown, courses_to_rich, demonstrate
 from torchdeq_ep.measuring.problems import Problem, load_problem
 from torchdeq_ep.modes import available_backwards, describe_backward, get_backward
-from torchdeq_ep.modes.registry import ENTRY_POINT_GROUP
-from torchdeq_ep.plugin_commands import COMMAND_GROUP, by_name, exit_code, origin, refuse_unknown, run_plugin
+from torchdeq_ep.modes.registry import BUILT_IN
+from torchdeq_ep.plugin_commands import exit_code, refuse_unknown, run_plugin
+from torchdeq_ep.plugins import BACKWARDS, COMMANDS, by_name, entries, origin
 
 _FAILED = 2
 _INTERRUPTED = 130  # as a shell has it after Ctrl-C
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it: the user's own modules can be named
-    commands, notes = by_name(entry_points(group=COMMAND_GROUP), _BUILT_IN)
+    commands, notes = by_name(entries(COMMANDS), _BUILT_IN)
     try:
         if arguments and arguments[0] in commands:
             _say([note for note in notes if f"{arguments[0]!r}" in note])
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(notes: Sequence[str]) -> None:
-    sys.stderr.writelines(f"torchdeq-ep: the command {note}.\n" for note in notes)
+    sys.stderr.writelines(f"torchdeq-ep: {note}.\n" for note in notes)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -206,8 +207,7 @@ def _list(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{title}\n")
         width = max(len(name) for name, _ in rows)
         sys.stdout.writelines(f"  {name:{width}}  {text}\n" for name, text in rows)
-    _, notes = by_name(entry_points(group=ENTRY_POINT_GROUP))
-    sys.stderr.writelines(f"torchdeq-ep: the backward mode {note}.\n" for note in notes)
+    _say(by_name(entries(BACKWARDS), BUILT_IN)[1])
     return 0
 
 
@@ -223,23 +223,23 @@ def _env(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return 0
-    for title, entries in found.items():
+    for title, values in found.items():
         sys.stdout.write(f"{title}\n")
-        width = max(len(name) for name in entries)
-        sys.stdout.writelines(f"  {name:{width}}  {value}\n" for name, value in entries.items())
+        width = max(len(name) for name in values)
+        sys.stdout.writelines(f"  {name:{width}}  {value}\n" for name, value in values.items())
     return 0
 
 
 def _errors(options: argparse.Namespace) -> int:
     page = Path(__file__).with_name("errors.md")  # put there in a wheel
     page = page if page.is_file() else Path(__file__).parents[1] / "docs" / "errors.md"
-    entries = dict(_ENTRY.findall(page.read_text(encoding="utf-8")))
+    explained = dict(_ENTRY.findall(page.read_text(encoding="utf-8")))
     if options.name is None:
-        sys.stdout.writelines(f"{name}\n" for name in entries)
-    elif options.name in entries:
-        sys.stdout.write(f"{options.name}\n\n{entries[options.name].rstrip()}\n")
+        sys.stdout.writelines(f"{name}\n" for name in explained)
+    elif options.name in explained:
+        sys.stdout.write(f"{options.name}\n\n{explained[options.name].rstrip()}\n")
     else:
-        raise InvalidOptionError(unknown_name("error", options.name, entries))
+        raise InvalidOptionError(unknown_name("error", options.name, explained))
     return 0
 
 

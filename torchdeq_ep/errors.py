@@ -122,6 +122,10 @@ class MissingDependencyError(EPError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
 
+class PluginError(EPError, ImportError):
+    """Something was asked for by name that another distribution provides, and that cannot be imported."""
+
+
 class EPWarning(_Explained, UserWarning):
     """Base class of all warnings issued by torchdeq_ep."""
 
@@ -164,6 +168,10 @@ class LossMismatchWarning(EPWarning):
 
 class MeasurementSkippedWarning(EPWarning):
     """A monitor could not measure at some step of a training; the training goes on as it would have without it."""
+
+
+class PluginWarning(EPWarning):
+    """Another distribution that extends this package is broken; everything goes on without it."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:

@@ -95,9 +95,11 @@ def _parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _own(built: zoo.Built, table: Comparison) -> Found:
     """How the gradient that the model was published with compares with the exact one, and with that of `ift`."""
-    with capture.left_as_found(built.model) as found, warnings.catch_warnings():
+    with (
+        capture.trying(built.model, built.batch, built.loss, _parameters(built.model)) as trial,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        trial = capture.Trial(built.model, built.batch, built.loss, _parameters(built.model), found)
         exact, _ = trial.gradient(tep.get_backward("ift"))
         without, _ = trial.gradient(lambda f, z, g: torch.zeros_like(z))
         own, _ = trial.gradient(None)

@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+import sys
 import warnings
-from types import SimpleNamespace
+from importlib.metadata import EntryPoint
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torchdeq.loss import fp_correction
 from torchdeq.norm import apply_norm
 
 import torchdeq_ep as tep
+from torchdeq_ep import plugins
 from torchdeq_ep.errors import (
     ConvergenceWarning,
     InvalidOptionError,
@@ -578,14 +581,56 @@ def test_a_handle_tells_what_the_passes_reported_and_survives_its_end():
         assert another.last == {}
 
 
+def _adapters(monkeypatch, **functions):
+    """Plugins that switch other libraries; `None` for one that cannot be imported."""
+    module = ModuleType("somebody")
+    vars(module).update({name: function for name, function in functions.items() if function is not None})
+    monkeypatch.setitem(sys.modules, "somebody", module)
+    found = [EntryPoint(name, f"somebody:{name}", plugins.ADAPTERS) for name in functions]
+    monkeypatch.setattr("torchdeq_ep.host.switching.entries", lambda group: found)
+    monkeypatch.setattr(plugins, "_left_out", set())
+
+
 def test_homeostasis_is_not_dropped_in_silence_where_another_library_is_switched(monkeypatch):
     removed = []
-    entry = SimpleNamespace(
-        load=lambda: lambda module, backward, **options: SimpleNamespace(remove=lambda: removed.append(backward)),
-        value="somebody:adapt",
+    _adapters(
+        monkeypatch,
+        mine=lambda module, backward, **options: SimpleNamespace(remove=lambda: removed.append(backward)),
     )
-    monkeypatch.setattr("torchdeq_ep.host.switching.entry_points", lambda group: [entry])
     assert tep.use_backward(nn.Linear(2, 2), "ep") is not None
     with pytest.raises(InvalidOptionError, match="homeostasis"):
         tep.use_backward(nn.Linear(2, 2), "ep", homeostasis="auto")
     assert removed == ["ep"]
+
+
+def _broken(module, backward, **options):
+    return module.no_such_attribute
+
+
+def test_a_broken_adapter_is_said_once_by_name_and_keeps_nobody_from_training(monkeypatch):
+    handle = SimpleNamespace(remove=lambda: None)
+    _adapters(monkeypatch, absent=None, broken=_broken, good=lambda module, backward, **options: handle)
+    with pytest.warns(tep.errors.PluginWarning) as caught:
+        assert tep.use_backward(nn.Linear(2, 2), "ep") is handle
+    first, second = (str(warning.message) for warning in caught)
+    assert (
+        "the adapter 'absent' of somebody:absent is somebody:absent, which cannot be imported: AttributeError" in first
+    )
+    assert "the adapter 'broken' of somebody:broken failed with AttributeError: 'Linear' object has no" in second
+    assert all(warning.filename == __file__ for warning in caught)
+    assert tep.use_backward(nn.Linear(2, 2), "ep") is handle  # a warning would be an error
+
+
+def test_without_an_adapter_that_works_there_is_no_deq(monkeypatch):
+    _adapters(monkeypatch, broken=_broken)
+    with pytest.raises(tep.errors.NoDEQError), pytest.warns(tep.errors.PluginWarning):
+        tep.use_backward(nn.Linear(2, 2), "ep")
+
+
+def test_what_an_adapter_refuses_is_said_as_it_says_it(monkeypatch):
+    def refuse(module, backward, **options):
+        raise InvalidOptionError("this reconstruction has no such option.")
+
+    _adapters(monkeypatch, strict=refuse)
+    with pytest.raises(InvalidOptionError, match="no such option"):
+        tep.use_backward(nn.Linear(2, 2), "ep")

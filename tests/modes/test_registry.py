@@ -10,6 +10,7 @@ import torchdeq_ep as tep
 from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError
 from torchdeq_ep.modes import Neumann, Phantom, Unrolled, registry
 from torchdeq_ep.modes.schedules import Online
+from torchdeq_ep.plugins import BACKWARDS
 
 NAMES = ("ift", "ep-one-sided", "ep", "ep-richardson", "hep", "hep-online", "ep-infinitesimal", "aep")
 NAMES += ("one-step", "jfb", "neumann", "phantom", "unrolled", "gmres", "shine", "reversible")
@@ -146,13 +147,15 @@ def test_registering_nonsense(name, factory):
 
 @pytest.mark.usefixtures("_registry")
 def test_entry_points(monkeypatch):
-    found = {
-        "other": EntryPoint("other", f"{__name__}:jacobian_free", registry.ENTRY_POINT_GROUP),
-        "broken": EntryPoint("broken", "no_such_module:factory", registry.ENTRY_POINT_GROUP),
-    }
-    monkeypatch.setattr(registry, "_plugins", lambda: found)
+    found = (
+        EntryPoint("other", f"{__name__}:jacobian_free", BACKWARDS),
+        EntryPoint("broken", "no_such_module:factory", BACKWARDS),
+        EntryPoint("ep", f"{__name__}:jacobian_free", BACKWARDS),
+    )
+    monkeypatch.setattr(registry, "entries", lambda group: found)
     assert tep.available_backwards()[-2:] == ("other", "broken")
     monkeypatch.setattr(EntryPoint, "load", lambda self: {"other": jacobian_free}[self.name])
+    assert isinstance(tep.get_backward("ep"), tep.EquilibriumPropagation)
     assert tep.get_backward("other:gain=3")(None, None, 2.0) == 6.0
     with pytest.raises(UnknownBackwardError, match="cannot be imported"):
         tep.get_backward("broken")

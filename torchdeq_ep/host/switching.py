@@ -5,26 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Literal, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase, DEQIndexing
 
-from torchdeq_ep.errors import InvalidOptionError, NoDEQError
+from torchdeq_ep.errors import EPError, InvalidOptionError, NoDEQError, PluginError
 from torchdeq_ep.host.deqs import deqs_of
 from torchdeq_ep.host.free_phase import FreePhase
 from torchdeq_ep.host.homeostasis import HomeostasisHandle, register_homeostasis
 from torchdeq_ep.host.rules import EquilibriumRule, EvaluationHook, Loss, ObservedSolver, PhantomGradient
 from torchdeq_ep.modes import ModeLike, Need, NudgeReport, get_backward
+from torchdeq_ep.plugins import ADAPTERS, entries, leave_out, load
 from torchdeq_ep.relaxation.kept import check_pair
 from torchdeq_ep.state import Memory
 
 DEFAULT_BACKWARD = "ep"
-ADAPTERS = "torchdeq_ep.adapters"
-"""Entry points of other distributions: functions `(module, backward, **options)` that switch the equilibrium layers of
-another library and return a handle, or `None` if there are none."""
 
 
 class _SwitchedRules(list[Any]):
@@ -197,8 +195,8 @@ def use_backward(
         >>> handle.remove()
     """
     if isinstance(module, nn.Module) and not any(isinstance(part, DEQBase) for part in module.modules()):
-        for adapter in entry_points(group=ADAPTERS):
-            adapted = adapter.load()(module, backward, **options)
+        for adapter in entries(ADAPTERS):
+            adapted = _adapted(adapter, module, backward, options)
             if adapted is not None and homeostasis is not None:
                 adapted.remove()
                 raise InvalidOptionError(
@@ -206,7 +204,7 @@ def use_backward(
                     f"{adapter.value}. Leave it out."
                 )
             if adapted is not None:
-                return cast(BackwardHandle, adapted)
+                return adapted
     mode = get_backward(backward, **options)
     deqs = deqs_of(module)
     names = {part: name for name, part in module.named_modules()}
@@ -214,6 +212,24 @@ def use_backward(
     if homeostasis is not None:
         handle.homeostasis = register_homeostasis(module, homeostasis, estimator="error-vector", inject=True)
     return handle
+
+
+def _adapted(
+    adapter: EntryPoint, module: nn.Module, backward: str | ModeLike, options: Mapping[str, Any]
+) -> BackwardHandle | None:
+    """The handle of an adapter that knows the layers of a module; a broken one must not keep anybody from training."""
+    try:
+        adapt = load(adapter)
+    except PluginError as error:
+        leave_out(adapter, error)
+        return None
+    try:
+        return cast("BackwardHandle | None", adapt(module, backward, **options))
+    except EPError:  # its layers are in the module, and cannot be switched as asked
+        raise
+    except Exception as error:
+        leave_out(adapter, error)
+        return None
 
 
 def switch(deq: DEQBase, mode: ModeLike, certificate: bool = True) -> _SwitchedRules:

@@ -2,7 +2,6 @@
 
 from torchdeq_ep.measuring.capture import Capture as Capture
 from torchdeq_ep.measuring.capture import Reference as Reference
-from torchdeq_ep.measuring.capture import left_as_found as left_as_found
 from torchdeq_ep.measuring.causes import diagnose as diagnose
 from torchdeq_ep.measuring.comparison import EXACT as EXACT
 from torchdeq_ep.measuring.comparison import compare as compare
@@ -18,6 +17,7 @@ from torchdeq_ep.measuring.files import write_text as write_text
 from torchdeq_ep.measuring.files import write_whole as write_whole
 from torchdeq_ep.measuring.planning import plan as plan
 from torchdeq_ep.measuring.plots import check_plot as check_plot
+from torchdeq_ep.measuring.restoring import left_as_found as left_as_found
 from torchdeq_ep.measuring.rows import Row as Row
 from torchdeq_ep.measuring.style import COLOURS as COLOURS
 from torchdeq_ep.measuring.style import GROUND as GROUND

@@ -18,6 +18,7 @@ from torchdeq_ep.errors import InvalidOptionError, NonFiniteError
 from torchdeq_ep.host import deqs_of, use_backward
 from torchdeq_ep.jacobian import dense_jacobian
 from torchdeq_ep.loops import loops_by
+from torchdeq_ep.measuring.restoring import Found, left_as_found
 from torchdeq_ep.modes import ImplicitDifferentiation, Mode, ModeLike, NudgeReport
 from torchdeq_ep.state import Autocast, Equilibrium, relative_difference, undisturbed
 
@@ -33,52 +34,8 @@ _NOTE_LENGTH = 160
 
 
 @dataclass(frozen=True)
-class Found:
-    """Buffers and random state of a model, as they were found."""
-
-    buffers: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]
-    random_state: Tensor
-    random_states_cuda: tuple[Tensor, ...]
-
-    @classmethod
-    def on(cls, model: nn.Module) -> Found:
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all() if in_use else []
-        return cls(tuple(buffers), torch.get_rng_state(), tuple(cuda))
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.random_state)
-        if self.random_states_cuda:
-            torch.cuda.set_rng_state_all(list(self.random_states_cuda))
-        with torch.no_grad():
-            for module, name, buffer, value in self.buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # writing needlessly would invalidate graphs that saved the buffer
-                    buffer.copy_(value)
-
-
-@contextmanager
-def left_as_found(model: nn.Module) -> Iterator[Found]:
-    """A context at whose end buffers, random state and training mode of a model are what they were at its start."""
-    found = Found.on(model)
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        yield found
-    finally:
-        found.restore()
-        for module, was_training in training:
-            module.training = was_training
-
-
-@dataclass(frozen=True)
 class Trial:
-    """A model with a batch and a loss, which can be differentiated over and over from the same random state."""
+    """A model with a batch and a loss, which can be differentiated over and over from the same state."""
 
     model: nn.Module
     batch: Any
@@ -87,7 +44,7 @@ class Trial:
     found: Found
 
     def gradient(self, mode: ModeLike | Sequence[ModeLike] | None) -> tuple[list[Tensor], tuple[str, ...]]:
-        """The gradient of each parameter, and what the backward pass warned about.
+        """The gradient of each parameter from the state that was found, and what the backward pass warned about.
 
         Args:
             mode: One for all DEQs and loops; or one for each DEQ, in the order of `model.modules()`, and one for all
@@ -100,6 +57,10 @@ class Trial:
             InvalidOptionError: If the loss is no scalar that can be differentiated.
         """
         self.found.restore()
+        return self.go_on(mode)
+
+    def go_on(self, mode: ModeLike | Sequence[ModeLike] | None) -> tuple[list[Tensor], tuple[str, ...]]:
+        """The same, from the state that the model has now."""
         deqs = deqs_in(self.model)
         with ExitStack() as switched:
             if mode is not None:
@@ -120,6 +81,25 @@ class Trial:
                     loss, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
         return list(gradients), tuple(notes)
+
+
+@contextmanager
+def trying(
+    model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor], parameters: list[nn.Parameter]
+) -> Iterator[Trial]:
+    """A context with a model in training, at whose end the model, the loss and the random states are as before.
+
+    Args:
+        model: The model.
+        batch: As for [`compare`][torchdeq_ep.measuring.compare].
+        loss_fn: Likewise.
+        parameters: What gradients are wanted of.
+    """
+    with left_as_found(model, loss_fn) as found, torch.enable_grad():
+        if not all(deq.training for deq in deqs_in(model)):
+            model.train()
+            found = Found.on(model, loss_fn)  # gradients are those of a model in training, whatever that changed in it
+        yield Trial(model, batch, loss_fn, parameters, found)
 
 
 def deqs_in(model: nn.Module) -> list[DEQBase]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.measuring.capture import Trial, capture_all, deqs_in, left_as_found
+from torchdeq_ep.measuring.capture import capture_all, deqs_in, trying
 from torchdeq_ep.measuring.diagnosis import Diagnosis
 from torchdeq_ep.measuring.progress import OnProgress, Steps
 from torchdeq_ep.measuring.splitting import LARGE, STEPS, Examination
@@ -68,10 +67,7 @@ def diagnose(
         raise InvalidOptionError(f"only modes of equilibrium propagation have these errors to diagnose, not {mode!r}.")
     deqs = deqs_in(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with left_as_found(model) as found, torch.enable_grad():
-        if not all(deq.training for deq in deqs):
-            model.train()
-        trial = Trial(model, batch, loss_fn, list(trained.values()), found)
+    with trying(model, batch, loss_fn, list(trained.values())) as trial:
         tell = Steps(on_progress, 1 + max(len(deqs), 1) * STEPS)
         tell("the equilibria")
         captures = capture_all(trial, LARGE.tol, LARGE.steps)[1]

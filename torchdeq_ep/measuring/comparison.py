@@ -26,9 +26,8 @@ from torchdeq_ep.measuring.capture import (
     Trial,
     capture_all,
     caught_warnings,
-    deqs_in,
-    left_as_found,
     short,
+    trying,
 )
 from torchdeq_ep.measuring.costs import milliseconds
 from torchdeq_ep.measuring.costs import peak_memory as peak_memory
@@ -113,10 +112,7 @@ def compare(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise InvalidOptionError(f"no parameter of {type(model).__name__} requires a gradient, so there is none.")
-    with left_as_found(model) as found, torch.enable_grad():
-        if not all(deq.training for deq in deqs_in(model)):
-            model.train()
-        trial = Trial(model, batch, loss_fn, trained, found)
+    with trying(model, batch, loss_fn, trained) as trial:
         tell = Steps(on_progress, len(entries) + 3)
         tell("the exact gradient")
         equilibrium, captures, notes = capture_all(trial)
@@ -257,10 +253,10 @@ def _measure(
         else:
             calls[k] = partial(_solve_all, entry.mode, own)
             if "gradient_error" in figures[k]:
-                passes[k] = partial(trial.gradient, entry.mode)
+                passes[k] = partial(trial.go_on, entry.mode)
     tell("times")
     device = captures[0].equilibrium.z.device
-    of_passes, _ = milliseconds(passes, device, repeats)
+    of_passes, _ = milliseconds(passes, device, repeats, trial.found.restore)
     for k, figure in of_passes.items():
         figures[k]["step_milliseconds"] = figure
     times, failed = milliseconds({k: call for k, call in calls.items() if not _is_bound(entries[k])}, device, repeats)

@@ -15,7 +15,10 @@ from torchdeq_ep.measuring.capture import caught_warnings, short
 
 
 def milliseconds(
-    calls: Mapping[int, Callable[[], object]], device: torch.device, repeats: int
+    calls: Mapping[int, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    prepare: Callable[[], object] = lambda: None,
 ) -> tuple[dict[int, float], dict[int, str]]:
     """Median times of calls that take turns, so that drift of the machine hits all.
 
@@ -23,6 +26,7 @@ def milliseconds(
         calls: What to time, by number; each has run before, so nothing is left to warm up.
         device: Where its tensors are.
         repeats: Number of timings of each.
+        prepare: Called before each, and not timed.
 
     Returns:
         Milliseconds by number, and why a call has none.
@@ -40,6 +44,7 @@ def milliseconds(
                 if k in failed:
                     continue
                 try:
+                    prepare()
                     _synchronize(device)
                     start = time.perf_counter()
                     call()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 
 import torch
 
+from torchdeq_ep.plugins import GROUPS, entries
+
 _OWN = "torchdeq-ep"
-_GROUPS = ("torchdeq_ep.backwards", "torchdeq_ep.commands", "torchdeq_ep.adapters")
 _OTHERS = ("torchdeq", "torch", "einops", "numpy", "matplotlib", "pandas", "rich", "scikit-learn", "pytorch-lightning")
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED")
 
@@ -31,7 +32,7 @@ def environment() -> dict[str, dict[str, str]]:
 
 
 def _versions() -> dict[str, str]:
-    plugins = {entry.dist.name for group in _GROUPS for entry in entry_points(group=group) if entry.dist}
+    plugins = {entry.dist.name for group in GROUPS for entry in entries(group) if entry.dist}
     names = [_OWN, *sorted(plugins - {_OWN}), *_OTHERS]
     found = {"python": f"{platform.python_version()} ({platform.python_implementation()})"}
     return {**found, **{name: _version(name) for name in names}, "system": platform.platform()}

@@ -6,11 +6,9 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from torchdeq_ep.errors import InvalidOptionError, UnknownBackwardError, unknown_name
+from torchdeq_ep.errors import InvalidOptionError, PluginError, UnknownBackwardError, unknown_name
 from torchdeq_ep.modes.base import Mode, OnDivergence
 from torchdeq_ep.modes.linear import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.propagation import EquilibriumPropagation
@@ -20,11 +18,11 @@ from torchdeq_ep.modes.series import Neumann, OneStep
 from torchdeq_ep.modes.shine import Shine
 from torchdeq_ep.modes.stencils import Beta, NudgeDirection, Stencil
 from torchdeq_ep.modes.steps import Phantom, Unrolled
+from torchdeq_ep.plugins import BACKWARDS, by_name, entries, load
 from torchdeq_ep.relaxation import GMRES
 
 ModeLike = Callable[[Callable[..., Any], Any, Any], Any]
 """What a mode is: `(f, z_star, cotangent) -> error vector`."""
-ENTRY_POINT_GROUP = "torchdeq_ep.backwards"
 
 
 def one_sided(*, beta: Beta = "auto", direction: NudgeDirection = "down", **options: Any) -> Mode:
@@ -124,6 +122,8 @@ _factories: dict[str, Callable[..., ModeLike]] = {
     "shine": shine,
     "reversible": reversible,
 }
+BUILT_IN = tuple(_factories)
+"""Names that no plugin can have."""
 
 
 def register_backward(name: str, factory: Callable[..., ModeLike], *, overwrite: bool = False) -> None:
@@ -168,7 +168,7 @@ def available_backwards() -> tuple[str, ...]:
         >>> available_backwards()[:3]
         ('ift', 'ep-one-sided', 'ep')
     """
-    return tuple(dict.fromkeys((*_factories, *_plugins())))
+    return tuple(dict.fromkeys((*_factories, *(entry.name for entry in entries(BACKWARDS)))))
 
 
 def get_backward(spec: str | ModeLike, **overrides: Any) -> ModeLike:
@@ -282,23 +282,13 @@ def _options_of(factory: Callable[..., Any]) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-@cache
-def _plugins() -> dict[str, EntryPoint]:
-    # The first of a name, in the order of the distributions; `torchdeq-ep list` tells of the others.
-    entries = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.dist.name if e.dist else e.value)
-    return {entry.name: entry for entry in reversed(entries)}
-
-
 def _load(name: str) -> Callable[..., ModeLike]:
-    entry = _plugins().get(name)
+    entry = by_name(entries(BACKWARDS))[0].get(name)  # `torchdeq-ep list` tells of others of that name
     if entry is None:
         raise UnknownBackwardError(unknown_name("backward mode", name, available_backwards()))
     try:
-        factory: Callable[..., ModeLike] = entry.load()
-    except Exception as error:
-        raise UnknownBackwardError(
-            f"backward mode {name!r} of {entry.dist.name if entry.dist else 'a plugin'} is {entry.value}, "
-            f"which cannot be imported: {error}"
-        ) from error
+        factory: Callable[..., ModeLike] = load(entry)
+    except PluginError as error:
+        raise UnknownBackwardError(*error.args) from error
     _factories[name] = factory
     return factory

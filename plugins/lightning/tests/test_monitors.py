@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from torchdeq_ep.errors import InvalidOptionError, MeasurementSkippedWarning
+from torchdeq_ep.extend import left_as_found
 from torchdeq_ep_lightning import AlignmentMonitor, NudgeStats
 from torchdeq_ep_lightning.callbacks.cutting import UncuttableError, first_samples
-from torchdeq_ep_lightning.callbacks.restoring import as_it_was
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torchdeq_ep.errors.ConvergenceWarning"),
@@ -127,7 +127,7 @@ def test_every_kind_of_attribute_is_given_back():
         module.log = lambda *_, **__: None
         module.training_step(batch, 0)
         del module.found_on_the_way
-        with as_it_was(module):
+        with left_as_found(module):
             for _ in range(measurements):
                 module.training_step(batch, 0)
                 module.new = [1]

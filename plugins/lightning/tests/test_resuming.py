@@ -166,9 +166,16 @@ def damage(path: Path, kind: str) -> None:
     path.write_bytes(spoilt[kind])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("digits-mlp", [*CONSTANT, "--out", str(out)])
+    return out
+
+
 @pytest.mark.parametrize("kind", ["empty", "torn", "text", "flipped"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, kind):
-    run("digits-mlp", [*CONSTANT, "--out", str(tmp_path / "whole")])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, whole, kind):
     out = tmp_path / "out"
     run("digits-mlp", [*CONSTANT, "--trainer.max_steps", "25", "--out", str(out)])
     damage(out / "last.ckpt", kind)
@@ -176,11 +183,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, kin
     said = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
     assert len(said) == 1
     assert "goes on from" in said[0]
-    assert_same(tmp_path / "whole", out)
+    assert_same(whole, out)
 
 
-def test_with_no_good_checkpoint_left_a_run_starts_over(tmp_path, capsys):
-    run("digits-mlp", [*CONSTANT, "--out", str(tmp_path / "whole")])
+def test_with_no_good_checkpoint_left_a_run_starts_over(tmp_path, capsys, whole):
     out = tmp_path / "out"
     run("digits-mlp", [*CONSTANT, "--trainer.max_steps", "25", "--out", str(out)])
     for name in ("last.ckpt", "before.ckpt"):
@@ -188,7 +194,7 @@ def test_with_no_good_checkpoint_left_a_run_starts_over(tmp_path, capsys):
     (out / "result.json").write_text('{"recipe": ')
     assert main(["train", "digits-mlp", *CONSTANT, "--out", str(out)]) == 0
     assert "starts over" in capsys.readouterr().err
-    assert_same(tmp_path / "whole", out)
+    assert_same(whole, out)
 
 
 def test_a_damaged_configuration_is_named(tmp_path, capsys):
@@ -205,15 +211,13 @@ def test_a_damaged_configuration_is_named(tmp_path, capsys):
     [
         (["--trainer.max_epochs", "1"], ["--trainer.max_epochs", "3"]),
         (["--trainer.max_steps", "13"], ["--trainer.max_steps", "-1"]),
-        (["--trainer.max_steps", "10"], ["--trainer.max_steps", "25"]),
+        (["--trainer.max_steps", "10"], ["--trainer.max_steps", "30"]),
     ],
 )
-def test_a_finished_run_is_extended_to_what_the_longer_one_is(tmp_path, shorter, longer):
-    options = CONSTANT
-    run("digits-mlp", [*options, *longer, "--out", str(tmp_path / "whole")])
-    run("digits-mlp", [*options, *shorter, "--out", str(tmp_path / "out")])
-    run("digits-mlp", [*options, *longer, "--out", str(tmp_path / "out")])
-    assert_same(tmp_path / "whole", tmp_path / "out")
+def test_a_finished_run_is_extended_to_what_the_longer_one_is(tmp_path, whole, shorter, longer):
+    run("digits-mlp", [*CONSTANT, *shorter, "--out", str(tmp_path / "out")])
+    run("digits-mlp", [*CONSTANT, *longer, "--out", str(tmp_path / "out")])
+    assert_same(whole, tmp_path / "out")
 
 
 def test_an_extended_run_goes_on_by_the_schedule_of_the_longer_one(tmp_path, capsys):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -133,6 +134,38 @@ def test_a_claim_is_of_one_worker_and_a_dead_one_gives_it_back(tmp_path):
         assert studies.put_back(one, one._storage) == [again.number]
 
 
+def test_two_workers_that_look_at_a_file_of_sqlite_at_the_same_time_claim_two_runs(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    slow, quick = (studies.open_study("s", studies.open_storage(url)) for _ in range(2))
+    studies.ask_for(slow, slow._storage, grid({"seed": ["0", "1"]}))
+    database = slow._storage._backend  # behind a cache
+    check, has_read, claimed = database.check_trial_is_updatable, threading.Event(), []
+
+    def check_slowly(*arguments):  # a worker that has read that a run waits, and has not claimed it yet
+        check(*arguments)
+        has_read.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(database, "check_trial_is_updatable", check_slowly)
+    one = threading.Thread(target=lambda: claimed.append(studies.claim(slow, slow._storage)))
+    one.start()
+    assert has_read.wait(timeout=60)
+    claimed.append(studies.claim(quick, quick._storage))
+    one.join()
+    assert sorted(trial.number for trial in claimed) == [0, 1]
+
+
+def test_the_study_is_in_a_journal_unless_a_storage_is_named(tmp_path):
+    out, database = tmp_path / "out", tmp_path / "study.db"
+    assert main([*SWEEP, "--seed", "0", "--out", str(out)]) == 0
+    assert isinstance(studies.open_storage(str(out / "study.journal")), optuna.storages.JournalStorage)
+    assert len(in_state(study_of(out / "study.journal", "out"), TrialState.COMPLETE)) == 1
+    named = ["--seed", "0", "--out", str(tmp_path / "named"), "--storage", f"sqlite:///{database}"]
+    assert main([*SWEEP, *named]) == 0
+    assert not (tmp_path / "named" / "study.journal").exists()
+    assert len(in_state(study_of(f"sqlite:///{database}", "named"), TrialState.COMPLETE)) == 1
+
+
 def test_a_storage_that_cannot_be_opened_is_named(tmp_path, capsys):
     assert main([*SWEEP, "--storage", "nosuch://host/name", "--out", str(tmp_path / "out")]) == 2
     assert "nosuch://host/name" in capsys.readouterr().err
@@ -178,8 +211,9 @@ def kill_in_a_run(process: subprocess.Popen[bytes], storage: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_on_a_file_one_of_them_killed_twice(tmp_path):
-    two_workers_one_killed(str(tmp_path / "study.journal"), tmp_path / "out", runs=20, kills=2)
+@pytest.mark.parametrize("url", ["", "sqlite:///"], ids=["journal", "sqlite"])
+def test_two_workers_on_a_file_one_of_them_killed_twice(url, tmp_path):
+    two_workers_one_killed(f"{url}{tmp_path / 'study'}", tmp_path / "out", runs=20, kills=2)
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
 
 from torchdeq_ep.errors import InvalidOptionError
 
@@ -29,6 +30,9 @@ _WORKER, _SURPLUS = "worker", "surplus"
 _BEAT = 20.0
 _DEAD_AFTER = 6 * _BEAT
 _PLANNING = 60.0
+_ATTEMPTS = 5
+# What databases say of a table or a version that was not there a moment before.
+_ANOTHER_WAS_FIRST = ("already exists", "UNIQUE constraint", "duplicate key", "Duplicate entry", "is locked")
 
 
 def open_storage(storage: str) -> BaseStorage:
@@ -45,8 +49,10 @@ def open_storage(storage: str) -> BaseStorage:
         InvalidOptionError: If it cannot be opened.
     """
     try:
+        if storage.startswith("sqlite"):
+            return _sqlite(storage)
         if "://" in storage:
-            return optuna.storages.RDBStorage(storage, engine_kwargs={"pool_pre_ping": True})
+            return _database(storage, {"pool_pre_ping": True})
         Path(storage).expanduser().resolve().parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(Path(storage).expanduser())))
     except Exception as error:  # of drivers and databases of all kinds
@@ -55,6 +61,37 @@ def open_storage(storage: str) -> BaseStorage:
             "the path of a file, or a URL such as postgresql://user@host/name, whose server runs and whose driver is "
             "installed."
         ) from error
+
+
+def _database(url: str, options: dict[str, Any]) -> RDBStorage:
+    """A database, whose tables are made by the first of several workers that open it at the same time."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except Exception as error:
+            if not any(said in str(error) for said in _ANOTHER_WAS_FIRST):
+                raise
+        time.sleep(0.5)
+    return RDBStorage(url, engine_kwargs=options)
+
+
+def _sqlite(url: str) -> RDBStorage:
+    """A file of SQLite, of which one worker at a time reads what it then changes.
+
+    SQLite has no rows that are locked for an update: two workers would read that a run waits, and both claim it.
+    """
+    storage = _database(url, {"connect_args": {"timeout": _PLANNING}})
+
+    def begin_by_hand(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    storage.engine.dispose()  # connections that were opened before
+    event.listen(storage.engine, "connect", begin_by_hand)
+    event.listen(storage.engine, "begin", begin)
+    return storage
 
 
 def open_study(name: str, storage: BaseStorage, sampler: Any = None, pruner: Any = None) -> optuna.Study:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from torchdeq_ep import EquilibriumPropagation, get_backward, use_backward
 from torchdeq_ep.errors import EPError, InvalidOptionError, MeasurementSkippedWarning
-from torchdeq_ep.extend import Capture, Equilibrium, Mode, Reference, check_count, cosine, deqs_of
+from torchdeq_ep.extend import Capture, Equilibrium, Mode, Reference, check_count, cosine, deqs_of, left_as_found
 from torchdeq_ep.jacobian import measure_symmetry
 from torchdeq_ep_lightning.callbacks.cutting import UncuttableError, first_samples
 from torchdeq_ep_lightning.callbacks.lookup import named, rule_of
 from torchdeq_ep_lightning.callbacks.means import Measuring
 from torchdeq_ep_lightning.callbacks.per_sample import PerSample
-from torchdeq_ep_lightning.callbacks.restoring import as_it_was
 from torchdeq_ep_lightning.flavour import LightningModule, Trainer
 
 
@@ -135,7 +134,7 @@ class AlignmentMonitor(Measuring):
         try:
             for deq, reference in zip(deqs, references, strict=True):
                 handles.append(use_backward(deq, reference))
-            with as_it_was(pl_module), torch.enable_grad(), _Silenced(pl_module), warnings.catch_warnings():
+            with left_as_found(pl_module), torch.enable_grad(), _Silenced(pl_module), warnings.catch_warnings():
                 # torch on operations that vmap has to loop over: nothing a user could change for a measurement.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 returned = pl_module.training_step(few, batch_idx)
