@@ -134,6 +134,20 @@ def test_the_summary_tells_what_homeostasis_reached():
     assert "alignment={'deq':" in repr(handle.homeostasis.last)
 
 
+def test_homeostasis_has_a_hundred_passes_before_asymmetry_is_a_warning():
+    model = Dense()
+    with torch.no_grad():
+        model.weight.copy_(0.9 * torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0])
+    with warnings.catch_warnings(record=True) as caught, tep.use_backward(model, "ep", homeostasis="auto"):
+        warnings.simplefilter("always")
+        for _ in range(100):
+            model(inputs()).square().sum().backward()
+        assert not [warning for warning in caught if warning.category is AsymmetryWarning]
+        model(inputs()).square().sum().backward()
+    (told,) = [str(warning.message) for warning in caught if warning.category is AsymmetryWarning]
+    assert "Homeostasis has not removed it in 101 passes" in told
+
+
 def test_a_sentence_has_no_powers_of_ten_above_one():
     row = Row("ep", "own", gradient_error=8.2, milliseconds=123.0)
     assert "(error 8.2) and the fastest (120 ms)" in Comparison((row,), "dense", 8, "cpu", 5).sentence()
