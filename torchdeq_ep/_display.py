@@ -64,6 +64,28 @@ def html_fields(report: Any) -> str:
     return html_table([type(report).__name__, ""], rows)
 
 
+def told_fields(report: Any) -> str:
+    """The fields of a report that have a value, as text.
+
+    Args:
+        report: A dataclass.
+
+    Returns:
+        The form of its own `repr`, with four digits; figures that do not exist are left out, and so is what is empty.
+    """
+    values = {each.name: getattr(report, each.name) for each in fields(report) if each.repr}
+    told = ", ".join(f"{name}={_rounded(value)}" for name, value in values.items() if _has_value(value))
+    return f"{type(report).__name__}({told})"
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {_rounded(entry)}" for name, entry in value.items()) + "}"
+    return repr(value)
+
+
 def _has_value(value: Any) -> bool:
     if isinstance(value, float):
         return not math.isnan(value)

@@ -23,6 +23,8 @@ from torchdeq_ep.state import Equilibrium, Memory, undisturbed
 LARGEST_INCONSISTENCY = 0.05
 """Two derivatives of one map that differ by more are not the same but for rounding, kinks and what a solve left."""
 _LARGEST_ADJOINT_RESIDUAL = 0.5
+_PASSES_OF_HOMEOSTASIS = 100
+"""Backward passes after which homeostasis should have made the Jacobian symmetric along the error vectors."""
 _MARGIN = 3.0
 _TINY = 1e-30
 _NOTHING = 1e-3
@@ -111,7 +113,7 @@ def adjoint_residual(equilibrium: Equilibrium, v: Tensor) -> float:
 
 
 def speak_up_of_certificate(
-    mode: ModeLike, certificate: Certificate | None, report: NudgeReport, memory: Memory
+    mode: ModeLike, certificate: Certificate | None, report: NudgeReport, memory: Memory, is_regulated: bool = False
 ) -> None:
     """Warn of a hidden derivative, or of an asymmetry that leaves little of the gradient.
 
@@ -120,6 +122,8 @@ def speak_up_of_certificate(
         certificate: Of it, or `None` where the backward pass did not reach the state.
         report: Of the solve.
         memory: Of the layer.
+        is_regulated: Whether homeostasis works on the asymmetry along the error vector. It is given some passes before
+            what is left is worth a word.
     """
     unexplained = certificate.unexplained if certificate is not None and _solves_an_equation(mode) else 0.0
     hidden = max(unexplained, memory.hidden)
@@ -132,16 +136,22 @@ def speak_up_of_certificate(
         return
     residual = certificate.adjoint_residual
     explained = _MARGIN * report.inexactness
-    if memory.lasting and _is_symmetric_only(mode) and residual > max(_LARGEST_ADJOINT_RESIDUAL, explained):
+    if not memory.lasting or (is_regulated and memory.passes <= _PASSES_OF_HOMEOSTASIS):
+        return
+    if _is_symmetric_only(mode) and residual > max(_LARGEST_ADJOINT_RESIDUAL, explained):
         finding = (
             f"the error vector leaves a residual of {residual:.2g} of the cotangent in the exact equation "
             "v = J^T v + g, because the Jacobian of f is not symmetric, as that of an ordinary network is not"
+        )
+        regulated = (
+            f"Homeostasis has not removed it in {memory.passes} passes, see handle.homeostasis.last: raise a fixed "
+            "weight, lower the learning rate, or take 'aep', which corrects for it, or 'ift', which does not need it."
         )
         advice = (
             "Three ways on: train with homeostasis (tep.use_backward(..., homeostasis='auto')), or take 'aep', which "
             "corrects for it, or 'ift', which does not need it. tep.diagnose(...) says how far off the gradient is."
         )
-        memory.warn(AsymmetryWarning, "asymmetry", finding, lambda: advice, residual)
+        memory.warn(AsymmetryWarning, "asymmetry", finding, lambda: regulated if is_regulated else advice, residual)
 
 
 def compare_derivatives(mode: ModeLike, equilibrium: Equilibrium, v: Tensor) -> int:

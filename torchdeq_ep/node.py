@@ -17,7 +17,7 @@ from torchdeq_ep.layer import Layer, solve
 from torchdeq_ep.linear_solve import Linear, in_batch, linear_solve
 from torchdeq_ep.modes import ModeLike, NudgeReport, StepwiseMode, get_backward, require_equilibrium
 from torchdeq_ep.recording import Recording, depends_on_more, reaches_state, recorded, recording_of
-from torchdeq_ep.state import Autocast, Map, Packing, first_derivative_only, forget_casts, tensors_of
+from torchdeq_ep.state import Autocast, Map, Memory, Packing, first_derivative_only, forget_casts, tensors_of
 from torchdeq_ep.state.derivatives import NO_SECOND_DERIVATIVE
 from torchdeq_ep.transformed import connect_transformed
 
@@ -32,6 +32,7 @@ def attach(
     *,
     writer: Callable[[NudgeReport], None] | None = None,
     certificate: bool = True,
+    memory: Memory | None = None,
 ) -> AnyState:
     """Give a fixed point, found by whatever means, the gradient of the implicit layer it belongs to.
 
@@ -42,12 +43,16 @@ def attach(
 
     Args:
         f: The map, with `z_star = f(z_star)`: a closure or module over parameters and inputs. Several tensors
-            are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument.
+            are passed as `f(*z_star)`, as torchdeq does, or as one sequence if `f` takes exactly one required argument;
+            one tensor in a sequence is passed as `f(tensor)`.
         z_star: The fixed point: a tensor of any shape, or a tuple or list of tensors. Gradients do not flow into it.
         backward: Name or spec of a backward mode (`"ep"`, `"hep:n_points=6"`), or a mode.
         writer: Called with the [`NudgeReport`][torchdeq_ep.modes.NudgeReport] of each backward pass, at its end.
         certificate: Whether `f` is recorded at a state that asks for a gradient, so that each pass reports its
             [adjoint residual](certificate.md) at the price of one `J^T v` beside the gradients of the parameters.
+        memory: What is remembered from one call to the next, a `tep.Memory(lasting=True)` that the layer keeps: what
+            was measured of `f` is not measured again, and warnings of asymmetry and of a hidden derivative are issued,
+            once and with counts. Without one nothing is known of earlier calls, and these two are not.
 
     Returns:
         `z_star`, with the same values and container, and a gradient. Without one where autograd is off, or where `f`
@@ -78,7 +83,9 @@ def attach(
     packing = Packing.of(z_star, lenient=autocast.enabled)
     map_of_states = packing.map(f)
     free_state = packing.pack(z_star, "z_star").detach()
-    layer = Layer(map_of_states, mode, autocast, packing, writer)
+    if free_state.is_inference():  # found under torch.inference_mode: autograd saves no such tensor
+        free_state = free_state.clone()
+    layer = Layer(map_of_states, mode, autocast, packing, writer, memory=memory or Memory())
     if is_transforming():
         connected = connect_transformed(layer, free_state, free_state)
     else:
@@ -147,7 +154,7 @@ def connect_with_penalty(
     if isinstance(layer.mode, StepwiseMode):
         raise InvalidOptionError(
             f"homeostasis along the error vector needs one, and {layer.mode!r} differentiates steps instead: take "
-            "another backward, or random directions, estimator='antisymmetric'."
+            "another backward, or random directions: tep.register_homeostasis(module, 20.0, estimator='antisymmetric')."
         )
     leaves = () if layer.penalty is None else layer.penalty.leaves
     anchor = value.reshape(-1)[:0].clone()
@@ -249,4 +256,4 @@ class _Pass:
             layer.memory.certify(report.adjoint_residual)
         if layer.writer is not None:
             layer.writer(report)
-        speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory)
+        speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory, layer.penalty is not None)

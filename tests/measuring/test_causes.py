@@ -112,11 +112,11 @@ def test_the_asymmetric_correction_leaves_nothing_to_mend(monkeypatch):
 
 def test_the_sweep_approaches_the_floor_from_below_and_the_best_amplitude_is_on_it():
     layer = _parts(skew=0.1)
-    assert layer.floor < 0.9999
+    assert layer.limit_alignment < 0.9999
     total = [parts.total.cosine for parts in layer.parameters.values()]
-    assert min(total) - 1e-4 < layer.floor < max(total) + 1e-4  # it is that of the whole gradient
+    assert min(total) - 1e-4 < layer.limit_alignment < max(total) + 1e-4  # it is that of the whole gradient
     for cosines in layer.sweep.values():
-        assert min(abs(cosine - layer.floor) for cosine in cosines if math.isfinite(cosine)) < 1e-6
+        assert min(abs(cosine - layer.limit_alignment) for cosine in cosines if math.isfinite(cosine)) < 1e-6
     assert 1e-4 <= layer.best_beta < 0.1
 
 

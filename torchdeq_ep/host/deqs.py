@@ -42,7 +42,8 @@ def deqs_of(module: nn.Module) -> list[DEQBase]:
     if not deqs:
         raise NoDEQError(
             f"there is no torchdeq DEQ inside {type(module).__name__}. Make one with torchdeq.get_deq(...) and store "
-            "it as an attribute of the module; a hand-written implicit layer takes tep.attach(f, z_star) instead."
+            "it as an attribute of the module. A layer written by hand names its backward itself, by tep.loop(f, z0, "
+            "steps, backward), which compare and diagnose measure too, or by tep.attach(f, z_star, backward)."
         )
     return deqs
 

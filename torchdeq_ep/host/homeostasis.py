@@ -32,7 +32,7 @@ _MANY_UNCOLLECTED = 100
 _RANDOM_WEIGHT = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HomeostasisReport(SymmetryMeasurement):
     """The last measurements of a homeostasis: over all DEQs together, and of each.
 

@@ -12,7 +12,7 @@ from torchdeq.solver.stat import SolverStat
 
 from torchdeq_ep.errors import InvalidOptionError, unknown_name
 from torchdeq_ep.relaxation import Relaxation, iterate
-from torchdeq_ep.state import Rows, are_independent, row_norms
+from torchdeq_ep.state import Rows, are_independent, largest_row_norm, row_norms
 
 STOP_MODES = ("abs", "rel")
 TINY = 1e-9
@@ -99,7 +99,8 @@ def relaxation_solver(
 
     def as_rows(x: Tensor) -> Tensor:
         x = x.to(wide)
-        return (torch.view_as_real(x) if x.is_complex() else x).reshape(rows, -1)
+        real = torch.view_as_real(x) if x.is_complex() else x
+        return real.reshape(rows, real.numel() // max(rows, 1))
 
     seen: dict[str, Tensor] = {}
 
@@ -113,8 +114,10 @@ def relaxation_solver(
         return seen["value"]
 
     def independent_rows() -> Rows | None:
+        if rows < 2:
+            return None
         layout = Rows(rows, (x0.numel() // rows,))
-        if rows < 2 or not are_independent(lambda x: as_rows(func(state(x))), seen["point"], seen["value"], layout):
+        if not are_independent(lambda x: as_rows(func(state(x))), seen["point"], seen["value"], layout):
             return None
         return Rows(1, layout.parts)  # each row is a state of its own in the stack
 
@@ -132,7 +135,7 @@ def _row_norms(value: Tensor) -> Tensor:
 
 
 def _statistics(result: Relaxation, stop_mode: str) -> SolverStat:
-    size = float(_row_norms(result.value).max())
+    size = largest_row_norm(result.value) + TINY
     measured = torch.tensor([list(result.trace)])
     converted = measured / size if stop_mode == "abs" else measured * size
     absolute, relative = (measured, converted) if stop_mode == "abs" else (converted, measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
@@ -86,9 +87,20 @@ class BackwardHandle:
             report = rule.slot.report
             if report is not None:
                 head += f", the last with a residual of {report.residual:.1e} after {report.calls} calls"
-                head += "".join(f"\n  {line}" for line in _accuracy(report, rule.memory))
+                head += "".join(f"\n  {line}" for line in [*_accuracy(report, rule.memory), *self._alignment(name)])
             paragraphs.append("\n".join([head, *(f"  {line}" for line in found.splitlines())]))
         return "\n".join(paragraphs)
+
+    def _alignment(self, name: str) -> list[str]:
+        """What an automatic homeostasis has reached at a DEQ."""
+        measured = self.homeostasis.last if self.homeostasis is not None else None
+        alignment = measured.alignment.get(name, math.nan) if measured is not None else math.nan
+        if measured is None or math.isnan(alignment):
+            return []
+        return [
+            f"homeostasis: the cosine of its error vector to the exact one was {alignment:.2f} when last measured, the "
+            f"weight is {measured.weights[name]:.3g}"
+        ]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What each DEQ remembers of its passes: amplitudes, rounding, independence of rows, what was said.

@@ -39,7 +39,8 @@ def check_weight(weight: object) -> None:
         return
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise InvalidOptionError(
-            f"weight must be a number of at least 0, a function of the step, or a dict of these, not {weight!r}."
+            "the weight of homeostasis must be 'auto', which finds it for all DEQs, or a number of at least 0, a "
+            f"function of the step, or a dict of these, not {weight!r}."
         )
 
 

@@ -17,9 +17,13 @@ from torchdeq_ep.state import Map, Packing, State, forward_derivative, row_dots
 
 _NO_PRODUCT = (
     "f contains an operation that can be differentiated only once (a custom autograd.Function, probably with "
-    "@once_differentiable, or activation checkpointing), so there is no product J u with its Jacobian. Write its "
-    "backward with differentiable operations, or use a mode without such products: 'ift', or a stencil such as 'ep' "
-    "without the asymmetric correction."
+    "@once_differentiable, or torch.utils.checkpoint with use_reentrant=True: say False there), so there is no product "
+    "J u with its Jacobian. Write its backward with differentiable operations, or use a mode without such products: "
+    "'ift', or a stencil such as 'ep' without the asymmetric correction."
+)
+_REENTRANT = (
+    "f runs under torch.utils.checkpoint with use_reentrant=True, which gives no product J^T v with its Jacobian. Say "
+    "use_reentrant=False in that call of checkpoint, as PyTorch recommends."
 )
 _ADJOINT_DEFECT = 0.05
 """Largest difference between `v . J u` and `J^T v . u`, relative to `|J u|`, that low precision inside `f` explains."""
@@ -48,7 +52,12 @@ def vjp(f: Map, z: Tensor) -> Product:
     def product(vector: Tensor) -> Tensor:
         if not value.requires_grad:
             return torch.zeros_like(vector)
-        (result,) = torch.autograd.grad(value, point, vector, retain_graph=True, materialize_grads=True)
+        try:
+            (result,) = torch.autograd.grad(value, point, vector, retain_graph=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise JacobianProductError(_REENTRANT) from error
+            raise
         return result
 
     return product

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from torchdeq_ep._display import html_fields
+from torchdeq_ep._display import html_fields, told_fields
 from torchdeq_ep._options import check_choice
 from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
@@ -105,6 +105,9 @@ class SymmetryMeasurement:
     symmetry_se: float
     asymmetry: float
     asymmetry_se: float
+
+    def __repr__(self) -> str:
+        return told_fields(self)
 
     def _repr_html_(self) -> str:
         return html_fields(self)

@@ -286,6 +286,11 @@ def courses_to_rich(courses: tuple[Course, ...]) -> Any:
     return table
 
 
+def _lower_end(curves: list[tuple[float, ...]]) -> float:
+    """Where the axis of the accuracy begins: the last steps are told apart, the first ones come from below."""
+    return max(0.0, 1 - 4 * (1 - min(values[-1] for values in curves)))
+
+
 def draw_courses(courses: tuple[Course, ...]) -> Any:
     """Two panels over the steps of training: how well the gradient is aligned, and how many answers are right.
 
@@ -314,6 +319,13 @@ def draw_courses(courses: tuple[Course, ...]) -> Any:
         axes.set_title(title, loc="left", color=INK, fontsize=13)
         axes.set_xlabel("steps of training", color=INK)
         axes.set_ylabel(label, color=INK)
-        axes.set_ylim(min(0.0, *(min(values) for values in curves)) if k == 0 else 0.0, 1.03)
-        axes.legend(frameon=False, labelcolor=INK, loc="lower right", title="at the end", alignment="left")
+        low = min(0.0, *(min(values) for values in curves)) if k == 0 else _lower_end(curves)
+        axes.set_ylim(low, 1 + 0.03 * (1 - low))
+        below = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.5, -0.14),
+            "ncols": 2,
+        }  # the curves have the panel to themselves
+        axes.legend(frameon=False, labelcolor=INK, title="at the end", alignment="left", **below)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     return figure

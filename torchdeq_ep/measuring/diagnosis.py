@@ -114,7 +114,7 @@ class LayerDiagnosis:
         residual: Relative residual of the free phase as the model has it.
         sweep: Cosine of the gradient, over all parameters that the DEQ reaches, to the exact one at each of
             `AMPLITUDES`, by stencil; NaN where a nudge failed or has no usable estimate.
-        floor: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
+        limit_alignment: The same cosine in the limit of every nudge: what all stencils tend to as the amplitude falls.
         symmetry: How symmetric the Jacobian is, `J M` if the mode has a metric; `None` if it cannot be measured, e.g.
             because `f` has an operation that can be differentiated only once.
         spectral_radius: The largest modulus of an eigenvalue of the Jacobian `J`; NaN likewise.
@@ -148,7 +148,7 @@ class LayerDiagnosis:
     best_beta: float
     residual: float
     sweep: dict[str, tuple[float, ...]]
-    floor: float
+    limit_alignment: float
     symmetry: SymmetryMeasurement | None
     spectral_radius: float
     advice: str
@@ -226,7 +226,7 @@ class Diagnosis:
         if path is not None:
             check_plot(path)
         panels = [
-            Panel(f"{layer.name or 'DEQ'}: how well is the gradient aligned?", layer.sweep, layer.floor)
+            Panel(f"{layer.name or 'DEQ'}: how well is the gradient aligned?", layer.sweep, layer.limit_alignment)
             for layer in self.layers
         ]
         words = ("amplitude beta, relative to the state", "cosine to the exact gradient", "limit of every nudge")

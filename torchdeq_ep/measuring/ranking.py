@@ -73,5 +73,9 @@ def _cheapest(comparison: Comparison) -> str:
         found.setdefault(label, []).append(f"{share:.0%}")
     if set(found) == {"none"}:
         return ""
-    parts = [f"within {' and '.join(shares)} {label}" for label, shares in found.items()]
+    parts = [f"within {_listed(shares)} {label}" for label, shares in found.items()]
     return f"Cheapest for a whole step: {'; '.join(parts)}."
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(word for word in (", ".join(words[:-1]), words[-1]) if word)

@@ -146,7 +146,7 @@ class Examination:
             best_beta=best,
             residual=given.residual,
             sweep={stencil: tuple(map(align, found)) for stencil, found in sweep.items()},
-            floor=align(limit),
+            limit_alignment=align(limit),
             symmetry=symmetry,
             spectral_radius=radius,
             advice=advise(findings),

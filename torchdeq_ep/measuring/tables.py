@@ -196,13 +196,14 @@ class Comparison:
         )
         opening = "Next to ift, " if self.baseline and closest.backward != BASELINE else ""
         ratio = self.relative_time(fastest)
-        speed = f"{ratio:.2g} times ift" if self.baseline else f"{fastest.milliseconds:.2g} ms"
+        speed = f"{_plain(ratio)} times ift" if self.baseline else f"{_plain(fastest.milliseconds)} ms"
         subject = "" if fastest is closest else f"{fastest.label} is "
         closing = f"; {failed} could not be used" if failed else ""
         what = "reference" if self._is_inexact else "exact"
+        error = f"{closest.gradient_error:.0e}" if closest.gradient_error < 0.1 else _plain(closest.gradient_error)
         return (
-            f"{opening}{closest.label} is closest to the {what} gradient (error "
-            f"{closest.gradient_error:.0e}) and {subject}the fastest ({speed}){closing}.{self._caveat()}{ranking(self)}"
+            f"{opening}{closest.label} is closest to the {what} gradient (error {error}) and {subject}the fastest "
+            f"({speed}){closing}.{self._caveat()}{ranking(self)}"
         )
 
     @property
@@ -244,6 +245,10 @@ class Column:
     def least_width(self) -> int:
         """Characters in a line from which on it is shown."""
         return WIDEST if self.is_extra else WIDE if self.is_detail else 0
+
+
+def _plain(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"  # 120, where .2g has 1.2e+02
 
 
 def _number(value: float, form: str) -> str:

@@ -220,8 +220,10 @@ class RelaxedMode(Mode):
         ):
             return
         if not bool(torch.isfinite(vector).all()) or (self.on_divergence == "raise" and not report.is_usable):
+            finite = bool(torch.isfinite(vector).all())
+            found = f"relative residual {report.residual:.1e}" if finite else "the estimate is not finite"
             raise NudgeDivergedError(
-                f"{what} diverged: relative residual {report.residual:.1e} after {report.iterations} steps. "
+                f"{what} diverged: {found} after {report.iterations} steps. "
                 "The map may not be contractive at the fixed point (its Jacobian has an eigenvalue near or beyond 1): "
                 "try solver='broyden', on_divergence='ift', a smaller beta, or weight norms that keep f contractive."
             )

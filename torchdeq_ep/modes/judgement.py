@@ -200,9 +200,12 @@ def _of_cycle(equilibrium: Equilibrium) -> str:
         if step > 0 and norm(state - start) < _RETURNED * step:
             return (
                 f"The map goes round in a cycle of {length} states, which no number of steps ends: damp it (f_tau "
-                "below 1), or use f_solver='anderson', 'broyden' or 'relaxation'."
+                "below 1), or use a solver, such as f_solver='anderson', 'broyden' or 'relaxation'."
             )
-    return "Raise f_max_iter, or use a solver that converges (f_solver='anderson', 'broyden' or 'relaxation')."
+    return (
+        "Raise f_max_iter, or the steps of a loop written by hand, or use a solver that converges "
+        "(f_solver='anderson', 'broyden' or 'relaxation')."
+    )
 
 
 def _of_spectrum(equilibrium: Equilibrium, amplified: float) -> list[str]:

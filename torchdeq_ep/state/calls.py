@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 Map = Callable[[Tensor], Tensor]
 STATEFUL = (
-    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask), random noise, a layer "
-    "that updates its state on every call, or a map that works in place on its argument."
+    "Look for dropout in train mode (use torchdeq's VariationalDropout, which keeps its mask, and set that inside "
+    "attention and encoder layers to 0), random noise, a layer that updates its state on every call, or a map that "
+    "works in place on its argument."
 )
 _STATISTICS: dict[Callable[..., Tensor], str] = {
     functional.batch_norm: "training",

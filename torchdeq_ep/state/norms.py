@@ -42,12 +42,14 @@ def largest_row_norm(stack: Tensor) -> float:
         stack: Of shape `(K, *shape)`.
 
     Returns:
-        The largest of `K` norms.
+        The largest of `K` norms; 0 if there is none.
 
     Example:
         >>> largest_row_norm(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         5.0
     """
+    if not stack.numel():  # an empty batch
+        return 0.0
     return _in_range(stack.detach().flatten(1), lambda wide: torch.linalg.vector_norm(wide, dim=1).max())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,7 +49,7 @@ def tensors_of(state: State) -> list[Tensor]:
         got = f"{'an empty ' if isinstance(given, Sequence) else ''}{type(given).__name__}"
         if bad:
             got = f"a {type(given).__name__} with {type(bad[0]).__name__} in it"
-        raise MapContractError(f"a state is a tensor, or a tuple or list of tensors; got {got}.")
+        raise MapContractError(f"a state is a tensor, or a tuple or list of tensors; got {got}.{_instead(given)}")
     _check_layout(tensors, "")
     for tensor in tensors:
         if tensor.dtype not in _COMPUTED:
@@ -268,6 +268,13 @@ class Packing:
         """
         spread = self.container is not None and not _takes_sequence(f, len(self.shapes))
         return (lambda state: cast(State, f(*state))) if spread else f
+
+
+def _instead(given: Any) -> str:
+    """What to give in place of what is no state."""
+    if isinstance(given, Mapping):
+        return " Give its values as a tuple, and let f take and return them in that order."
+    return " The map comes first, and then the state." if callable(given) else ""
 
 
 def _takes_sequence(f: Callable[..., Any], n_tensors: int) -> bool:
