@@ -57,7 +57,7 @@ demo: $(STAMP) ## train an ordinary model by four gradients and compare them: a 
 	@echo "written: demo/demo.png  demo/demo.md  demo/demo.json"
 
 test: $(STAMP) ## run the tests and the examples in docstrings and documentation, without the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" --doctest-modules tests torchdeq_ep $(PLUGINS)
 
 # What to test, and how: MATRIX='--python 3.12 --versions newest', for example; python tests/matrix.py --help.
 MATRIX ?= --record

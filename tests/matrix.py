@@ -137,6 +137,8 @@ def test(pair: Pair, arguments: list[str]) -> dict[str, Any]:
         "-q",
         "-n",
         "auto",
+        "--dist",
+        "worksteal",
         "-m",
         "not slow",
         "--doctest-modules",
