@@ -17,6 +17,7 @@ def _no_work(monkeypatch):
 
     for name in ("classify", "amplifiers", "instrument", "motion", "recall", "rules", "devices"):
         monkeypatch.setattr(recipes, name, work)
+    monkeypatch.setattr(recipes.mnist, "run", work)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,22 @@ def _no_work(monkeypatch):
         "motion --simulator twin",
         "amplifiers --timeout 3",
         "instrument --workers 2",
+        "instrument --seed 1",
+        "instrument --steps 3",
+        "amplifiers --steps 3",
+        "amplifiers --out {file}.d",
+        "iris --out {file}.d",
+        "recall --steps 3",
+        "motion --data {file}",
+        "rules --netlist {file}.cir",
+        "iris --epochs 2",
+        "mnist",
+        "mnist --data {file} --steps 3",
+        "mnist --data {file} --images 0",
+        "mnist --data {file} --epochs 0",
+        "mnist --data {file} --simulator twin",
+        "mnist --data {file} --workers 2",
+        "mnist --data {file} --out {file}",
     ],
 )
 @pytest.mark.usefixtures("_no_work")
@@ -87,7 +104,7 @@ def test_recipes_refuse_no_work(name):
 def test_a_recipe_that_draws_needs_matplotlib_before_any_work(recipe, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError if ENTRIES[recipe].draws else AssertionError):
-        main([recipe])
+        main([recipe, *(("--data", "folder") if recipe == "mnist" else ())])
 
 
 def test_recall_on_the_command_line(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What real devices do: each wrapper against its definition; and the recipes that train with them."""
 
+import json
 import math
 
 import pytest
@@ -163,6 +164,38 @@ def test_the_rules_are_what_their_names_say():
         recipes.contrast(network, x, y, "hebb")
 
 
+def test_a_bias_adds_its_share_to_the_step_of_each_resistor():
+    network = learning_rules.initial(4, 0)
+    data = recipes.load("iris")
+    x, y = data.x[:5], learning_rules.targets(data.y[:5], 3)
+    bias = torch.linspace(-1e-3, 1e-3, len(network.resistors), dtype=torch.float64)
+    conductance = network.physical()["conductance"].detach()
+    for nudge in (0.1, 0.05):
+        plain, biased = (
+            torch.cat(recipes.contrast(network, x, y, "coupled", nudge=nudge, bias=each)) for each in (0.0, bias)
+        )
+        torch.testing.assert_close(biased - plain, conductance * bias / (2 * nudge), rtol=1e-6, atol=1e-15)
+
+
+def test_the_error_that_a_bias_leaves_is_as_large_as_it_is_and_falls_with_the_nudge():
+    x, target = torch.tensor([[1.0]]).double(), torch.tensor([[0.4]]).double()
+
+    def left(nudge, bias):
+        """The error of a divider whose upper resistor alone learns, where coupled learning ends."""
+        divider = physics.ResistiveNetwork(1, 1, [(0, 1), (0, 2)], torch.tensor([1.0, 1.0]).double(), backward="ift")
+        offset = torch.tensor([bias, 0.0]).double()
+        for _ in range(60):
+            step = recipes.contrast(divider, x, target, "coupled", nudge=nudge, bias=offset)[0]
+            with torch.no_grad():
+                divider.log_conductance[0] -= 5.0 * step[0]
+        assert abs(float(step[0])) < 1e-10
+        return float((target - divider.equilibrium(x)).detach())
+
+    for nudge, bias in ((0.05, 1e-4), (0.05, 2e-4), (0.1, 1e-4), (0.1, -1e-4)):
+        # There (x - v)(v' - v) = bias / 2 to first order, with v' - v the nudge's share of the error.
+        assert left(nudge, bias) == pytest.approx(bias / (2 * nudge * 0.6), rel=0.02)
+
+
 def test_one_step_of_each_rule_lowers_the_error():
     data = recipes.load("iris")
     x, y = data.x[:10], learning_rules.targets(data.y[:10], 3)
@@ -177,7 +210,10 @@ def test_one_step_of_each_rule_lowers_the_error():
 
 def test_the_recipe_of_devices_measures_and_draws_what_it_says(tmp_path):
     path = tmp_path / "devices.svg"
-    found = recipes.devices((2, 8), (0.0, 2.0), (0,), steps=2, n_hidden=3, batch=4, path=str(path))
+    found = recipes.devices(
+        (2, 8), (0.0, 2.0), (0,), steps=2, n_hidden=3, batch=4, path=str(path), results=str(path) + ".json"
+    )
+    assert json.loads((tmp_path / "devices.svg.json").read_text())["accuracies"]["levels"]["2"] == found["levels"][2]
     assert {name: list(values) for name, values in found.items()} == {
         "levels": [2, 8],
         "pulses": [2, 8],

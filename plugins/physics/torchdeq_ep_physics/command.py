@@ -14,10 +14,14 @@ from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_count
 from torchdeq_ep_physics import recipes
 from torchdeq_ep_physics.drawing import figure
+from torchdeq_ep_physics.recipes import mnist
 from torchdeq_ep_physics.spice_process import SpiceProgram, ngspice_available
 
-_DEFAULTS = {"seed": 0, "timeout": 60.0, "workers": 1, "out": "."}
-_SIMULATING = ("simulator", "timeout", "workers")
+_DEFAULTS = {"seed": 0, "workers": 1, "out": ".", "images": 10_000, "epochs": 3}
+_TRAINING = frozenset({"steps", "seed"})
+_SIMULATING = frozenset({"simulator", "timeout", "workers"})
+_OPTIONS = ("simulator", "steps", "seed", "timeout", "workers", "data", "images", "epochs", "netlist", "out")
+_COUNTED = {"steps": 1, "workers": 1, "images": 1, "epochs": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,17 @@ class RecipeEntry:
 
     Args:
         run: What it does, from the options.
-        takes: The options that mean something to it, beside those that all accept: steps, seed and out.
+        takes: The options that mean something to it; all others are refused.
         draws: Whether it writes a picture.
         steps: Of training, by default.
+        timeout: Of a process of ngspice, by default, in seconds.
     """
 
     run: Callable[[argparse.Namespace], None]
     takes: frozenset[str] = frozenset()
     draws: bool = False
     steps: int = 80
+    timeout: float = 60.0
 
 
 def main(arguments: list[str]) -> int:
@@ -52,17 +58,23 @@ def main(arguments: list[str]) -> int:
     """
     options = parser().parse_args(arguments)
     entry = ENTRIES[options.recipe]
-    for name in ("simulator", "steps", *_DEFAULTS):
+    defaults = {**_DEFAULTS, "steps": entry.steps, "timeout": entry.timeout}
+    for name in _OPTIONS:
         if getattr(options, name) is None:
-            setattr(options, name, entry.steps if name == "steps" else _DEFAULTS.get(name))
-        elif name in _SIMULATING and name not in entry.takes:
+            setattr(options, name, defaults.get(name))
+        elif name not in entry.takes:
             raise InvalidOptionError(f"{options.recipe} has no use for --{name}: leave it out.")
-    for name in ("steps", "workers"):
-        check_count(f"--{name}", getattr(options, name), 1)
-    check_count("--seed", options.seed, 0)
+    for name, least in _COUNTED.items():
+        check_count(f"--{name}", getattr(options, name), least)
     if not 0 < options.timeout < math.inf:
         raise InvalidOptionError(f"--timeout must be a positive number of seconds, not {options.timeout}.")
-    _check_folder(options.out)
+    if "out" in entry.takes:
+        _check_folder("--out", Path(options.out))
+    if "data" in entry.takes and options.data is None:
+        raise InvalidOptionError(f"{options.recipe} needs --data: a folder with train.parquet and test.parquet.")
+    if options.netlist is not None:
+        SpiceProgram(timeout=options.timeout)
+        _check_folder("--netlist", Path(options.netlist).parent)
     if entry.draws:
         figure()
     if "simulator" in entry.takes:
@@ -87,12 +99,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, metavar="N", help="of training (default: 80; rules: 40, devices: 30)")
     made.add_argument("--seed", type=int, metavar="N", help=f"default: {_DEFAULTS['seed']}")
     made.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help=f"of one process of ngspice (default: {_DEFAULTS['timeout']})"
+        "--timeout", type=float, metavar="SECONDS", help="of one process of ngspice (default: 60; mnist: 1800)"
     )
     made.add_argument(
         "--workers", type=int, metavar="N", help=f"processes of ngspice at a time (default: {_DEFAULTS['workers']})"
     )
-    made.add_argument("--out", metavar="DIR", help=f"where pictures go (default: {_DEFAULTS['out']})")
+    made.add_argument("--data", metavar="DIR", help="of mnist: it has train.parquet and test.parquet")
+    made.add_argument(
+        "--images", type=int, metavar="N", help=f"that mnist trains on (default: {_DEFAULTS['images']:,})"
+    )
+    made.add_argument(
+        "--epochs", type=int, metavar="N", help=f"of mnist, passes over its images (default: {_DEFAULTS['epochs']})"
+    )
+    made.add_argument("--netlist", metavar="FILE", help="where mnist writes the trained circuit, for ngspice")
+    made.add_argument("--out", metavar="DIR", help=f"where pictures and results go (default: {_DEFAULTS['out']})")
     return made
 
 
@@ -138,27 +158,49 @@ def _recall(options: argparse.Namespace) -> None:
     _say(f"written: {_picture(options)}")
 
 
+def _mnist(options: argparse.Namespace) -> None:
+    done = mnist.run(
+        options.data,
+        images=options.images,
+        epochs=options.epochs,
+        seed=options.seed,
+        netlist=options.netlist,
+        timeout=options.timeout,
+        path=_results(options),
+        say=_say,
+    )
+    if done.export is None:
+        _say("ngspice is not installed, so the circuit was not exported")
+    _say(f"written: {_results(options)}" + (f", {options.netlist}" if options.netlist else ""))
+
+
 def _rules(options: argparse.Namespace) -> None:
-    _say(recipes.markdown(recipes.rules(options.steps, range(options.seed, options.seed + 3))))
+    rows = recipes.rules(options.steps, range(options.seed, options.seed + 3), path=_results(options))
+    _say(recipes.markdown(rows))
+    _say(f"written: {_results(options)}")
 
 
 def _devices(options: argparse.Namespace) -> None:
     seeds = range(options.seed, options.seed + 3)
-    for name, values in recipes.devices(seeds=seeds, steps=options.steps, path=_picture(options)).items():
+    found = recipes.devices(seeds=seeds, steps=options.steps, path=_picture(options), results=_results(options))
+    for name, values in found.items():
         means = "  ".join(f"{place:g}: {100 * sum(each) / len(each):.1f} %" for place, each in values.items())
         _say(f"{name}  {means}")
-    _say(f"written: {_picture(options)}")
+    _say(f"written: {_picture(options)}, {_results(options)}")
 
 
 ENTRIES = {
-    "iris": RecipeEntry(_classify, frozenset(_SIMULATING)),
-    "moons": RecipeEntry(_classify, frozenset(_SIMULATING)),
-    "amplifiers": RecipeEntry(_amplifiers),
-    "instrument": RecipeEntry(_instrument, draws=True),
-    "motion": RecipeEntry(_motion, draws=True),
-    "recall": RecipeEntry(_recall, draws=True),
-    "rules": RecipeEntry(_rules, steps=40),
-    "devices": RecipeEntry(_devices, draws=True, steps=30),
+    "iris": RecipeEntry(_classify, _TRAINING | _SIMULATING),
+    "moons": RecipeEntry(_classify, _TRAINING | _SIMULATING),
+    "amplifiers": RecipeEntry(_amplifiers, frozenset({"seed"})),
+    "instrument": RecipeEntry(_instrument, frozenset({"out"}), draws=True),
+    "motion": RecipeEntry(_motion, _TRAINING | {"out"}, draws=True),
+    "recall": RecipeEntry(_recall, frozenset({"seed", "out"}), draws=True),
+    "rules": RecipeEntry(_rules, _TRAINING | {"out"}, steps=40),
+    "devices": RecipeEntry(_devices, _TRAINING | {"out"}, draws=True, steps=30),
+    "mnist": RecipeEntry(
+        _mnist, frozenset({"data", "images", "epochs", "seed", "netlist", "timeout", "out"}), timeout=1800.0
+    ),
 }
 
 
@@ -171,20 +213,24 @@ def _choose_simulator(options: argparse.Namespace) -> None:
         SpiceProgram(timeout=options.timeout, workers=options.workers)
 
 
-def _check_folder(name: str) -> None:
-    """Refuse a folder that no picture can be written to."""
+def _check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that nothing can be written to."""
     try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=name):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InvalidOptionError(
-            f"--out: no picture can be written to {name} ({error}). Name another folder."
+            f"{option}: nothing can be written to {folder} ({error}). Name another folder."
         ) from None
 
 
 def _picture(options: argparse.Namespace) -> str:
     return str(Path(options.out, f"{options.recipe}.svg"))
+
+
+def _results(options: argparse.Namespace) -> str:
+    return str(Path(options.out, f"{options.recipe}.json"))
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_physics.diodes import NOMINAL
 from torchdeq_ep_physics.resistive import GMIN, ResistiveNetwork
-from torchdeq_ep_physics.spice_process import TOLERANCES, SpiceProgram, spice_deck, spice_number
+from torchdeq_ep_physics.spice_process import TOLERANCES, SpiceProgram, spice_deck, spice_number, swept_deck
 from torchdeq_ep_physics.system import Theta
 
 
@@ -104,6 +104,44 @@ class Ngspice:
             for volts, amperes in zip(self.x.tolist(), injected.tolist(), strict=True)
         ]
         return spice_deck(self.circuit(injected), rows, self._probes)
+
+    def sweep(self, deck: str | None = None) -> Tensor:
+        """The node voltages of each row without nudges, by one sweep: far faster where circuits are large.
+
+        ngspice orders its matrix anew for each operating point, which takes longest in a large circuit, and but once in
+        a sweep. Each point starts from the one before, so a circuit with several operating points may show others.
+
+        Args:
+            deck: What [`swept`][torchdeq_ep_physics.Ngspice.swept] gave, if it is at hand.
+
+        Returns:
+            Voltages of shape `(batch, n_nodes)`, in float64.
+
+        Raises:
+            NgspiceError: If an operating point was not found.
+            NgspiceTimeoutError: If it took too long.
+        """
+        rows = range(len(self.x))
+        return self.program.operating_points([(rows, self.swept() if deck is None else deck)], self._probes)
+
+    def swept(self) -> str:
+        """The circuit as a netlist that plays all rows in one sweep: `v(row)` counts them, and sets the inputs.
+
+        Returns:
+            The text, which `ngspice -b` runs and which prints the voltage of each node in each row.
+        """
+        count = len(self.x)
+        played = [
+            f"Bin{k} in{k} 0 V=pwl(v(row), "
+            + ", ".join(f"{row}, {spice_number(volts)}" for row, volts in enumerate(column))
+            + (", 1, 0.0)" if count == 1 else ")")
+            for k, column in enumerate(self.x.T.tolist())
+        ]
+        title, *lines = (
+            line for line in self.circuit(self.x.new_zeros(1, self.network.n_states)) if line[:6] != "Inudge"
+        )
+        circuit = [title, "Vrow row 0 DC 0", *played, *(line for line in lines if not line.startswith("Vin"))]
+        return swept_deck(circuit, f"dc Vrow 0 {max(count - 1, 1)} 1", count, self._probes)
 
     @property
     def _probes(self) -> list[str]:

@@ -19,7 +19,7 @@ from torchdeq_ep_physics.diodes import GMIN as GMIN
 from torchdeq_ep_physics.diodes import NOMINAL, ZERO_CELSIUS, DiodeLaw
 from torchdeq_ep_physics.diodes import THERMAL_VOLTAGE as THERMAL_VOLTAGE
 from torchdeq_ep_physics.drawing import circle, graph
-from torchdeq_ep_physics.matrices import Matrix
+from torchdeq_ep_physics.matrices import DenseMatrix, Matrix
 from torchdeq_ep_physics.stamps import Assembly, Branch, Branches, Stamps
 from torchdeq_ep_physics.system import NoEnergyError, PhysicalSystem, Theta, positive
 
@@ -113,8 +113,8 @@ class ResistiveNetwork(PhysicalSystem):
             "conductance": Stamps.of_currents(self._resistors, self._resistors, n_nodes),
             "transconductance": Stamps.of_currents(self._outputs, self._controls, n_nodes),
         }
-        diodes_stamps = Stamps.of_currents(self._diodes, self._diodes, n_nodes)
-        self._assembly = Assembly([*self._linear.values(), diodes_stamps], n_nodes, is_symmetric=not amplifiers)
+        self._diode_stamps = Stamps.of_currents(self._diodes, self._diodes, n_nodes).among(n_nodes)
+        self._assembly = Assembly([*self._linear.values(), self._diode_stamps], n_nodes, is_symmetric=not amplifiers)
         self._is_full = sum(len(kind.rows) for kind in self._linear.values()) > _FULL * n_nodes * terminals
         self._require_no_floating_node()
 
@@ -264,11 +264,18 @@ class ResistiveNetwork(PhysicalSystem):
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         slopes = self.diode_law.conductance(self.diode_voltages(z, x))
         terminals = self.n_states + self.n_inputs + len(self.rails)
-        of_resistors = self._resistors.at_ends(theta["conductance"].unsqueeze(0), terminals)
-        return (of_resistors + self._diodes.at_ends(slopes, terminals))[:, : self.n_states]
+        at_diodes = self._diodes.at_ends(slopes, terminals)[:, : self.n_states]
+        if self._is_full and not self.amplifiers:
+            return self._matrix(theta).diagonal() + at_diodes
+        return self._resistors.at_ends(theta["conductance"].unsqueeze(0), terminals)[:, : self.n_states] + at_diodes
 
     def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
         slopes = self.diode_law.conductance(self.diode_voltages(z, x))
+        if self._is_full and self._assembly.is_dense:
+            among = self._matrix(theta)[:, : self.n_states] + self._diode_stamps.dense(
+                slopes, self.n_states, self.n_states
+            )
+            return DenseMatrix(among, None if self.amplifiers else among)
         transconductance = theta["transconductance"] if self.amplifiers else z.new_zeros(0)
         return self._assembly.matrix([theta["conductance"], transconductance, slopes])
 

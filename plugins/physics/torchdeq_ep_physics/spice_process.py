@@ -30,7 +30,7 @@ TOLERANCES = "reltol=1e-10 vntol=1e-13 abstol=1e-18 itl1=1000"
 
 # The last attempt of ngspice, a transient that is taken for an operating point, also "finds" one at floating nodes.
 _SETTINGS = ("set numdgt=16", "set width=300", "optran 1 1 1 0 0 0")
-_VALUE = re.compile(r"^(v\(\w+\)) = (\S+)", re.MULTILINE | re.IGNORECASE)
+_VALUE = re.compile(r"^(v\(\w+\))(?:\[\d+\])? = (\S+)", re.MULTILINE | re.IGNORECASE)
 _COMPLAINT = re.compile(r"error|singular|failed|no convergence|iteration limit|no such|cannot|timestep|unknown", re.I)
 _STAGE = re.compile(r"stepping|gmin step|source step", re.IGNORECASE)
 _ROW = "@row "
@@ -225,6 +225,24 @@ def spice_deck(circuit: Sequence[str], rows: Sequence[Sequence[str]], probes: Se
     lines = [*circuit, ".control", *_SETTINGS]
     for number, commands in enumerate(rows):
         lines += [*commands, f"echo {_ROW}{number}", "op", *(f"print {probe}" for probe in probes), "destroy all"]
+    return "\n".join([*lines, "quit 0", ".endc", ".end", ""])
+
+
+def swept_deck(circuit: Sequence[str], sweep: str, rows: int, probes: Sequence[str]) -> str:
+    """A netlist with a script that sweeps a source, and prints as `spice_deck`'s does.
+
+    Args:
+        circuit: As for `spice_deck`.
+        sweep: The command, with a point for each row (`dc Vrow 0 99 1`).
+        rows: How many points are printed.
+        probes: What is read, such as `v(out)`.
+
+    Returns:
+        The text.
+    """
+    lines = [*circuit, ".control", *_SETTINGS, sweep]
+    for row in range(rows):
+        lines += [f"echo {_ROW}{row}", *(f"print {probe}[{row}]" for probe in probes)]
     return "\n".join([*lines, "quit 0", ".endc", ".end", ""])
 
 

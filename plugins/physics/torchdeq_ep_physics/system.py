@@ -211,7 +211,7 @@ class PhysicalSystem(nn.Module, ABC):
         Raises:
             NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
-        theta = self.physical()
+        theta = self.prepared(self.physical())
         found = self._solved(x, 0.0, theta, start)
         z = found.z
         if not torch.is_grad_enabled():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchdeq_ep.extend import check_choice, check_count
 from torchdeq_ep_physics.hardware import PulsedSGD
 from torchdeq_ep_physics.recipes.circuits import Data, load
+from torchdeq_ep_physics.recipes.records import write_results
 from torchdeq_ep_physics.resistive import ResistiveNetwork
 
 LearningRule = Literal["ep", "coupled", "contrastive"]
@@ -56,7 +57,14 @@ class RuleResult:
         return sum(self.accuracy) / len(self.accuracy)
 
 
-def rules(steps: int = 40, seeds: Sequence[int] = (0, 1, 2), *, n_hidden: int = 8, batch: int = 15) -> list[RuleResult]:
+def rules(
+    steps: int = 40,
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    n_hidden: int = 8,
+    batch: int = 15,
+    path: str | None = None,
+) -> list[RuleResult]:
     """Train the same circuits on iris by each of the rules.
 
     Args:
@@ -64,6 +72,7 @@ def rules(steps: int = 40, seeds: Sequence[int] = (0, 1, 2), *, n_hidden: int = 
         seeds: Of the split, the initial conductances and the batches.
         n_hidden: Hidden nodes.
         batch: Samples in each step.
+        path: Where the rows are written, as JSON; by default nowhere.
 
     Returns:
         A row for each rule.
@@ -83,6 +92,8 @@ def rules(steps: int = 40, seeds: Sequence[int] = (0, 1, 2), *, n_hidden: int = 
             train(network, data, rule, steps=steps, batch=batch, seed=seed)
             accuracies.append(accuracy(network, data))
         rows.append(RuleResult(rule, _SOLVES[rule], sum(cosines) / len(cosines), tuple(accuracies)))
+    if path is not None:
+        write_results(path, {"steps": steps, "batch": batch, "rows": [asdict(row) for row in rows]})
     return rows
 
 
@@ -109,14 +120,30 @@ def targets(y: Tensor, n_classes: int) -> Tensor:
     return TARGET * (2 * nn.functional.one_hot(y, n_classes).double() - 1)
 
 
-def contrast(network: ResistiveNetwork, x: Tensor, target: Tensor, rule: LearningRule = "ep") -> list[Tensor]:
+def contrast(
+    network: ResistiveNetwork,
+    x: Tensor,
+    target: Tensor,
+    rule: LearningRule = "ep",
+    *,
+    nudge: float = _NUDGED,
+    bias: Tensor | float = 0.0,
+) -> list[Tensor]:
     """The direction in which a rule changes the parameters: the difference of two energies, by each of them.
+
+    In hardware such as that of Dillavou et al. 2022 (Phys. Rev. Applied 18:014040) each resistor compares the squares
+    of its own voltage in the two states. With a bias of the comparator it finds `dV_near^2 - dV_far^2 + bias`. The rule
+    divides by the share of the nudge, so the bias pulls each conductance by `bias / (2 share)`, and where learning ends
+    it has left an error of the outputs that is, to first order, in proportion to `bias / share`.
 
     Args:
         network: The circuit; its last nodes are the outputs.
         x: Voltages of the inputs.
         target: Voltages that the outputs are to have, of shape `(batch, n_outputs)`.
         rule: How the second equilibrium is brought about.
+        nudge: How far the outputs are moved towards the target, as a share of what is missing: exactly in coupled
+            learning, about in `"ep"`. Contrastive learning moves them all the way.
+        bias: Of each resistor's comparison, in square volts; broadcasts to the resistors.
 
     Returns:
         For each parameter a tensor of its shape, averaged over the batch. That of `"ep"` is the gradient of half the
@@ -133,14 +160,15 @@ def contrast(network: ResistiveNetwork, x: Tensor, target: Tensor, rule: Learnin
     if rule == "ep":
         stiffness = network.stiffness(free, held, x).expand_as(free)[:, -target.shape[1] :].mean()
         current = torch.zeros_like(free)
-        current[:, -target.shape[1] :] = _NUDGED * stiffness * missing
+        current[:, -target.shape[1] :] = nudge * stiffness * missing
         near, far = (network.equilibrium(x, sign * current, held, start=free) for sign in (1, -1))
-        share = 2 * _NUDGED * float(stiffness)
+        share = 2 * nudge * float(stiffness)
     else:
-        share = 1.0 if rule == "contrastive" else _NUDGED
+        share = 1.0 if rule == "contrastive" else nudge
         near, far = _clamped(network, x, target - (1 - share) * missing, free), free
-    change = (network.energy(near, theta, x) - network.energy(far, theta, x)).mean() / share
-    return list(torch.autograd.grad(change, list(network.parameters())))
+    change = (network.energy(near, theta, x) - network.energy(far, theta, x)).mean()
+    biased = change + (theta["conductance"] * bias).sum() / 2
+    return list(torch.autograd.grad(biased / share, list(network.parameters())))
 
 
 def exact(network: ResistiveNetwork, x: Tensor, target: Tensor) -> Tensor:
@@ -201,6 +229,8 @@ def accuracy(network: ResistiveNetwork, data: Data) -> float:
 def _clamped(network: ResistiveNetwork, x: Tensor, outputs: Tensor, start: Tensor) -> Tensor:
     """The equilibrium with the outputs held by sources: those of a network in which they are inputs."""
     hidden = network.n_states - outputs.shape[1]
+    if not hidden:
+        return outputs
     theta = {name: value.detach() for name, value in network.physical().items()}
     held = ResistiveNetwork(
         hidden,
@@ -211,6 +241,7 @@ def _clamped(network: ResistiveNetwork, x: Tensor, outputs: Tensor, start: Tenso
         rails=network.rails,
         saturation=network.saturation,
         ideality=network.ideality,
+        temperature=network.temperature,
     )
     state = held.equilibrium(torch.cat([outputs, x], 1), theta=theta, start=start[:, :hidden])
     return torch.cat([state, outputs], 1)

@@ -1,4 +1,4 @@
-"""A layered resistive network that learns images of digits: `python -m torchdeq_ep_physics.recipes.mnist FOLDER`.
+"""A layered resistive network that learns images of digits: `torchdeq-ep physics mnist --data FOLDER`.
 
 The circuit is that of Kendall et al. 2020 (arXiv 2006.01981) with 1568 inputs, 100 hidden nodes and 10 outputs: each
 pixel comes with both signs, each hidden node has two diodes. A bidirectional amplifier behind each hidden node, of
@@ -9,27 +9,57 @@ these units, so that nothing in it is active, and a netlist of it has resistors,
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torchdeq_ep.errors import DataError, EPError
+from torchdeq_ep.errors import DataError
 from torchdeq_ep.extend import check_count, require
+from torchdeq_ep_physics.ngspice import Ngspice
+from torchdeq_ep_physics.recipes.records import write_results, write_text
 from torchdeq_ep_physics.resistive import ResistiveNetwork, differential
+from torchdeq_ep_physics.spice_process import ngspice_available
 
 VOLTS = 10.0
 AMPLIFICATION = 4.0
 GAIN = 20.0
 BACKGROUND = 0.13
 CLASSES = 10
+PLAYED = 100
+"""Test images that the netlist plays."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How far ngspice, on the netlist of a circuit, agrees with the twin.
+
+    Args:
+        images: That both were given.
+        agreeing: To how many of them both gave the same class.
+        difference: The largest difference of a voltage, in volts.
+
+    Example:
+        >>> Exported(100, 99, 2e-9).line()
+        'netlist in ngspice: 99 of 100 classes as the twin has them, voltages within 2e-09 V'
+    """
+
+    images: int
+    agreeing: int
+    difference: float
+
+    def line(self) -> str:
+        """It in words."""
+        return (
+            f"netlist in ngspice: {self.agreeing} of {self.images} classes as the twin has them, "
+            f"voltages within {self.difference:.1g} V"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,11 +70,13 @@ class Trained:
         network: The circuit.
         errors: Share of the test images that it gets wrong, after each epoch.
         seconds: That each epoch took, without the test.
+        export: How far ngspice agrees, if it was asked.
     """
 
     network: ResistiveNetwork
     errors: list[float]
     seconds: list[float]
+    export: Exported | None = None
 
 
 def read_digits(path: str | Path, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -99,6 +131,7 @@ def circuit(n_pixels: int = 784, n_hidden: int = 100, seed: int = 0) -> Resistiv
         n_hidden,
         CLASSES,
         conductance=1e-6,
+        spread=0.3,
         rail=-0.3,
         saturation=1e-12 * AMPLIFICATION,
         ideality=1.0 * AMPLIFICATION,
@@ -117,7 +150,7 @@ def train(
     *,
     epochs: int = 3,
     batch: int = 100,
-    lr: float = 0.03,
+    lr: float = 0.15,
     n_hidden: int = 100,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
@@ -168,39 +201,83 @@ def error_of(network: ResistiveNetwork, pixels: Tensor, labels: Tensor) -> float
     return float((torch.cat(found) != labels).double().mean())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train on a folder with `train.parquet` and `test.parquet`.
+@torch.no_grad()
+def exported(
+    network: ResistiveNetwork, pixels: Tensor, path: str | Path | None = None, *, timeout: float = 1800.0
+) -> Exported:
+    """Simulate a circuit in ngspice, as a netlist that plays images, and compare it with the twin.
 
     Args:
-        arguments: Of the command line.
+        network: The circuit.
+        pixels: The images, of shape `(count, n_pixels)`.
+        path: Where the netlist is kept; by default nowhere.
+        timeout: Seconds for ngspice.
 
     Returns:
-        The exit code.
+        How far the two agree.
+
+    Raises:
+        MissingDependencyError: If ngspice is not installed.
+        NgspiceError: If it found no operating point.
+        InvalidOptionError: If the netlist cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="python -m torchdeq_ep_physics.recipes.mnist", description=__doc__)
-    parser.add_argument("folder", type=Path, help="holds train.parquet and test.parquet")
-    parser.add_argument("--images", type=int, default=10_000, metavar="N", help="to train on (default: %(default)s)")
-    parser.add_argument("--test-images", type=int, default=10_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=0.03, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        for name in ("images", "test_images"):
-            check_count(name, getattr(options, name))
-        train_set = read_digits(options.folder / "train.parquet", options.images)
-        test_set = read_digits(options.folder / "test.parquet", options.test_images)
-        train(train_set, test_set, epochs=options.epochs, lr=options.lr, seed=options.seed, say=_say)
-    except EPError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    spice = Ngspice(network, as_voltages(pixels), timeout=timeout)
+    deck = spice.swept()
+    if path is not None:
+        write_text(path, deck)
+    voltages, twin = spice.sweep(deck), network(as_voltages(pixels))
+    agreeing = int((scores(voltages).argmax(1) == scores(twin).argmax(1)).sum())
+    return Exported(len(pixels), agreeing, float((voltages - twin).abs().max()))
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+def run(
+    folder: str | Path,
+    *,
+    images: int = 10_000,
+    epochs: int = 3,
+    seed: int = 0,
+    netlist: str | Path | None = None,
+    timeout: float = 1800.0,
+    path: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Trained:
+    """Train on a folder with `train.parquet` and `test.parquet`, and export the circuit where ngspice is installed.
+
+    Args:
+        folder: The folder.
+        images: How many to train on.
+        epochs: Passes over them.
+        seed: Of the conductances and of the order of the images.
+        netlist: Where the netlist is kept; by default nowhere.
+        timeout: Seconds for ngspice.
+        path: Where the figures are written, as JSON; by default nowhere.
+        say: Called with a line after each epoch, and after the export.
+
+    Returns:
+        What it came to.
+
+    Raises:
+        DataError: If the folder has no such files.
+        MissingDependencyError: If a netlist is wanted and ngspice is not installed.
+    """
+    check_count("images", images)
+    train_set = read_digits(Path(folder, "train.parquet"), images)
+    test_set = read_digits(Path(folder, "test.parquet"))
+    before = time.process_time()
+    done = train(train_set, test_set, epochs=epochs, seed=seed, say=say)
+    spent = time.process_time() - before
+    if netlist is not None or ngspice_available():
+        export = exported(done.network, test_set[0][:PLAYED], netlist, timeout=timeout)
+        say(export.line())
+        done = replace(done, export=export)
+    if path is not None:
+        about = {"images": len(train_set[0]), "test_images": len(test_set[0]), "seed": seed}
+        figures = {"errors": done.errors, "seconds": done.seconds, "processor_seconds": spent}
+        write_results(path, {**about, **figures, "export": asdict(done.export) if done.export else None})
+    return done
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from torchdeq_ep import cli
+
+    sys.exit(cli.main(["physics", "mnist", "--data", *sys.argv[1:]]))

@@ -13,6 +13,7 @@ from torchdeq_ep_physics.drawing import INK, TONES, figure, save_figure
 from torchdeq_ep_physics.hardware import Mismatch, Quantised
 from torchdeq_ep_physics.recipes.circuits import load
 from torchdeq_ep_physics.recipes.learning_rules import accuracy, initial, train
+from torchdeq_ep_physics.recipes.records import write_results
 
 LOW, HIGH = 1e-6, 1e-3
 """Bounds of the conductances, in siemens."""
@@ -32,6 +33,7 @@ def devices(
     n_hidden: int = 8,
     batch: int = 15,
     path: str | None = None,
+    results: str | None = None,
 ) -> Accuracies:
     """Train circuits of imperfect devices on iris, by equilibrium propagation.
 
@@ -45,7 +47,8 @@ def devices(
         steps: Of training.
         n_hidden: Hidden nodes.
         batch: Samples in each step.
-        path: Where to draw them.
+        path: Where to draw them; by default nowhere.
+        results: Where they are written, as JSON; by default nowhere.
 
     Returns:
         For each of the four, by bits or spread, the part of the unseen samples that is right, for each seed.
@@ -82,6 +85,8 @@ def devices(
             found["written"].setdefault(spread, []).append(accuracy(network, data))
     if path is not None:
         _draw(found, path)
+    if results is not None:
+        write_results(results, {"steps": steps, "batch": batch, "seeds": list(seeds), "accuracies": found})
     return found
 
 
