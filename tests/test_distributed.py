@@ -49,7 +49,7 @@ def _worker(rank: int, port: int, folder: str, weight: float) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("weight", [0.0, 5.0])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 5.0])
 def test_two_processes_equal_one(tmp_path, weight):
     """Without and with homeostasis along the error vector."""
     expected = _gradients(_Model(), _inputs(), weight)

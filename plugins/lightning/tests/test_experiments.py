@@ -59,6 +59,7 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
     assert main(["sweep", "digits-mlp", "--backward", "hepp"]) == 2
 
 
+@pytest.mark.slow
 def test_the_homeostasis_experiment_aligns_weights_and_error_vectors(tmp_path):
     """The sweep of the documentation, at a small size: the recipe trains, and homeostasis is off unless asked for."""
     out = tmp_path / "out"

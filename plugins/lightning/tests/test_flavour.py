@@ -31,9 +31,8 @@ assert not other & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize(
-    "package", [pytest.param("pytorch_lightning", marks=pytest.mark.slow), "lightning.pytorch"]
-)  # the first is what the other tests use
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
 def test_the_package_that_is_imported_is_the_one_in_use(tmp_path, package):
     if find_spec(package.partition(".")[0]) is None:
         pytest.skip(f"{package} is not installed")

@@ -164,6 +164,32 @@ def test_sparse_and_dense_matrices_are_the_same(amplification):
     torch.testing.assert_close(found[0][2], found[1][2], rtol=0.05, atol=0.0)
 
 
+@pytest.mark.parametrize(("saturation", "ideality"), LAWS)
+@pytest.mark.parametrize("conductance", [1e-6, 1e-3, 10.0])
+def test_the_search_for_an_operating_point_takes_few_steps(monkeypatch, saturation, ideality, conductance):
+    """Diodes go no further in a step than their resistors can drive them, so that no step has to be shortened."""
+    made = torch.Generator().manual_seed(0)
+    options = {"spread": 2.0, "saturation": saturation, "ideality": ideality, "generator": made}
+    network = physics.ResistiveNetwork.layered(60, 20, 5, conductance=conductance, **options)
+    x = 10 * torch.randn(20, 60, generator=made)
+    network.equilibrium(x)
+    assert network.last.steps <= 12
+    if saturation < 1e-12:  # others conduct at once
+        limited = network.last.steps
+        monkeypatch.setattr(physics.ResistiveNetwork, "limited", physics.PhysicalSystem.limited)
+        network.equilibrium(x)
+        assert network.last.steps > limited
+
+
+def test_a_diode_that_does_not_conduct_is_not_limited():
+    law = physics.DiodeLaw.at(1e-12, 1.0)
+    v = torch.tensor([-5.0, 0.0, 0.2, 0.6])
+    shares = law.within_reach(v, torch.tensor([5.2, 0.2, -3.0, 5.0]), torch.tensor(1e-4))
+    assert shares[:3].tolist() == [1.0, 1.0, 1.0]
+    assert 0 < shares[3] < 0.1
+    assert law.within_reach(v, torch.zeros(4), torch.tensor(torch.inf)).tolist() == [1.0] * 4
+
+
 def test_the_energy_is_the_heat_of_half_its_resistors_and_the_content_of_its_diodes():
     network = physics.ResistiveNetwork(
         2, 2, [(0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (4, 5)], torch.rand(6), diodes=[(0, 4)], rails=(0.0, 2.0)

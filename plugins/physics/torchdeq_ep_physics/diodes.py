@@ -95,6 +95,27 @@ class DiodeLaw:
         """`(3 N V_T / (e v))^3` below the knee, and its value at the knee above it."""
         return (_KNEE * self.slope / math.e / v.clamp_max(-_KNEE * self.slope)) ** 3
 
+    def within_reach(self, v: Tensor, change: Tensor, parallel: Tensor) -> Tensor:
+        """How far a step of Newton's method should take a diode, as a share of the step, in (0, 1].
+
+        Above the voltage at which it conducts as well as what is parallel to it, the current of a diode grows by its
+        exponential, and its voltage only by a logarithm: SPICE's limit of junction voltages (Nagel 1975), with the
+        critical voltage that belongs to the circuit.
+
+        Args:
+            v: The voltages before the step.
+            change: What the step adds to them, of the same shape.
+            parallel: Conductance of the resistors at the diode, in siemens, of a shape that broadcasts.
+
+        Returns:
+            The shares.
+        """
+        critical = self.slope * torch.log(parallel * self.slope / self.saturation)
+        base = torch.maximum(v, critical)
+        beyond = (v + change - base).clamp_min(0.0)
+        excess = beyond - self.slope * torch.log1p(beyond / self.slope)
+        return torch.where(beyond > 0, 1 - excess / change, 1.0)
+
     def _largest(self, dtype: torch.dtype) -> float:
         """The exponent beyond which the law goes on as a line."""
         largest = math.log(torch.finfo(dtype).max)

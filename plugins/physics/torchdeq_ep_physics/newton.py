@@ -66,6 +66,10 @@ class Search:
         """The stiffness, of the shape of the state."""
         return self.system.stiffness(z, self.theta, self.x).expand(z.shape)
 
+    def limited(self, z: Tensor, move: Tensor) -> Tensor:
+        """A move, shortened where the force is known to bend."""
+        return self.system.limited(z, move, self.theta, self.x)
+
     def matrix(self, z: Tensor) -> Matrix:
         """The stiffness matrices."""
         return self.system.stiffness_matrix(z, self.theta, self.x)
@@ -186,6 +190,9 @@ def _downhill(problem: Search, z: Tensor, shift: Tensor) -> tuple[Tensor, Tensor
     move = factor.solve(r)
     longest = move.abs().amax(1)
     move = move * (problem.system.largest_step / longest).clamp_max(1.0).unsqueeze(1)
+    nearer = problem.limited(z, move)
+    is_downhill = (r * problem.system.conjugate_slope(z) * nearer).sum(1, keepdim=True) > 0
+    move = torch.where(is_downhill, nearer, move)
     length = _shortened(problem, z, move, r, shift)
     z_next = z + length.unsqueeze(1) * move
     is_done = (longest * (1 + shift) <= _close(z_next)) & (length == 1)

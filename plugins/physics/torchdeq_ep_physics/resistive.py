@@ -264,10 +264,7 @@ class ResistiveNetwork(PhysicalSystem):
     def stiffness(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         slopes = self.diode_law.conductance(self.diode_voltages(z, x))
         terminals = self.n_states + self.n_inputs + len(self.rails)
-        at_diodes = self._diodes.at_ends(slopes, terminals)[:, : self.n_states]
-        if self._is_full and not self.amplifiers:
-            return self._matrix(theta).diagonal() + at_diodes
-        return self._resistors.at_ends(theta["conductance"].unsqueeze(0), terminals)[:, : self.n_states] + at_diodes
+        return self._conductance_of_nodes(theta) + self._diodes.at_ends(slopes, terminals)[:, : self.n_states]
 
     def stiffness_matrix(self, z: Tensor, theta: Theta, x: Tensor) -> Matrix:
         slopes = self.diode_law.conductance(self.diode_voltages(z, x))
@@ -278,6 +275,24 @@ class ResistiveNetwork(PhysicalSystem):
             return DenseMatrix(among, None if self.amplifiers else among)
         transconductance = theta["transconductance"] if self.amplifiers else z.new_zeros(0)
         return self._assembly.matrix([theta["conductance"], transconductance, slopes])
+
+    def limited(self, z: Tensor, move: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        if not self.diodes:
+            return move
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        held = move.new_zeros(len(move), terminals - self.n_states)
+        change = self._diodes.across(torch.cat([move, held], 1))
+        beside = torch.cat([self._conductance_of_nodes(theta), held[:1] + torch.inf], 1)
+        parallel = torch.minimum(beside[:, self._diodes.first], beside[:, self._diodes.second])
+        shares = self.diode_law.within_reach(self.diode_voltages(z, x), change, parallel)
+        return move * self._diodes.least_at_ends(shares, terminals)[:, : self.n_states]
+
+    def _conductance_of_nodes(self, theta: Theta) -> Tensor:
+        """That of all resistors at each node, of shape `(1, n_nodes)`."""
+        if self._is_full and not self.amplifiers:
+            return self._matrix(theta).diagonal().unsqueeze(0)
+        terminals = self.n_states + self.n_inputs + len(self.rails)
+        return self._resistors.at_ends(theta["conductance"].unsqueeze(0), terminals)[:, : self.n_states]
 
     def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         u = self.potentials(z, x)

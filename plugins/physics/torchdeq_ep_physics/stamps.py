@@ -48,6 +48,13 @@ class Branches:
         total = total.index_add(1, self.first.to(values.device), values)
         return total.index_add(1, self.second.to(values.device), sign * values)
 
+    def least_at_ends(self, values: Tensor, terminals: int) -> Tensor:
+        """The smallest value of the branches at each terminal, of shape `(batch, terminals)`; at most 1."""
+        least = values.new_ones(len(values), terminals)
+        for ends in (self.first, self.second):
+            least = least.scatter_reduce(1, ends.to(values.device).expand_as(values), values, "amin")
+        return least
+
 
 @dataclass(frozen=True)
 class Stamps:

@@ -132,6 +132,10 @@ class PhysicalSystem(nn.Module, ABC):
         values = torch.vmap(torch.func.jacrev(one))(z, x)
         return DenseMatrix(values, values if self.reciprocal else None)
 
+    def limited(self, z: Tensor, move: Tensor, theta: Theta, x: Tensor) -> Tensor:
+        """A move of Newton's method, shortened where the force is known to bend on the way."""
+        return move
+
     def largest_term(self, z: Tensor, theta: Theta, x: Tensor) -> Tensor:
         """The largest of the terms that make up the force of each sample, which a net force is compared with."""
         return (self.stiffness(z, theta, x) * z).abs().amax(1)
