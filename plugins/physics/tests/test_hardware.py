@@ -208,10 +208,32 @@ def test_one_step_of_each_rule_lowers_the_error():
         assert (network.equilibrium(x)[:, -3:] - y).square().sum() < before
 
 
+def test_noise_of_readings_has_the_mean_of_the_energy_of_its_own_and_falls_with_the_batch():
+    """Noise of variance s^2 adds s^2 to the mean square of a node, in both states: what is left is its spread."""
+    network, x = learning_rules.initial(4, 0), torch.randn(4000, 10)
+    y = learning_rules.targets(torch.zeros(4000, dtype=torch.long), 3)
+    clean = recipes.contrast(network, x, y)[0]
+    errors = {}
+    for noise in (1e-3, 2e-3):
+        drawn = torch.Generator().manual_seed(0)
+        errors[noise] = recipes.contrast(network, x, y, noise=noise, generator=drawn)[0] - clean
+    assert 0 < errors[1e-3].norm() < 0.3 * clean.norm()
+    torch.testing.assert_close(errors[2e-3].norm() / errors[1e-3].norm(), torch.tensor(2.0), rtol=0.3, atol=0)
+
+
 def test_the_recipe_of_devices_measures_and_draws_what_it_says(tmp_path):
     path = tmp_path / "devices.svg"
     found = recipes.devices(
-        (2, 8), (0.0, 2.0), (0,), steps=2, n_hidden=3, batch=4, path=str(path), results=str(path) + ".json"
+        (2, 8),
+        (0.0, 2.0),
+        (1e-3,),
+        (1.0, 1e3),
+        (0,),
+        steps=2,
+        n_hidden=3,
+        batch=4,
+        path=str(path),
+        results=str(path) + ".json",
     )
     assert json.loads((tmp_path / "devices.svg.json").read_text())["accuracies"]["levels"]["2"] == found["levels"][2]
     assert {name: list(values) for name, values in found.items()} == {
@@ -219,13 +241,17 @@ def test_the_recipe_of_devices_measures_and_draws_what_it_says(tmp_path):
         "pulses": [2, 8],
         "in place": [0.0, 2.0],
         "written": [0.0, 2.0],
+        "noise": [1e-3],
+        "drifted": [1.0, 1e3],
+        "retrained": [1.0, 1e3],
+        "ideal": [0.1, 0.5, 1.0],
     }
-    assert found["in place"][0.0] == found["written"][0.0]
+    assert found["in place"][0.0] == found["written"][0.0] == found["drifted"][1.0] == found["ideal"][1.0]
     assert all(0 <= value <= 1 for values in found.values() for each in values.values() for value in each)
     assert "<svg" in path.read_text()
 
 
 @pytest.mark.slow
 def test_training_in_place_makes_up_for_mismatch():
-    found = recipes.devices((), (1.0,))
+    found = recipes.devices((), (1.0,), (), (), steps=30)
     assert sum(found["in place"][1.0]) > sum(found["written"][1.0])

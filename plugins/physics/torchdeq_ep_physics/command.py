@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("ngspice", "twin"),
         help="what finds the operating points of iris and moons; default: ngspice where it is installed",
     )
-    made.add_argument("--steps", type=int, metavar="N", help="of training (default: 80; rules: 40, devices: 30)")
+    made.add_argument("--steps", type=int, metavar="N", help="of training (default: 80; rules, devices: 150)")
     made.add_argument("--seed", type=int, metavar="N", help=f"default: {_DEFAULTS['seed']}")
     made.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of one process of ngspice (default: 60; mnist: 1800)"
@@ -196,8 +196,8 @@ ENTRIES = {
     "instrument": RecipeEntry(_instrument, frozenset({"out"}), draws=True),
     "motion": RecipeEntry(_motion, _TRAINING | {"out"}, draws=True),
     "recall": RecipeEntry(_recall, frozenset({"seed", "out"}), draws=True),
-    "rules": RecipeEntry(_rules, _TRAINING | {"out"}, steps=40),
-    "devices": RecipeEntry(_devices, _TRAINING | {"out"}, draws=True, steps=30),
+    "rules": RecipeEntry(_rules, _TRAINING | {"out"}, steps=150),
+    "devices": RecipeEntry(_devices, _TRAINING | {"out"}, draws=True, steps=150),
     "mnist": RecipeEntry(
         _mnist, frozenset({"data", "images", "epochs", "seed", "netlist", "timeout", "out"}), timeout=1800.0
     ),

@@ -58,7 +58,7 @@ class RuleResult:
 
 
 def rules(
-    steps: int = 40,
+    steps: int = 150,
     seeds: Sequence[int] = (0, 1, 2),
     *,
     n_hidden: int = 8,
@@ -128,6 +128,8 @@ def contrast(
     *,
     nudge: float = _NUDGED,
     bias: Tensor | float = 0.0,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """The direction in which a rule changes the parameters: the difference of two energies, by each of them.
 
@@ -144,6 +146,8 @@ def contrast(
         nudge: How far the outputs are moved towards the target, as a share of what is missing: exactly in coupled
             learning, about in `"ep"`. Contrastive learning moves them all the way.
         bias: Of each resistor's comparison, in square volts; broadcasts to the resistors.
+        noise: Standard deviation of a reading of a node in either state, in volts.
+        generator: Draws the noise.
 
     Returns:
         For each parameter a tensor of its shape, averaged over the batch. That of `"ep"` is the gradient of half the
@@ -166,6 +170,8 @@ def contrast(
     else:
         share = 1.0 if rule == "contrastive" else nudge
         near, far = _clamped(network, x, target - (1 - share) * missing, free), free
+    if noise:
+        near, far = (z + noise * torch.randn(z.shape, dtype=z.dtype, generator=generator) for z in (near, far))
     change = (network.energy(near, theta, x) - network.energy(far, theta, x)).mean()
     biased = change + (theta["conductance"] * bias).sum() / 2
     return list(torch.autograd.grad(biased / share, list(network.parameters())))
@@ -189,6 +195,7 @@ def train(
     lr: float = 0.1,
     pulse: float | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    noise: float = 0.0,
 ) -> None:
     """Train a circuit by one of the rules.
 
@@ -202,6 +209,7 @@ def train(
         lr: Rate of Adam, or how far the most wanted device moves in a step of pulses.
         pulse: By how much a pulse moves a trained number; without it the steps are Adam's.
         bounds: Of the trained numbers, if there are pulses.
+        noise: Of the readings, in volts.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = list(network.parameters())
@@ -210,7 +218,8 @@ def train(
         optimiser = PulsedSGD(parameters, lr, pulse, low=bounds[0], high=bounds[1], seed=seed)
     for step in range(steps):
         chosen = torch.randint(len(data.x), (batch,), generator=generator)
-        found = contrast(network, data.x[chosen], targets(data.y[chosen], data.n_classes), rule)
+        wanted = targets(data.y[chosen], data.n_classes)
+        found = contrast(network, data.x[chosen], wanted, rule, noise=noise, generator=generator)
         largest = max(float(each.abs().max()) for each in found) or 1.0
         for parameter, each in zip(parameters, found, strict=True):
             parameter.grad = each
