@@ -380,3 +380,15 @@ def test_arguments_are_checked():
         physics.HopfieldNetwork(torch.ones(2, 3))
     with pytest.raises(InvalidOptionError):
         recipes.load("mnist")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+def test_inputs_of_another_precision_are_taken_in_that_of_the_network(dtype):
+    network = physics.ResistiveNetwork.layered(6, 4, 3)
+    assert network.log_conductance.dtype == torch.float64
+    x = torch.arange(12).reshape(2, 6).to(dtype)
+    z = network(x)
+    assert torch.equal(z, network(x.double()))
+    z.sum().backward()
+    assert network.equilibrium(x, start=torch.zeros(2, 7, dtype=torch.float32)).dtype == torch.float64
+    assert network.float()(x.double()).dtype == torch.float32

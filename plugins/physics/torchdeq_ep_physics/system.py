@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -216,6 +217,7 @@ class PhysicalSystem(nn.Module, ABC):
             NoEquilibriumError: If none is found, unless `on_failure="warn"`.
         """
         theta = self.prepared(self.physical())
+        x = _in_precision_of(theta, x)
         found = self._solved(x, 0.0, theta, start)
         z = found.z
         if not torch.is_grad_enabled():
@@ -283,8 +285,8 @@ class PhysicalSystem(nn.Module, ABC):
     def _solved(self, x: Tensor, current: Tensor | float, theta: Theta, start: Tensor | None) -> Settled:
         """A state, found, measured and spoken of."""
         values = {name: value.detach() for name, value in theta.items()}
-        x = x.detach()
-        z = (self.start(x) if start is None else start).detach()
+        x = _in_precision_of(theta, x.detach())
+        z = _in_precision_of(theta, (self.start(x) if start is None else start).detach())
         force = torch.as_tensor(current, dtype=z.dtype, device=z.device).detach().expand(z.shape)
         problem = Search(self, self.prepared(values), x.expand(len(z), *x.shape[1:]), force)
         if self.annealing is not None:
@@ -307,6 +309,11 @@ class PhysicalSystem(nn.Module, ABC):
         options: dict[str, Any] = {"max_iter": self.max_iter, "tol": self.tol, "stop_mode": "rel"}
         solution: Tensor = get_solver(self.solver)(nudged, z, **options)[0]
         return solution
+
+
+def _in_precision_of(theta: Theta, values: Tensor) -> Tensor:
+    """Values in the dtype of the parameters."""
+    return values.to(reduce(torch.promote_types, (each.dtype for each in theta.values())))
 
 
 def positive(values: Tensor) -> nn.Parameter:
