@@ -319,9 +319,9 @@ def test_progress_goes_from_nothing_to_all_of_it():
 @pytest.mark.slow
 def test_an_ordinary_trained_model_is_diagnosed_within_a_minute(trained_cnn):
     model, batch = trained_cnn
-    start = time.perf_counter()
+    start = time.process_time()
     (layer,) = tep.diagnose(model, batch, nn.functional.cross_entropy).layers
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     assert layer.exact_residual < 1e-3
     assert math.isfinite(layer.error_vector.total.relative)
     assert layer.spectral_radius > 0.9
