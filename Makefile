@@ -52,7 +52,7 @@ install: $(STAMP) ## set up the environment and do nothing else
 
 demo: $(STAMP) ## train an ordinary model by four gradients and compare them: a figure, a table and the numbers in demo/
 	@mkdir -p demo
-	@$(BIN)/torchdeq-ep $(if $(DEMO),compare $(DEMO),demo) --plot demo/demo.png --markdown demo/demo.md --json demo/demo.json
+	@OMP_NUM_THREADS=1 $(BIN)/torchdeq-ep $(if $(DEMO),compare $(DEMO),demo) --plot demo/demo.png --markdown demo/demo.md --json demo/demo.json
 	@echo
 	@echo "written: demo/demo.png  demo/demo.md  demo/demo.json"
 
