@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from torchdeq_ep.errors import DataError
-from torchdeq_ep.extend import check_count, require
+from torchdeq_ep.extend import check_count, require, write_text
 from torchdeq_ep_physics.ngspice import Ngspice
-from torchdeq_ep_physics.recipes.records import write_results, write_text
+from torchdeq_ep_physics.recipes.records import write_results
 from torchdeq_ep_physics.resistive import ResistiveNetwork, differential
 from torchdeq_ep_physics.spice_process import ngspice_available
 

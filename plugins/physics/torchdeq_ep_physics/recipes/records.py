@@ -6,24 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep.extend import write_whole
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text whole, or not at all.
-
-    Args:
-        path: The file.
-        text: What is in it.
-
-    Raises:
-        InvalidOptionError: If it cannot be written.
-    """
-
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+from torchdeq_ep.extend import write_text
 
 
 def write_results(path: str | Path, found: Any) -> None:
