@@ -293,6 +293,7 @@ def test_autocast(inject_in_autocast):
     assert relative_error(gradient(torch.bfloat16, "ift"), reference) < 0.02
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 def test_compiled_map():
     linear = nn.Linear(5, 5).double()
     with torch.no_grad():

@@ -13,6 +13,7 @@ BEGIN, END = "<!-- rows: python docs/figures/reproduction.py -->\n", "<!-- end o
 
 @pytest.fixture(scope="module")
 def script(docs_script):
+    pytest.importorskip("yaml")
     return docs_script("figures/reproduction")
 
 

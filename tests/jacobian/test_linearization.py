@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchdeq_ep.errors import JacobianProductError
 from torchdeq_ep.jacobian.linearization import Linearization, dense_jacobian, jvp, vjp
 
-VMAP_TAKES_GROUP_NORM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+VMAP_TAKES_GROUP_NORM = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
 @pytest.mark.parametrize("operation", [torch.sin, PlainSine.apply])
