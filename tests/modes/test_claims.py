@@ -45,6 +45,7 @@ def settled(radius, seed, dtype, n=8, batch=3):
 @example("ep", torch.float16, 0.95, 0, 0.0)
 @example("ep:max_iter=1", torch.float16, 0.95, 1, 0.0)
 @example("ift:max_iter=1", torch.bfloat16, 0.9, 0, 0.0)
+@example("ep", torch.bfloat16, 0.78125, 8910, 0.0)
 def test_an_error_above_a_tenth_is_never_silent(spec, dtype, radius, seed, exponent):
     f, z, g, jacobian = settled(radius, seed, dtype)
     g = (g.double() * 10.0**exponent).to(dtype)

@@ -73,6 +73,9 @@ def measured_nudge_error(
     explained = math.hypot(residual, blur)
     # Of the rounding in the estimate a larger nudge than its own tells, down to its own blur.
     unseen = amplitude.expected_rounding if beta < _ALIKE * own else min(amplitude.expected_rounding, blur)
+    if blur > _BLURRED and beta < _ALIKE * own:
+        # The estimate was rounded as coarsely as the check: what is above the mean of such errors may be its own.
+        unseen = max(unseen, math.sqrt(max(found**2 - residual**2 - (blur / _EXPLAINED) ** 2, 0.0)))
     if blur > _BLURRED and spread > _BENT:
         unseen = max(unseen, _OF_SPREAD * spread)
     error = math.hypot(math.sqrt(max(found**2 - explained**2, 0.0)), unseen)

@@ -293,14 +293,14 @@ def _finer(equilibrium: Equilibrium) -> str:
 
 def _warn_of_nudge_error(equilibrium: Equilibrium, amplitude: Amplitude, report: NudgeReport, growth: float) -> None:
     """Say so if the finite amplitude spoils the vector: what was measured, or where rounding hides it, expected."""
-    by_rounding = amplitude.expected_rounding > _MOST * report.nudge_error
-    largest = _LARGEST_ROUNDING if by_rounding else _LARGEST_NUDGE_ERROR
+    is_expected = amplitude.expected_rounding > _MOST * report.nudge_error
+    largest = _LARGEST_ROUNDING if is_expected else _LARGEST_NUDGE_ERROR
     if not report.is_usable or report.nudge_error <= max(largest, report.residual):
         return
-    if by_rounding:
+    if is_expected or amplitude.rounding > _MOST * report.nudge_error:
         require_repeatable(equilibrium)
         finding = (
-            f"rounding of f ({amplitude.noise:.0e}) leaves an error of about {amplitude.expected_rounding:.0%} in what "
+            f"rounding of f ({amplitude.noise:.0e}) leaves an error of about {report.nudge_error:.0%} in what "
             f"a nudge of relative amplitude {report.beta:.2g} measures"
         )
         advice = f"Nudge further (beta, or 'auto'), or use 'ep-infinitesimal' or 'ift'. {_finer(equilibrium)}."
