@@ -27,14 +27,15 @@ def test_the_page_has_the_rows_of_the_recorded_runs(script):
 def test_uphill_is_the_worst_of_the_large_nudges_at_every_number_of_steps(script):
     runs = json.loads(script.DIRECTIONS.read_text())["runs"]
     errors = {
-        (run["backward"], run["seed"]): {row["step"]: row["test/error"] for row in run["history"]} for run in runs
+        (*script.named(run), run["seed"]): {row["step"]: row["test/error"] for row in run["history"]} for run in runs
     }
-    uphill = {seed: found for (backward, seed), found in errors.items() if "up,beta=0.5" in backward}
-    assert uphill
+    uphill = {key[2]: found for key, found in errors.items() if key[:2] == ("ep-one-sided:direction=up", 0.5)}
+    assert set(uphill) == {0, 1, 2}
     for seed, found in uphill.items():
-        for other in ("ep-one-sided:beta=0.5", "ep:beta=0.5"):
-            shared = found.keys() & errors.get((other, seed), {}).keys()
-            assert all(found[step] > errors[other, seed][step] for step in shared)
+        for other in ("ep-one-sided", "ep"):
+            shared = found.keys() & errors[other, 0.5, seed].keys()
+            assert shared
+            assert all(found[step] > errors[other, 0.5, seed][step] for step in shared)
 
 
 def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
@@ -48,15 +49,28 @@ def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
     log("resumed", 0, ",,50,,88.0\n0,,199,60.0,\n0,0.25,199,,70.0\n1,,399,41.0,\n")
     log("resumed", 1, "1,,399,40.0,\n1,0.5,399,,45.0\n")
     log("just begun", 0, ",,50,,88.0\n")
-    (run,) = script.gather(tmp_path)
+    (run,) = script.gather([tmp_path, tmp_path])
     assert (run["backward"], run["seed"]) == ("ep:beta=0.5", 3)
     assert [(row["step"], row["test/error"], row["train/error"]) for row in run["history"]] == [
         (200, 60.0, 70.0),
         (400, 40.0, 45.0),
     ]
-    lines = script.table([run]).splitlines()
-    assert lines[0] == "| nudge | seed | 200 steps | 400 steps | missed its tolerance |"
-    assert lines[2] == "| `ep:beta=0.5` | 3 | 60.0 % | 40.0 % | 50% |"
-    script.draw([("error", script.curves([run], "test/error"))], tmp_path / "figure.svg")
+    other = {**run, "seed": 4, "history": [{"step": 1000, "test/error": 30.0}, {"step": 2000, "test/error": 20.0}]}
+    exact = {**other, "backward": "ift"}
+    lines = script.table([other, {**other, "seed": 5, "history": other["history"][:1]}, exact]).splitlines()
+    assert lines[0] == "| nudge | amplitude | seeds | 1,000 steps | 2,000 steps | missed its tolerance |"
+    assert lines[2] == "| symmetric | 0.5 | 4, 5 | 30.0, 30.0 | 20.0, - | - |"
+    assert lines[3] == "| exact | - | 4 | 30.0 | 20.0 | - |"
+    script.draw([run, exact], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     assert script.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_page_has_the_times_that_were_recorded(docs_script):
+    steps = docs_script("figures/steps")
+    record, page = json.loads(steps.RESULTS.read_text()), PAGE.read_text()
+    assert steps.insert(page, record) == page
+    assert steps.tables(record).strip() in page
+    changed = json.loads(json.dumps(record))
+    changed["now"] = [{**run, "ift": {"bare_calls": 1.0, "milliseconds": 1.0}} for run in changed["now"]]
+    assert steps.insert(page, changed) != page

@@ -1,7 +1,8 @@
 """Error against steps of the rows of Table 1: `reproduction.svg` beside it, and a table for docs/reproduction.md.
 
-`make figures` runs it. `python docs/figures/reproduction.py RUNS` first gathers the logs of runs into
-`docs/results/reproduction/directions.json`: `RUNS` is the folder `runs` of a sweep, whose runs need not be finished.
+`make figures` runs it. `python docs/figures/reproduction.py RUNS ..` first gathers the logs of runs into
+`docs/results/reproduction/directions.json`: `RUNS` is the folder `runs` of a sweep, whose runs need not be finished. Of
+two runs of one nudge and seed, the longer one counts.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ from torchdeq_ep.measuring import COLOURS, SHAPES, dress, new_figure, save, writ
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "reproduction"
-DIRECTIONS, RECORD = RESULTS / "directions.json", RESULTS / "table1.json"
+DIRECTIONS = RESULTS / "directions.json"
 KEPT = ("test/error", "train/error", "nudge/unconverged", "nudge/iterations", "free/iterations")
-LARGE = {
-    "ep-one-sided:direction=up,beta=0.5": "one-sided, up",
-    "ep-one-sided:beta=0.5": "one-sided, down",
-    "ep:beta=0.5": "symmetric",
-    "hep:n_points=4,beta=0.5": "four points",
+NAMES = {
+    "ep-one-sided:direction=up": "one-sided, up",
+    "ep-one-sided": "one-sided, down",
+    "ep": "symmetric",
+    "hep:n_points=4": "four points",
     "ift": "exact",
 }
-"""The rows that are drawn, and what they are called."""
+"""What gradients are called, in the order of the table."""
+AMPLITUDES = (0.5, 0.05)
+COLUMNS = (1000, 2000, 4000, 6000, 12000)
+"""Steps in the table: of those that a run has."""
 
 Run = dict[str, Any]
 
 
-def gather(runs: Path) -> list[Run]:
-    """What the logs of runs say at the end of each epoch."""
-    found = []
-    for config in sorted(runs.glob("*/config.yaml")):
+def gather(folders: Sequence[Path]) -> list[Run]:
+    """What the logs of runs say at the end of each epoch, in the order of the table."""
+    found: dict[tuple[str, int], Run] = {}
+    for config in (config for folder in folders for config in sorted(folder.glob("*/config.yaml"))):
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         epochs: dict[int, dict[str, float]] = {}
         for log in sorted(config.parent.glob("csv/version_*/metrics.csv")):
@@ -48,79 +52,79 @@ def gather(runs: Path) -> list[Run]:
                     if values and row["epoch"]:
                         epochs.setdefault(int(row["step"]) + 1, {}).update(values)
         history = [{"step": step, **epochs[step]} for step in sorted(epochs) if "test/error" in epochs[step]]
-        if history:
-            found.append({"backward": settings["backward"], "seed": settings["seed_everything"], "history": history})
-    return found
+        run = {"backward": settings["backward"], "seed": settings["seed_everything"], "history": history}
+        key = (run["backward"], run["seed"])
+        if len(history) > len(found[key]["history"] if key in found else []):
+            found[key] = run
+    return sorted(found.values(), key=lambda run: (_place(run), run["seed"]))
+
+
+def named(run: Run) -> tuple[str, float | None]:
+    """The gradient of a run, and its amplitude, which the exact one has not."""
+    mode, _, options = run["backward"].partition(":")
+    values = dict(option.split("=") for option in options.split(",") if option)
+    beta = values.pop("beta", None)
+    return ":".join([mode, *(f"{name}={value}" for name, value in values.items())]), beta and float(beta)
+
+
+def _place(run: Run) -> tuple[int, int]:
+    name, beta = named(run)
+    return [*AMPLITUDES, None].index(beta), list(NAMES).index(name)
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Test error of each run by the number of steps, in Markdown."""
-    steps = sorted({row["step"] for run in runs for row in run["history"]})
-    heads = ["nudge", "seed", *(f"{step} steps" for step in steps), "missed its tolerance"]
+    """Test errors of each nudge by the number of steps, one for each seed, in Markdown."""
+    steps = [step for step in COLUMNS if any(row["step"] == step for run in runs for row in run["history"])]
+    heads = ["nudge", "amplitude", "seeds", *(f"{step:,} steps" for step in steps), "missed its tolerance"]
     lines = [heads, ["---"] * len(heads)]
-    for run in sorted(runs, key=lambda run: (run["seed"], _place(run["backward"]))):
-        errors = {row["step"]: row["test/error"] for row in run["history"]}
-        missed = run["history"][-1].get("nudge/unconverged", math.nan)
-        cells = [f"{errors[step]:.1f} %" if step in errors else "-" for step in steps]
-        share = f"{missed:.0%}" if math.isfinite(missed) else "-"
-        lines.append([f"`{run['backward']}`", str(run["seed"]), *cells, share])
+    for key in dict.fromkeys(named(run) for run in runs):
+        group = [run for run in runs if named(run) == key]
+        errors = [{row["step"]: row["test/error"] for row in run["history"]} for run in group]
+        cells = [", ".join(f"{found[step]:.1f}" if step in found else "-" for found in errors) for step in steps]
+        missed = [run["history"][-1].get("nudge/unconverged", math.nan) for run in group]
+        share = f"{fmean(missed):.0%}" if math.isfinite(fmean(missed)) else "-"
+        lines.append([NAMES[key[0]], str(key[1] or "-"), ", ".join(str(run["seed"]) for run in group), *cells, share])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _place(backward: str) -> tuple[int, str]:
-    return (list(LARGE).index(backward) if backward in LARGE else len(LARGE)), backward
-
-
-def curves(runs: Sequence[Run], measure: str) -> dict[str, list[tuple[int, float]]]:
-    """Means over the seeds by the number of steps, of the rows that are drawn."""
-    points: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        if run["backward"] in LARGE:
-            for row in run["history"]:
-                if measure in row:
-                    points.setdefault(run["backward"], {}).setdefault(row["step"], []).append(row[measure])
-    return {name: [(step, fmean(values)) for step, values in sorted(points[name].items())] for name in points}
-
-
-def draw(panels: Sequence[tuple[str, dict[str, list[tuple[int, float]]]]], path: Path) -> None:
-    """One panel beside the other, each row in its colour."""
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """A panel for each amplitude, a line for each run, a colour for each nudge; exact gradients in both."""
     figure = new_figure(9.6, 4.2)
     figure.set_layout_engine("constrained")
-    for k, (title, drawn) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), k)
+    for k, amplitude in enumerate(AMPLITUDES, start=1):
+        axes = figure.add_subplot(1, len(AMPLITUDES), k)
         dress(axes)
-        for place, (backward, name) in enumerate(LARGE.items()):
-            if backward in drawn:
-                xs, ys = zip(*drawn[backward], strict=True)
-                axes.plot(
-                    xs, ys, color=COLOURS[place + 1], marker=SHAPES[place], markersize=5, linewidth=1.8, label=name
-                )
-        axes.set_title(title, loc="left", fontsize=10.5)
+        for run in runs:
+            name, beta = named(run)
+            if beta in (amplitude, None):
+                place = list(NAMES).index(name)
+                xs, ys = zip(*((row["step"], row["test/error"]) for row in run["history"]), strict=True)
+                style = {"color": COLOURS[place + 1], "marker": SHAPES[place], "markersize": 4, "linewidth": 1.4}
+                axes.plot(xs, ys, alpha=0.8, label=NAMES[name], **style)
+        axes.set_title(f"test error in percent, nudges of {amplitude:g}", loc="left", fontsize=10.5)
         axes.set_xlabel("steps")
         axes.set_ylim(bottom=0)
     handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    order = [name for name in NAMES.values() if name in handles]
+    figure.legend(
+        [handles[name] for name in order], order, loc="outside lower center", ncols=5, frameon=False, fontsize=9
+    )
     save(figure, path)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Gather if there is something to, print the table, draw."""
     if arguments:
-        found = gather(Path(arguments[0]))
+        found = gather([Path(folder) for folder in arguments])
         if not found:
             sys.stderr.write(
-                f"{arguments[0]} holds no run with a test error: the folder 'runs' of a sweep is wanted.\n"
+                f"{' '.join(arguments)} holds no run with a test error: the folder 'runs' of a sweep is wanted.\n"
             )
             return 2
         write_text(DIRECTIONS, json.dumps({"recipe": "table1", "runs": found}, indent=1) + "\n")
     runs = json.loads(DIRECTIONS.read_text(encoding="utf-8"))["runs"]
-    record = json.loads(RECORD.read_text(encoding="utf-8"))["runs"]
     sys.stdout.write(table(runs))
-    panels = [
-        ("test error in percent, nudges of 0.5, as the code nudges", curves(runs, "test/error")),
-        ("training error in percent, nudges of 0.5, three seeds", curves(record, "train/error")),
-    ]
-    draw(panels, HERE / "reproduction.svg")
+    draw(runs, HERE / "reproduction.svg")
     return 0
 
 
