@@ -326,7 +326,11 @@ def test_an_ordinary_trained_model_is_diagnosed_within_a_minute(trained_cnn):
     assert math.isfinite(layer.error_vector.total.relative)
     assert layer.spectral_radius > 0.9
     assert layer.symmetry is not None
-    assert all(math.isfinite(value) for name in ("one-sided", "symmetric") for value in layer.sweep[name])
+    # Near a radius of 1 a nudge or two may fail, which ones depends on the machine that trained: each is counted.
+    for name in ("one-sided", "symmetric"):
+        failed = sum(math.isnan(value) for value in layer.sweep[name])
+        told = [note for note in layer.notes if note.startswith(f"{name}: no usable estimate at {failed} of")]
+        assert failed < len(layer.sweep[name]) and len(told) == (failed > 0)
     assert any(note.startswith("contour-4: NotHolomorphicError") for note in layer.notes)
 
 
