@@ -13,7 +13,7 @@ gradient comes with the same products, eq. (24).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from torchdeq_ep.jacobian.metric import as_operator
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms, split_rows
+
+Gradients = tuple[Tensor | None, ...]
+Keep = Callable[[Sequence[Tensor], Gradients, float], None]
 
 _TINY = 1e-30
 _MOST = 0.9
@@ -37,15 +40,16 @@ class AsymmetryPenalty:
         on_value: Called with the value of the penalty, before any weight and without the half, and with `|J^T u|` where
             nine of ten samples have less.
         guard: Weight of the guard, relative to that of the asymmetry.
+        keep: Takes the leaves, the gradients of a penalty of weight 1, and its value, if they are not to be added to
+            the gradient of the loss.
     """
 
     leaves: tuple[Tensor, ...]
     on_value: Callable[[float, float], None]
     guard: float = 0.0
+    keep: Keep | None = None
 
-    def gradients(
-        self, equilibrium: Equilibrium, v: Tensor, autocast: Autocast, weight: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def gradients(self, equilibrium: Equilibrium, v: Tensor, autocast: Autocast, weight: Tensor) -> Gradients:
         """What is added to the gradient of each leaf; `f` is evaluated once.
 
         Args:
@@ -70,20 +74,26 @@ class AsymmetryPenalty:
         samples = _Samples(rows, v)
         scale = samples.spread(_inverse(samples.norms(v)))
         u, pushed = v * scale, through * scale
-        is_weighed = float(weight) != 0.0
+        is_weighed = self.keep is not None or float(weight) != 0.0
         with torch.enable_grad(), autocast.restored(False):
             pulled = local.adjoint(u.unsqueeze(0), create_graph=is_weighed)[0]
             a, rates = pushed - pulled.detach(), samples.norms(pulled.detach())
-            self.on_value(float(a.float().square().sum()) / samples.count, float(rates.quantile(_MOST)))
+            value = float(a.float().square().sum()) / samples.count
+            self.on_value(value, float(rates.quantile(_MOST)))
             if not is_weighed:
                 return (None,) * len(self.leaves)
             left = local.adjoint(metric.inverse(a).unsqueeze(0), create_graph=True)[0]
-            excess = samples.spread((rates - NEAR_ONE).clamp(min=0) * _inverse(rates))
-            away = self.guard * excess * pulled.detach()
+            excess = (rates - NEAR_ONE).clamp(min=0)
+            away = self.guard * samples.spread(excess * _inverse(rates)) * pulled.detach()
             bilinear = ((left * metric.apply(u)).sum() - (pulled * (a - away)).sum()) / samples.count
         if not bilinear.requires_grad:
             return (None,) * len(self.leaves)
-        return torch.autograd.grad(bilinear, self.leaves, weight.to(bilinear), retain_graph=True, allow_unused=True)
+        weight = torch.ones_like(bilinear) if self.keep is not None else weight.to(bilinear)
+        found = torch.autograd.grad(bilinear, self.leaves, weight, retain_graph=True, allow_unused=True)
+        if self.keep is None:
+            return found
+        self.keep(self.leaves, found, (value + self.guard * float(excess.square().sum()) / samples.count) / 2)
+        return (None,) * len(self.leaves)
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,24 @@ import torchdeq_ep as tep
 from torchdeq_ep.errors import EPError
 from torchdeq_ep.extend import Equilibrium
 from torchdeq_ep.host import HomeostasisHandle
-from torchdeq_ep.measuring import COLOURS, dress, new_figure, save
+from torchdeq_ep.measuring import COLOURS, dress, new_figure, save, write_text
 from torchdeq_ep.state import Memory
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+sys.path[:0] = [str(ROOT / "tests" / "benchmarks"), str(Path(__file__).parent)]
 import ordinary  # noqa: E402
+from pages import insert  # noqa: E402
 
 RESULTS, FIGURE, PAGE = (
     ROOT / "docs" / "results" / "along.json",
     ROOT / "docs" / "figures" / "along.svg",
     ROOT / "docs" / "homeostasis.md",
 )
-OPENING, CLOSING = "<!-- The table is written by `make along`. -->\n", "\n<!-- End of the table. -->"
-WEIGHTS = (3.0, 10.0, 30.0, 100.0, 300.0)
+OPENING, CLOSING = "<!-- The table is written by `make along`. -->", "<!-- End of the table. -->"
+WEIGHTS = {
+    "error-vector": (1.5, 5.0, 15.0, 50.0, 150.0),
+    "antisymmetric": (3.0, 10.0, 30.0, 100.0, 300.0),
+}
 NORM_WEIGHTS = ("0.1", "1", "10")
 EPOCHS = {"cnn": 20, "cnn-gelu": 20, "pre-norm": 30, "two-scale": 20}
 
@@ -166,8 +170,8 @@ def plan() -> list[Run]:
         runs += [Run("cnn", "torchdeq", seed=seed, epochs=3), Run("cnn", "ep", "error-vector", "auto", seed, 3)]
     for kind in ("cnn", "pre-norm"):
         runs.append(Run(kind, "ep"))
-        for weight in WEIGHTS:
-            runs += [Run(kind, "ep", "error-vector", f"{weight:g}"), Run(kind, "ep", "antisymmetric", f"{weight:g}")]
+        for estimator, weights in WEIGHTS.items():
+            runs += [Run(kind, "ep", estimator, f"{weight:g}") for weight in weights]
     for kind in ("pre-norm", "cnn"):
         runs += [Run(kind, "ift", "jac_reg", weight) for weight in NORM_WEIGHTS]
         runs.append(Run(kind, "ift", "error-vector", "auto"))
@@ -183,7 +187,7 @@ def picture(results: dict[str, dict[str, Any]]) -> None:
     for axes, kind in zip(panels, ("cnn", "pre-norm"), strict=True):
         dress(axes)
         for estimator, (colour, shape, label) in styles.items():
-            found = [(w, results.get(Run(kind, "ep", estimator, f"{w:g}").key)) for w in WEIGHTS]
+            found = [(w, results.get(Run(kind, "ep", estimator, f"{w:g}").key)) for w in WEIGHTS[estimator]]
             points = [(w, r) for w, r in found if r is not None and math.isfinite(r["alignment"])]
             style = {"color": colour, "marker": shape, "linewidth": 0.8, "label": label}
             axes.plot([r["alignment"] for _, r in points], [100 * r["accuracy"] for _, r in points], **style)
@@ -238,9 +242,7 @@ def _penalty_of(run: Run) -> str:
 def write(results: dict[str, dict[str, Any]]) -> None:
     """Figure and table of what there is."""
     picture(results)
-    before, _, rest = PAGE.read_text().partition(OPENING)
-    _, _, after = rest.partition(CLOSING)
-    PAGE.write_text(f"{before}{OPENING}\n{table(results)}\n{CLOSING}{after}")
+    write_text(PAGE, insert(PAGE.read_text(), OPENING, CLOSING, table(results)))
 
 
 def main() -> None:

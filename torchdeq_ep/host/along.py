@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase
 
+from torchdeq_ep.asymmetry import Keep
 from torchdeq_ep.errors import EPError, NoDEQError
+from torchdeq_ep.host.descent import Descent
 from torchdeq_ep.host.injection import Nothing, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
+from torchdeq_ep.host.weights import Schedule
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.modes.steps import StepwiseMode
@@ -21,8 +24,9 @@ from torchdeq_ep.state import Equilibrium, cosine, row_dots
 
 AUTO: Final = "auto"
 TARGET = 0.95
-_FIRST_WEIGHT = 10.0
-_SMALLEST, _LARGEST = 0.1, 1000.0
+_FIRST_WEIGHT, _WEIGHTS = 5.0, (1e-3, 500.0)
+_FIRST_SHARE, _SHARES = 0.1, (1e-3, 1.0)
+_GUARDS = (0.1, 1000.0)
 _EVERY = 10
 _GAIN, _GUARD_GAIN = 3.0, 0.3
 _REFERENCE_TOL, _REFERENCE_STEPS = 3e-2, 50
@@ -49,11 +53,12 @@ class WeightController:
         alignment: As last measured; NaN before.
         passes: Backward passes so far.
         guard: The present weight of the guard.
+        bounds: The smallest and the largest weight.
 
     Example:
         >>> controller = WeightController(target=0.95)
         >>> controller.steer(0.5)
-        >>> controller.weight > 30
+        >>> controller.weight > 15
         True
     """
 
@@ -62,6 +67,12 @@ class WeightController:
     alignment: float = math.nan
     passes: int = 0
     guard: float = 1.0
+    bounds: tuple[float, float] = _WEIGHTS
+
+    @classmethod
+    def of_share(cls, target: float) -> WeightController:
+        """For a descent of its own: the weight is the share of its step."""
+        return cls(target, _FIRST_SHARE, bounds=_SHARES)
 
     def stabilise(self, rate: float) -> None:
         """Change the weight of the guard.
@@ -70,7 +81,7 @@ class WeightController:
             rate: `|J^T v| / |v|`, of nine samples in ten at most.
         """
         if math.isfinite(rate):
-            self.guard = _within_bounds(self.guard * math.exp(_GUARD_GAIN * min(rate - NEAR_ONE, 1.0)))
+            self.guard = _within(_GUARDS, self.guard * math.exp(_GUARD_GAIN * min(rate - NEAR_ONE, 1.0)))
 
     def steer(self, alignment: float) -> None:
         """Change the weight by what was measured.
@@ -80,7 +91,7 @@ class WeightController:
         """
         self.alignment = alignment
         if math.isfinite(alignment):
-            self.weight = _within_bounds(self.weight * math.exp(_GAIN * (self.target - alignment)))
+            self.weight = _within(self.bounds, self.weight * math.exp(_GAIN * (self.target - alignment)))
 
     def see(self, equilibrium: Equilibrium, v: Tensor) -> None:
         """Measure, every tenth time.
@@ -102,8 +113,8 @@ class WeightController:
             self.steer(_mean_cosine(v, reference, equilibrium))
 
 
-def _within_bounds(weight: float) -> float:
-    return min(max(weight, _SMALLEST), _LARGEST)
+def _within(bounds: tuple[float, float], weight: float) -> float:
+    return min(max(weight, bounds[0]), bounds[1])
 
 
 def _mean_cosine(v: Tensor, other: Tensor, equilibrium: Equilibrium) -> float:
@@ -123,9 +134,10 @@ class ErrorVectorRegulator:
         self,
         name: str,
         deq: DEQBase,
-        weight: float | Callable[[int], float] | WeightController,
+        weight: float | Schedule | WeightController,
         factor: Callable[[], float] | None,
         parameters: frozenset[Tensor] | None = None,
+        descent: Descent | None = None,
     ) -> None:
         self.name, self.deq, self.last_weight = name, deq, 0.0
         self.value, self.rate = math.nan, math.nan
@@ -134,11 +146,13 @@ class ErrorVectorRegulator:
         self.controller = weight if isinstance(weight, WeightController) else None
         self._weight, self._factor = weight, factor
         self._calls = 0
+        self._weight_now: float | None = None
+        self.descent = descent
 
-    def register(self) -> RemovableHandle:
-        """Ask for the penalty before each forward pass, of whatever rule is then in force."""
-        handle: RemovableHandle = self.deq.register_forward_pre_hook(_Asking(self))
-        return handle
+    def register(self) -> list[RemovableHandle]:
+        """Ask for the penalty before each forward pass, of whatever rule is then in force; descend after each step."""
+        handles: list[RemovableHandle] = [self.deq.register_forward_pre_hook(_Asking(self))]
+        return handles if self.descent is None else [*handles, self.descent.register()]
 
     def ask(self, deq: DEQBase, _: Any) -> None:
         """Before a forward pass: the rule in force is to make the penalty."""
@@ -151,7 +165,10 @@ class ErrorVectorRegulator:
                 "backward of torchdeq: call tep.use_backward(model, 'ep') first (or 'ift', 'aep'), or take random "
                 "directions, estimator='antisymmetric'."
             )
-        rule.slot.penalised = self
+        self._weight_now = self._weight_at(self._calls)
+        self._calls += 1
+        if self._weight_now is not None:
+            rule.slot.penalised = self
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         rule = deq.produce_grad[-1]
@@ -161,9 +178,11 @@ class ErrorVectorRegulator:
         zero, slot.zero, slot.penalised = slot.zero, None, None
         if not deq.training or zero is None:
             return None
-        step, self._calls = self._calls, self._calls + 1
-        self.last_weight = self._weight_at(step)
-        term = self.last_weight / 2 * zero
+        self.last_weight = self._weight_now or 0.0
+        if self.descent is not None:
+            self.descent.share = self.last_weight
+            return None
+        term = self.last_weight * zero
         if self._factor is None:
             self.collect(term)
             return None
@@ -179,6 +198,11 @@ class ErrorVectorRegulator:
         """Weight of the guard of stability, relative to that of the asymmetry."""
         return 0.0 if self.controller is None else self.controller.guard
 
+    @property
+    def keep(self) -> Keep | None:
+        """Where gradients of the penalty are kept for a descent of its own."""
+        return None if self.descent is None else self.descent.add
+
     def on_value(self, value: float, rate: float) -> None:
         """Told what the penalty was, and the rate of most error vectors."""
         self.value, self.rate = value, rate
@@ -190,7 +214,7 @@ class ErrorVectorRegulator:
         if self.controller is not None:
             self.controller.see(equilibrium, v)
 
-    def _weight_at(self, step: int) -> float:
+    def _weight_at(self, step: int) -> float | None:
         if isinstance(self._weight, WeightController):
             return self._weight.weight
         return self._weight(step) if callable(self._weight) else self._weight

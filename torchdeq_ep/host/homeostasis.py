@@ -19,17 +19,18 @@ from torchdeq.core import DEQBase
 from torchdeq_ep._options import check_choice, check_count, check_metric
 from torchdeq_ep.errors import EPWarning, InvalidOptionError
 from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController, has_error_vector
-from torchdeq_ep.host.deqs import deqs_of, fixed_point
+from torchdeq_ep.host.deqs import deqs_of
+from torchdeq_ep.host.descent import Descent
 from torchdeq_ep.host.hooks import FixedPointHandle
-from torchdeq_ep.host.injection import Nothing, refuse_transforms, with_gradient
-from torchdeq_ep.host.weights import Inject, Schedule, Weight, check_weight, factor_of, weights_by_name
-from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement, gaussian_probes
-from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, Sample, autocast_of, pack_leniently, probe_symmetry
+from torchdeq_ep.host.probing import Options, Randomness, RandomRegulator
+from torchdeq_ep.host.weights import Inject, Schedule, Weight, factor_of, weights_by_name
+from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement
+from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments
 
 Direction = Estimator | Literal["error-vector"]
 
 _MANY_UNCOLLECTED = 100
-_RANDOM_WEIGHT = 0.1
+_RANDOM_WEIGHT, _RANDOM_SHARE = 0.1, 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,14 +76,14 @@ class HomeostasisHandle:
         True
     """
 
-    def __init__(self, regulators: Sequence[_Regulator | ErrorVectorRegulator]) -> None:
+    def __init__(self, regulators: Sequence[RandomRegulator | ErrorVectorRegulator]) -> None:
         self._regulators = regulators
         self._total: Tensor | None = None
         self._uncollected = 0
         for regulator in regulators:
             regulator.collect = self._collect
         self._handle = FixedPointHandle([regulator.deq for regulator in regulators], regulators)
-        self._asking = [r.register() for r in regulators if isinstance(r, ErrorVectorRegulator)]
+        self._asking = [h for r in regulators for h in r.register()]
 
     def __repr__(self) -> str:
         told = f"penalty {self.last.penalty:.3g}" if self.last else "nothing measured yet"
@@ -96,9 +97,9 @@ class HomeostasisHandle:
     @property
     def last(self) -> HomeostasisReport | None:
         """The latest measurements of each DEQ; `None` before the first. Reading it does not consume the penalty."""
-        if self._asking:
+        if any(isinstance(r, ErrorVectorRegulator) for r in self._regulators):
             return _along_error_vectors(cast("Sequence[ErrorVectorRegulator]", self._regulators))
-        random = cast("Sequence[_Regulator]", self._regulators)
+        random = cast("Sequence[RandomRegulator]", self._regulators)
         samples = {r.name: (r.last_weight, r.last) for r in random if r.last is not None}
         if not samples:
             return None
@@ -122,12 +123,18 @@ class HomeostasisHandle:
         return torch.zeros(()) if total is None else total
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Where automatic weights stand, for a run that is to be resumed.
+        """Where automatic weights and descents stand, for a run that is to be resumed.
 
         Returns:
-            Plain numbers, by the name of the DEQ; empty without an automatic weight.
+            Plain numbers, by the name of the DEQ; empty without either.
         """
-        return {name: asdict(controller) for name, controller in self._controllers().items()}
+        found: dict[str, dict[str, Any]] = {}
+        for regulator in self._regulators:
+            if isinstance(regulator, ErrorVectorRegulator) and regulator.controller is not None:
+                found.setdefault(regulator.name, {}).update(asdict(regulator.controller))
+            if regulator.descent is not None:
+                found.setdefault(regulator.name, {}).update(regulator.descent.state_dict())
+        return found
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from there.
@@ -138,16 +145,16 @@ class HomeostasisHandle:
         Raises:
             InvalidOptionError: If it is of other DEQs.
         """
-        controllers = self._controllers()
-        if set(controllers) != set(state):
-            raise InvalidOptionError(f"the state is one of {sorted(state)}, and these are {sorted(controllers)}.")
-        for name, controller in controllers.items():
-            for field_name, value in state[name].items():
-                setattr(controller, field_name, value)
-
-    def _controllers(self) -> dict[str, WeightController]:
-        along = [r for r in self._regulators if isinstance(r, ErrorVectorRegulator)]
-        return {r.name: r.controller for r in along if r.controller is not None}
+        own = self.state_dict()
+        if set(own) != set(state):
+            raise InvalidOptionError(f"the state is one of {sorted(state)}, and these are {sorted(own)}.")
+        for regulator in self._regulators:
+            numbers = dict(state.get(regulator.name, {}))
+            if regulator.descent is not None:
+                regulator.descent.load_state_dict({key: numbers.pop(key) for key in regulator.descent.state_dict()})
+            if isinstance(regulator, ErrorVectorRegulator) and regulator.controller is not None:
+                for field_name, number in numbers.items():
+                    setattr(regulator.controller, field_name, number)
 
     def remove(self) -> None:
         """Stop measuring; a second call does nothing."""
@@ -199,9 +206,10 @@ def register_homeostasis(
     *,
     metric: Metric | None = None,
     inject: Inject = False,
-    seed: int = 0,
+    seed: int | Callable[[], int] = 0,
     target: float = TARGET,
     parameters: Iterable[nn.Parameter] | None = None,
+    descent: torch.optim.Optimizer | None = None,
 ) -> HomeostasisHandle:
     """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
 
@@ -212,10 +220,11 @@ def register_homeostasis(
 
     Args:
         module: A model that contains torchdeq DEQs, or such a DEQ.
-        weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ; or a
-            dict of these by DEQ name, as in `module.named_modules()`, which leaves out the DEQs it does not name. With
-            0 the Jacobian is measured, but no graph is built. `"auto"`, along the error vector, holds the alignment of
-            error vectors at `target` with the least weight. By default that, or 0.1 in random directions.
+        weight: Factor of the penalty: a number; a function of the number of earlier forward passes of the DEQ, which
+            may return `None` to leave one out; or a dict of these by DEQ name, as in `module.named_modules()`, which
+            leaves out the DEQs it does not name. With 0 the Jacobian is measured, but no graph is built. `"auto"`,
+            along the error vector, holds the alignment of error vectors at `target` with the least weight. By default
+            that, or 0.1 in random directions.
         probes: Number of Gaussian probes at each forward pass.
         estimator: `"antisymmetric"`, or `"paper"`; see [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
             By default `"error-vector"` if the weight finds itself, and `"antisymmetric"` if it is given.
@@ -231,9 +240,16 @@ def register_homeostasis(
             factor that multiplies your loss cannot be seen from here: give a `torch.amp.GradScaler` if one scales the
             loss, and a number or a function `() -> factor` if you divide the loss, e.g. by the number of accumulation
             steps; it is asked in the backward pass. `penalty()` is then without a graph.
-        seed: Seed of the probes, and of the draws of a probability.
+        seed: Seed of the probes, and of the draws of a probability; or a function that gives it at each forward pass,
+            which starts anew where it is another one.
         target: Of `weight="auto"`: the mean over the samples of the cosine between the error vector of equilibrium
             propagation and the exact one, between 0 and 1.
+        descent: The optimiser that trains the model. After each of its steps the parameters that it has take a step of
+            gradient descent on the penalty, apart from the running scale by which Adam divides gradients, and there is
+            nothing to add to the loss. The weight is then a share, at most 1: of the step that would take the penalty
+            to its minimum, times the share of its highest rate at which the optimiser goes. By default `"auto"` finds
+            it along the error vector, and it is 1 in random directions. See
+            [beside the optimiser](homeostasis.md#beside-the-optimiser).
         parameters: Along the error vector: those that the penalty reaches, for instance the weights on the way back;
             by default all that the map depends on.
 
@@ -265,108 +281,62 @@ def register_homeostasis(
     deqs = deqs_of(module)
     if weight is None:
         along = estimator == "error-vector" or (estimator is None and all(map(has_error_vector, deqs)))
-        weight = AUTO if along else _RANDOM_WEIGHT
+        weight = AUTO if along else _RANDOM_WEIGHT if descent is None else _RANDOM_SHARE
     if estimator is None:
         estimator = "error-vector" if weight == AUTO else "antisymmetric"
+    if descent is not None:
+        _check_descent(descent, weight, inject)
+    named = {name: part for name, part in module.named_modules() if part in deqs}
     if estimator == "error-vector":
         chosen = None if parameters is None else frozenset(parameters)
-        named = {name: part for name, part in module.named_modules() if part in deqs}
-        return HomeostasisHandle(_along(weight, named, inject, target, chosen))
+        return HomeostasisHandle(_along(weight, named, inject, target, chosen, descent))
     if parameters is not None:
         raise InvalidOptionError("parameters= goes with estimator='error-vector': random probes reach all of them.")
     if weight == AUTO:
         raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
-    weights = weights_by_name(weight, {name: part for name, part in module.named_modules() if part in deqs})
-    options = _Options(probes, estimator, every, metric, factor_of(inject), _Randomness(seed))
-    return HomeostasisHandle([_Regulator(name, deq, value, options) for name, (deq, value) in weights.items()])
+    options = Options(probes, estimator, every, metric, factor_of(inject), Randomness(seed))
+    return HomeostasisHandle(
+        [
+            RandomRegulator(name, deq, value, options, _descent(descent))
+            for name, (deq, value) in weights_by_name(weight, named).items()
+        ]
+    )
 
 
 def _along(
-    weight: Weight, deqs: dict[str, DEQBase], inject: Inject, target: float, parameters: frozenset[Tensor] | None
+    weight: Weight,
+    deqs: dict[str, DEQBase],
+    inject: Inject,
+    target: float,
+    parameters: frozenset[Tensor] | None,
+    descent: torch.optim.Optimizer | None,
 ) -> list[ErrorVectorRegulator]:
     weights: dict[str, float | Schedule | WeightController]
     if weight == AUTO:
         if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
             raise InvalidOptionError(f"target must be a cosine between 0 and 1, not {target!r}.")
-        weights = {name: WeightController(target) for name in deqs}
+        controller = WeightController if descent is None else WeightController.of_share
+        weights = {name: controller(target) for name in deqs}
     else:
         weights = {name: value for name, (_, value) in weights_by_name(weight, deqs).items()}
     factor = factor_of(inject)
-    return [ErrorVectorRegulator(name, deqs[name], value, factor, parameters) for name, value in weights.items()]
+    return [
+        ErrorVectorRegulator(name, deqs[name], value, factor, parameters, _descent(descent))
+        for name, value in weights.items()
+    ]
 
 
-class _Randomness:
-    """The generators of one homeostasis, one for each device, so that torch's own stay untouched."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._coin = torch.Generator().manual_seed(seed)
-
-    def on(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
-
-    def happens(self, probability: float) -> bool:
-        return float(torch.rand((), generator=self._coin)) < probability
+def _descent(optimizer: torch.optim.Optimizer | None) -> Descent | None:
+    return None if optimizer is None else Descent(optimizer)
 
 
-@dataclass(frozen=True, eq=False)
-class _Options:
-    probes: int
-    estimator: Estimator
-    every: int | float
-    metric: Metric | None
-    factor: Callable[[], float] | None
-    randomness: _Randomness
-
-
-class _Regulator:
-    """The forward hook of one DEQ. A copy or pickle of it does nothing."""
-
-    def __init__(self, name: str, deq: DEQBase, weight: float | Schedule, options: _Options) -> None:
-        self.name, self.deq, self.last_weight = name, deq, 0.0
-        self.last: Sample | None = None
-        self.collect: Callable[[Tensor], None]
-        self._weight, self._options = weight, options
-        self._calls = 0
-        self._batched = True
-
-    def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not deq.training:
-            return None
-        refuse_transforms()
-        step, self._calls = self._calls, self._calls + 1
-        options = self._options
-        if isinstance(options.every, int) and step % options.every:
-            return None
-        if isinstance(options.every, float) and not options.randomness.happens(options.every):
-            return None
-        weight = self._weight
-        if callable(weight):
-            weight = weight(step)
-            check_weight(weight)
-        f, state = fixed_point(args, kwargs, output)
-        states, info = output
-        autocast = autocast_of(state)
-        packed = pack_leniently(state, autocast)[1]
-        vectors = gaussian_probes(packed, options.probes, options.randomness.on(packed.device))
-        # A state without a gradient is one of a map that nothing can change.
-        trainable = any(t.requires_grad for t in (states[-1] if isinstance(state, Sequence) else states[-1:]))
-        create_graph = weight > 0 and torch.is_grad_enabled() and trainable
-        sample = probe_symmetry(
-            f, state, vectors, options.estimator, options.metric, autocast, self._batched, create_graph=create_graph
-        )
-        self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
-        term = weight * sample.penalty
-        if options.factor is None:
-            self.collect(term)
-            return None
-        self.collect(term.detach())
-        if not term.requires_grad:
-            return None
-        return [*states[:-1], with_gradient(states[-1], term, options.factor)], info
-
-    def __reduce__(self) -> Any:
-        return Nothing, ()
+def _check_descent(descent: object, weight: Weight, inject: Inject) -> None:
+    if not isinstance(descent, torch.optim.Optimizer):
+        raise InvalidOptionError(f"descent must be the optimiser that trains the model, not {type(descent).__name__}.")
+    if inject is not False:
+        raise InvalidOptionError("inject= adds the penalty to the gradient of the loss, and descent= keeps it apart.")
+    for value in weight.values() if isinstance(weight, Mapping) else [weight]:
+        if isinstance(value, (int, float)) and value > 1:
+            raise InvalidOptionError(
+                f"with descent= the weight is the share of the penalty that a step takes away, at most 1, not {value}."
+            )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdeq.core import DEQBase
 from torchdeq.solver.stat import SolverStat
 
-from torchdeq_ep.asymmetry import AsymmetryPenalty
+from torchdeq_ep.asymmetry import AsymmetryPenalty, Keep
 from torchdeq_ep.closing import is_followed, is_transforming, may_have_tangents
 from torchdeq_ep.compiling import not_compiled
 from torchdeq_ep.errors import NoGradientWarning, TransformError
@@ -38,6 +38,10 @@ class Penalised(Protocol):
     @property
     def guard(self) -> float:
         """Weight of the guard of stability, relative to that of the asymmetry."""
+
+    @property
+    def keep(self) -> Keep | None:
+        """What takes the gradient of the penalty, if it is not to be added to that of the loss."""
 
     def on_value(self, value: float, rate: float) -> None:
         """Told the mean over the samples of `|(J - J^T) v|^2 / |v|^2`, and what most have less of `|J^T v| / |v|`."""
@@ -189,7 +193,7 @@ class EquilibriumRule:
         if wanted is None or not depends_on_more(value, recording):
             return packing.restore(connect(layer, state, value, value, recording), like=returned)
         leaves = tuple(leaf for leaf in leaves_of(value, recording) if wanted.acts_on(leaf))
-        layer.penalty = AsymmetryPenalty(leaves, wanted.on_value, wanted.guard)
+        layer.penalty = AsymmetryPenalty(leaves, wanted.on_value, wanted.guard, wanted.keep)
         layer.controller = wanted.on_error_vector
         connected, self.slot.zero = connect_with_penalty(layer, state, value, value, recording)
         return packing.restore(connected, like=returned)

@@ -11,7 +11,7 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep.errors import InvalidOptionError, NoDEQError, unknown_name
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int], float | None]
 Weight = float | Schedule | Literal["auto"] | Mapping[str, float | Schedule]
 Inject = bool | float | Callable[[], float] | torch.amp.GradScaler
 

@@ -71,12 +71,13 @@ def measured_nudge_error(
     found = norm(mean - displacement) / problem.force_size
     blur = _EXPLAINED * amplitude.noise / beta
     explained = math.hypot(residual, blur)
+    is_blurred, is_as_coarse = blur > _BLURRED, beta < _ALIKE * own
     # Of the rounding in the estimate a larger nudge than its own tells, down to its own blur.
-    unseen = amplitude.expected_rounding if beta < _ALIKE * own else min(amplitude.expected_rounding, blur)
-    if blur > _BLURRED and beta < _ALIKE * own:
+    unseen = amplitude.expected_rounding if is_as_coarse else min(amplitude.expected_rounding, blur)
+    if is_blurred and is_as_coarse:
         # The estimate was rounded as coarsely as the check: what is above the mean of such errors may be its own.
         unseen = max(unseen, math.sqrt(max(found**2 - residual**2 - (blur / _EXPLAINED) ** 2, 0.0)))
-    if blur > _BLURRED and spread > _BENT:
+    if is_blurred and spread > _BENT:
         unseen = max(unseen, _OF_SPREAD * spread)
     error = math.hypot(math.sqrt(max(found**2 - explained**2, 0.0)), unseen)
     return NudgeError(error, calls=2 * problem.calls_of_a_step)

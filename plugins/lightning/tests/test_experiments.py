@@ -63,15 +63,15 @@ def test_a_sweep_continues_and_draws_its_figures(tmp_path, capsys):
 def test_the_homeostasis_experiment_aligns_weights_and_error_vectors(tmp_path):
     """The sweep of the documentation, at a small size: the recipe trains, and homeostasis is off unless asked for."""
     out = tmp_path / "out"
-    sweep = ["sweep", "homeostasis", "--backward", "ift", "ep", "--homeostasis", "0", "0.5", "--seed", "0"]
+    sweep = ["sweep", "homeostasis", "--backward", "ift", "ep", "--homeostasis", "0", "1", "--seed", "0"]
     small = ["--model.hidden", "[24, 24]", "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu"]
     assert main([*sweep, "--out", str(out), *small]) == 0
     runs = json.loads((out / "results.json").read_text())["runs"]
     last = {(row["backward"], row["homeostasis"]): row["history"][-1] for row in runs}
-    assert set(last) == {(mode, weight) for mode in ("ift", "ep") for weight in (0.0, 0.5)}
+    assert set(last) == {(mode, weight) for mode in ("ift", "ep") for weight in (0.0, 1.0)}
     for mode in ("ift", "ep"):
-        assert last[mode, 0.5]["angle"] < 30 < 80 < last[mode, 0.0]["angle"]
-        assert last[mode, 0.5]["alignment/cosine"] > 0.97 > last[mode, 0.0]["alignment/cosine"]
+        assert last[mode, 1.0]["angle"] < 30 < 80 < last[mode, 0.0]["angle"]
+        assert last[mode, 1.0]["alignment/cosine"] > 0.97 > last[mode, 0.0]["alignment/cosine"]
     plain = run("homeostasis", ["--out", str(tmp_path / "plain"), *small, *QUIET]).last
     assert plain["test/error"] == last["ep", 0.0]["test/error"]
 
@@ -90,7 +90,7 @@ def test_the_page_of_the_homeostasis_experiment_has_its_results():
     rows = json.loads((docs / "results" / "homeostasis.json").read_text())["runs"]
     page = (docs / "experiment.md").read_text()
     for mode, title in (("ift", "exact (IFT)"), ("ep", "EP")):
-        for weight, name in ((0.0, "none"), (0.5, "0.5")):
+        for weight, name in ((0.0, "none"), (1.0, "1")):
             last = [r["history"][-1] for r in rows if (r["backward"], r["homeostasis"]) == (mode, weight)]
             errors, cosines = ([row[key] for row in last] for key in ("test/error", "alignment/cosine"))
             each = ", ".join(f"{error:.2f}" for error in errors)
@@ -98,6 +98,18 @@ def test_the_page_of_the_homeostasis_experiment_has_its_results():
                 f"| {title} | {name} | {Spread.of(errors).text(2, ' %')} | {each} | {Spread.of(cosines).text(3)} |"
                 in page
             )
+
+
+def test_the_page_of_the_homeostasis_experiment_has_what_nobody_set_by_hand():
+    docs = Path(__file__).parents[3] / "docs"
+    page = " ".join((docs / "experiment.md").read_text().split())
+    errors = {}
+    for each in json.loads((docs / "results" / "experiment" / "automatic.json").read_text())["runs"]:
+        errors.setdefault(each["what"], []).append(f"{each['history'][-1]['test/error']:.2f}")
+    assert len(errors) == 6
+    for found in errors.values():
+        *others, last = found
+        assert f"{', '.join(others)} and {last} %" in page if others else f"{last} %" in page
 
 
 @pytest.mark.slow

@@ -1,0 +1,108 @@
+"""Gradient descent on a penalty beside an optimiser, apart from the scale by which that divides gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.utils.hooks import RemovableHandle
+
+LARGEST_CHANGE = 0.1
+
+
+class Descent:
+    """A step of gradient descent on a penalty after each step of an optimiser.
+
+    The penalty `P` is the mean of a square, and zero is in reach of networks whose weights can become symmetric. So
+    `2 P / |G|^2` is the length at which a parabola with the gradient `G` has its minimum: Polyak's step (1987, sec.
+    5.3), doubled. It knows neither a learning rate nor the size of the state, nor a unit of the penalty. Where zero is
+    out of reach it would grow without bound, so the shortest so far is taken (Loizou et al. 2021, arXiv 2002.10542),
+    and no step changes the parameters by more than a tenth of their norm. Times a share, and the share of its highest
+    learning rate at which the optimiser goes.
+
+    Args:
+        optimizer: It moves the parameters that this has, and no others.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.share = 0.0
+        self.length = math.inf
+        self.highest = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._passes, self._value = 0, 0.0
+        self._gradients: dict[Tensor, Tensor] = {}
+
+    def parameters(self) -> list[Tensor]:
+        """What it moves."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def add(self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], value: float) -> None:
+        """Keep the gradients of one pass until the next step.
+
+        Args:
+            leaves: What the penalty depends on.
+            gradients: Of the penalty by each.
+            value: The penalty.
+        """
+        self._passes, self._value = self._passes + 1, self._value + value
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                kept = self._gradients.get(leaf)
+                self._gradients[leaf] = gradient.detach() if kept is None else kept + gradient.detach()
+
+    def register(self) -> RemovableHandle:
+        """Follow the optimiser."""
+        return self.optimizer.register_step_post_hook(self._step)
+
+    def state_dict(self) -> dict[str, float]:
+        """Where it stands."""
+        return {"length": self.length, "highest": self.highest}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self.length, self.highest = state["length"], state["highest"]
+
+    @torch.no_grad()
+    def _step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameters, passes = self.parameters(), max(self._passes, 1)
+        gradients = [None if g is None else g / passes for g in map(self._gradients.get, parameters)]
+        value, share, gradients = _everywhere(self._value / passes, self.share, gradients, parameters)
+        self._forget()
+        moved = [(p, g, g.float().norm()) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        steepness = math.hypot(*(float(steep) for *_, steep in moved))
+        follows = self._share_of_rate()
+        if not 0 < steepness < math.inf or not math.isfinite(value):
+            return
+        self.length = min(self.length, 2 * value / steepness**2)
+        size = math.hypot(*(float(p.float().norm()) for p, _, steep in moved if steep > 0))
+        length = min(share * follows * self.length, LARGEST_CHANGE * size / steepness)
+        for parameter, gradient, _ in moved:
+            parameter.sub_(gradient.to(parameter.dtype), alpha=length)
+
+    def _share_of_rate(self) -> float:
+        """At which share of its highest learning rate the optimiser goes, by its group of the highest."""
+        groups = self.optimizer.param_groups
+        peaks = [max(group.get("initial_lr", 0.0), group.get("max_lr", 0.0), group["lr"]) for group in groups]
+        self.highest = max(self.highest, *map(float, peaks))
+        return max(float(group["lr"]) for group in groups) / self.highest if self.highest > 0 else 0.0
+
+
+def _everywhere(
+    value: float, share: float, gradients: list[Tensor | None], parameters: Sequence[Tensor]
+) -> tuple[float, float, list[Tensor | None]]:
+    """The means over all processes: replicas are to stay equal."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value, share, gradients
+    # Every process has to take part, for every parameter, also one through which no loss of its own has come.
+    tensors = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    numbers = parameters[0].new_tensor([value, share], dtype=torch.float64)
+    for tensor in [numbers, *tensors]:
+        distributed.all_reduce(tensor)
+    count = distributed.get_world_size()
+    return *(numbers / count).tolist(), [tensor / count for tensor in tensors]
