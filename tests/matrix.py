@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs" / "figures"))
+from pages import insert  # noqa: E402
+
 ENVIRONMENTS = ROOT / "build" / "matrix"
 RESULTS = ROOT / "docs" / "results" / "matrix.json"
 PAGE = ROOT / "docs" / "support.md"
-START, END = "<!-- The table is written by `make matrix`. -->\n", "\n<!-- End of the table. -->"
+START, END = "<!-- The table is written by `make matrix`. -->", "<!-- End of the table. -->"
 SHOWN = ("torch", "torchdeq", "einops", "numpy", "matplotlib")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 PAGES = (
@@ -183,8 +186,7 @@ def write(results: list[dict[str, Any]]) -> None:
     before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     kept = {(result["python"], result["versions"]): result for result in [*before, *results]}
     RESULTS.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
-    head, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text(f"{head}{START}\n{table(list(kept.values()))}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(insert(PAGE.read_text(), START, END, table(list(kept.values()))))
 
 
 def main() -> int:

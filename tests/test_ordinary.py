@@ -135,7 +135,7 @@ def test_page_has_the_results(docs_script: Callable[[str], object]) -> None:
     runs = json.loads(script.RESULTS.read_text())["runs"]
     assert [run["exception"] for run in runs] == [None] * len(runs)
     page = script.PAGE.read_text()
-    assert script.insert(page, script.table(runs)) == page
+    assert script.insert(page, script.BEGIN, script.END, script.table(runs)) == page
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
-BEGIN, END = "<!-- rows: python docs/figures/reproduction.py -->\n", "<!-- end of rows -->"
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +18,10 @@ def script(docs_script):
 
 def test_the_page_has_the_rows_of_the_recorded_runs(script):
     runs = json.loads(script.DIRECTIONS.read_text())["runs"]
-    _, begin, rest = PAGE.read_text().partition(BEGIN)
-    assert begin
-    assert rest.partition(END)[0].strip() == script.table(runs).strip()
+    page = PAGE.read_text()
+    assert script.insert(page, script.BEGIN, script.END, script.table(runs)) == page
+    changed = [{**runs[0], "seed": 7}, *runs[1:]]
+    assert script.insert(page, script.BEGIN, script.END, script.table(changed)) != page
 
 
 def test_uphill_is_the_worst_of_the_large_nudges_at_every_number_of_steps(script):
@@ -29,13 +29,13 @@ def test_uphill_is_the_worst_of_the_large_nudges_at_every_number_of_steps(script
     errors = {
         (*script.named(run), run["seed"]): {row["step"]: row["test/error"] for row in run["history"]} for run in runs
     }
-    uphill = {key[2]: found for key, found in errors.items() if key[:2] == ("ep-one-sided:direction=up", 0.5)}
+    uphill = {key[2]: found for key, found in errors.items() if key[:2] == ("ep-one-sided:direction=up", "0.5")}
     assert set(uphill) == {0, 1, 2}
     for seed, found in uphill.items():
         for other in ("ep-one-sided", "ep"):
-            shared = found.keys() & errors[other, 0.5, seed].keys()
+            shared = found.keys() & errors[other, "0.5", seed].keys()
             assert shared
-            assert all(found[step] > errors[other, 0.5, seed][step] for step in shared)
+            assert all(found[step] > errors[other, "0.5", seed][step] for step in shared)
 
 
 def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
@@ -58,10 +58,15 @@ def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
     other = {**run, "seed": 4, "history": [{"step": 1000, "test/error": 30.0}, {"step": 2000, "test/error": 20.0}]}
     exact = {**other, "backward": "ift"}
     lines = script.table([other, {**other, "seed": 5, "history": other["history"][:1]}, exact]).splitlines()
-    assert lines[0] == "| nudge | amplitude | seeds | 1,000 steps | 2,000 steps | missed its tolerance |"
-    assert lines[2] == "| symmetric | 0.5 | 4, 5 | 30.0, 30.0 | 20.0, - | - |"
-    assert lines[3] == "| exact | - | 4 | 30.0 | 20.0 | - |"
-    script.draw([run, exact], tmp_path / "figure.svg")
+    assert lines[0] == "| nudge | seeds | 1,000 steps | 2,000 steps | missed |"
+    assert lines[2] == "| symmetric, 0.5 | 4, 5 | 30.0, 30.0 | 20.0, - | - |"
+    assert lines[3] == "| exact | 4 | 30.0 | 20.0 | - |"
+    unheard = {**other, "backward": "ep:stencil=own,beta=auto"}
+    assert script.table([unheard]).splitlines()[2].startswith("| `ep:stencil=own`, auto | 4 |")
+    longer = {**run, "history": [*run["history"], *other["history"]]}
+    assert script.gather([tmp_path], [longer, other]) == [longer, other]  # what is recorded stays, if it is longer
+    assert script.gather([tmp_path], [unheard, exact]) == [run, exact, unheard]
+    script.draw([run, exact, unheard], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     assert script.main([str(tmp_path / "nowhere")]) == 2
 
@@ -69,8 +74,8 @@ def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
 def test_the_page_has_the_times_that_were_recorded(docs_script):
     steps = docs_script("figures/steps")
     record, page = json.loads(steps.RESULTS.read_text()), PAGE.read_text()
-    assert steps.insert(page, record) == page
-    assert steps.tables(record).strip() in page
+    assert steps.insert(page, steps.BEGIN, steps.END, steps.tables(record)) == page
     changed = json.loads(json.dumps(record))
     changed["now"] = [{**run, "ift": {"bare_calls": 1.0, "milliseconds": 1.0}} for run in changed["now"]]
-    assert steps.insert(page, changed) != page
+    assert steps.insert(page, steps.BEGIN, steps.END, steps.tables(changed)) != page
+    assert "papers' code" not in steps.tables({key: value for key, value in record.items() if key != "papers"})

@@ -27,7 +27,7 @@ def models():
 
 def test_the_page_has_the_tables_of_the_results(zoo, models):
     page = (ROOT / "docs" / "zoo.md").read_text()
-    assert zoo.insert(page, models) == page
+    assert zoo.filled(page, models) == page
     for table in zoo.tables(models).values():
         assert table in page
 
@@ -51,7 +51,7 @@ def test_a_figure_that_changed_is_seen(zoo, models):
     page = (ROOT / "docs" / "zoo.md").read_text()
     changed = json.loads(json.dumps(models))
     changed[0]["modes"]["ift"]["gradient_error"] = 0.123
-    assert zoo.insert(page, changed) != page
+    assert zoo.filled(page, changed) != page
 
 
 def test_what_is_no_checkout_is_refused(tmp_path):

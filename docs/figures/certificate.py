@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+sys.path[:0] = [str(ROOT / "tests" / "benchmarks"), str(Path(__file__).parent)]
 from certificate_draws import DTYPES, LARGE, SMALL, TOLD, WELL_POSED, Draw, draws  # noqa: E402
+from pages import insert  # noqa: E402
 
-from torchdeq_ep.measuring import COLOURS, dress, new_figure, save  # noqa: E402
+from torchdeq_ep.measuring import COLOURS, dress, new_figure, save, write_text  # noqa: E402
 
 PAGE = ROOT / "docs" / "certificate.md"
-OPENING, CLOSING = "<!-- The table is written by `make certificate`. -->\n", "\n<!-- End of the table. -->"
+OPENING, CLOSING = "<!-- The table is written by `make certificate`. -->", "<!-- End of the table. -->"
 COUNT, SEED = 6000, 2026
 LEAST, NOTABLE = 1e-12, 1e-3
 
@@ -103,11 +104,8 @@ def main() -> None:
     """Draw, and write both."""
     found = list(draws(COUNT, SEED))
     picture(found, Path(__file__).with_name("certificate.svg"))
-    text = PAGE.read_text()
-    before, _, rest = text.partition(OPENING)
-    _, _, after = rest.partition(CLOSING)
     tables = f"{table(found)}\n\n{shares(found)}"
-    PAGE.write_text(f"{before}{OPENING}\n{tables}\n{CLOSING}{after}")
+    write_text(PAGE, insert(PAGE.read_text(), OPENING, CLOSING, tables))
     sys.stdout.write(tables + "\n")
     for draw in found:
         if draw.is_silent:

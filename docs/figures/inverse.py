@@ -21,11 +21,15 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 import torchdeq_ep as tep
+from torchdeq_ep.measuring import write_text
 from torchdeq_ep.measuring.costs import milliseconds, peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import insert  # noqa: E402
+
 RESULTS, PAGE = ROOT / "docs" / "results" / "inverse.json", ROOT / "docs" / "inverse.md"
-OPENING, CLOSING = "<!-- The table is written by docs/figures/inverse.py. -->\n", "\n<!-- End of the table. -->"
+OPENING, CLOSING = "<!-- The table is written by docs/figures/inverse.py. -->", "<!-- End of the table. -->"
 SIZE, BATCH, REPEATS = 64, 4, 5
 CPU = torch.device("cpu")
 MODES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -101,8 +105,7 @@ def main() -> None:
     for k, name in enumerate(rows):
         measured[name]["milliseconds"] = times[k]
     RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(OPENING)
-    PAGE.write_text(f"{before}{OPENING}\n{table(measured)}\n{CLOSING}{rest.partition(CLOSING)[2]}")
+    write_text(PAGE, insert(PAGE.read_text(), OPENING, CLOSING, table(measured)))
     sys.stdout.write(table(measured) + "\n")
 
 

@@ -32,8 +32,9 @@ from torchdeq_ep.modes import Mode, NudgeReport
 from torchdeq_ep.state import Equilibrium, Memory, cosine
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+sys.path[:0] = [str(ROOT / "tests" / "benchmarks"), str(Path(__file__).parent)]
 import ordinary as models  # noqa: E402  the module of that folder, not this script
+from pages import insert  # noqa: E402
 
 RESULTS, PAGE = ROOT / "docs" / "results" / "ordinary.json", ROOT / "docs" / "ordinary.md"
 TRAINED = ROOT / "build" / "ordinary"
@@ -262,13 +263,6 @@ def _average(found: Sequence[Run], name: str) -> str:
     return f"{mean(values):.3f}" if values else "—"
 
 
-def insert(page: str, text: str) -> str:
-    """The page with another table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def draw(runs: Sequence[Run], path: Path) -> None:
     """One panel a model: the accuracy of each seed, and the mean, beside torchdeq's."""
     panels = grouped(runs)
@@ -320,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.epochs != EPOCHS:
         return
     if PAGE.exists():
-        write_text(PAGE, insert(PAGE.read_text(), text))
+        write_text(PAGE, insert(PAGE.read_text(), BEGIN, END, text))
     draw(runs, Path(__file__).with_suffix(".svg"))
 
 

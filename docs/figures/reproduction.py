@@ -1,8 +1,8 @@
-"""Error against steps of the rows of Table 1: `reproduction.svg` beside it, and a table for docs/reproduction.md.
+"""Error against steps of the rows of Table 1: `reproduction.svg` beside it, and a table of docs/reproduction.md.
 
-`make figures` runs it. `python docs/figures/reproduction.py RUNS ..` first gathers the logs of runs into
+`make figures` runs it. `python docs/figures/reproduction.py RUNS ..` first adds the logs of runs to
 `docs/results/reproduction/directions.json`: `RUNS` is the folder `runs` of a sweep, whose runs need not be finished. Of
-two runs of one nudge and seed, the longer one counts.
+two runs of one nudge and seed, the longer one counts, and of two of the same length the one that is given.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ import yaml
 from torchdeq_ep.measuring import COLOURS, SHAPES, dress, new_figure, save, write_text
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from pages import insert  # noqa: E402
+
+PAGE = HERE.parent / "reproduction.md"
+BEGIN, END = "<!-- The table is written by docs/figures/reproduction.py. -->", "<!-- End of the table. -->"
 RESULTS = HERE.parent / "results" / "reproduction"
 DIRECTIONS = RESULTS / "directions.json"
 KEPT = ("test/error", "train/error", "nudge/unconverged", "nudge/iterations", "free/iterations")
@@ -29,19 +34,23 @@ NAMES = {
     "ep-one-sided": "one-sided, down",
     "ep": "symmetric",
     "hep:n_points=4": "four points",
+    "hep:n_points=6": "six points",
+    "hep-online:n_points=4,steps=60,periods=5": "online, four points",
     "ift": "exact",
 }
-"""What gradients are called, in the order of the table."""
-AMPLITUDES = (0.5, 0.05)
+"""What gradients are called, in the order of the table; others have their own names, and come last."""
+AMPLITUDES = ("0.5", "0.05")
+EXACT = ""
+"""The amplitude of a gradient that has none."""
 COLUMNS = (1000, 2000, 4000, 6000, 12000)
 """Steps in the table: of those that a run has."""
 
 Run = dict[str, Any]
 
 
-def gather(folders: Sequence[Path]) -> list[Run]:
-    """What the logs of runs say at the end of each epoch, in the order of the table."""
-    found: dict[tuple[str, int], Run] = {}
+def gather(folders: Sequence[Path], recorded: Sequence[Run] = ()) -> list[Run]:
+    """What the logs of runs say at the end of each epoch, beside what is recorded, in the order of the table."""
+    found = {(run["backward"], run["seed"]): run for run in recorded}
     for config in (config for folder in folders for config in sorted(folder.glob("*/config.yaml"))):
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
         epochs: dict[int, dict[str, float]] = {}
@@ -54,36 +63,47 @@ def gather(folders: Sequence[Path]) -> list[Run]:
         history = [{"step": step, **epochs[step]} for step in sorted(epochs) if "test/error" in epochs[step]]
         run = {"backward": settings["backward"], "seed": settings["seed_everything"], "history": history}
         key = (run["backward"], run["seed"])
-        if len(history) > len(found[key]["history"] if key in found else []):
+        if history and len(history) >= len(found[key]["history"] if key in found else []):
             found[key] = run
     return sorted(found.values(), key=lambda run: (_place(run), run["seed"]))
 
 
-def named(run: Run) -> tuple[str, float | None]:
-    """The gradient of a run, and its amplitude, which the exact one has not."""
+def named(run: Run) -> tuple[str, str]:
+    """The gradient of a run, and its amplitude, as they were asked for."""
     mode, _, options = run["backward"].partition(":")
     values = dict(option.split("=") for option in options.split(",") if option)
-    beta = values.pop("beta", None)
-    return ":".join([mode, *(f"{name}={value}" for name, value in values.items())]), beta and float(beta)
+    beta = values.pop("beta", EXACT)
+    return ":".join([mode, *([",".join(f"{name}={value}" for name, value in values.items())] if values else [])]), beta
 
 
-def _place(run: Run) -> tuple[int, int]:
+def _place(run: Run) -> tuple[int, str, int, str]:
     name, beta = named(run)
-    return [*AMPLITUDES, None].index(beta), list(NAMES).index(name)
+    amplitudes, names = [*AMPLITUDES, EXACT], list(NAMES)
+    return (
+        amplitudes.index(beta) if beta in amplitudes else len(amplitudes),
+        beta,
+        names.index(name) if name in names else len(names),
+        name,
+    )
+
+
+def _name(run: Run) -> str:
+    name, beta = named(run)
+    return ", ".join(part for part in (NAMES.get(name, f"`{name}`"), beta) if part)
 
 
 def table(runs: Sequence[Run]) -> str:
     """Test errors of each nudge by the number of steps, one for each seed, in Markdown."""
     steps = [step for step in COLUMNS if any(row["step"] == step for run in runs for row in run["history"])]
-    heads = ["nudge", "amplitude", "seeds", *(f"{step:,} steps" for step in steps), "missed its tolerance"]
+    heads = ["nudge", "seeds", *(f"{step:,} steps" for step in steps), "missed"]
     lines = [heads, ["---"] * len(heads)]
-    for key in dict.fromkeys(named(run) for run in runs):
-        group = [run for run in runs if named(run) == key]
+    for name in dict.fromkeys(_name(run) for run in runs):
+        group = [run for run in runs if _name(run) == name]
         errors = [{row["step"]: row["test/error"] for row in run["history"]} for run in group]
         cells = [", ".join(f"{found[step]:.1f}" if step in found else "-" for found in errors) for step in steps]
-        missed = [run["history"][-1].get("nudge/unconverged", math.nan) for run in group]
-        share = f"{fmean(missed):.0%}" if math.isfinite(fmean(missed)) else "-"
-        lines.append([NAMES[key[0]], str(key[1] or "-"), ", ".join(str(run["seed"]) for run in group), *cells, share])
+        missed = fmean(run["history"][-1].get("nudge/unconverged", math.nan) for run in group)
+        share = f"{missed:.0%}" if math.isfinite(missed) else "-"
+        lines.append([name, ", ".join(str(run["seed"]) for run in group), *cells, share])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -96,12 +116,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         dress(axes)
         for run in runs:
             name, beta = named(run)
-            if beta in (amplitude, None):
+            if beta in (amplitude, EXACT) and name in NAMES:
                 place = list(NAMES).index(name)
                 xs, ys = zip(*((row["step"], row["test/error"]) for row in run["history"]), strict=True)
                 style = {"color": COLOURS[place + 1], "marker": SHAPES[place], "markersize": 4, "linewidth": 1.4}
                 axes.plot(xs, ys, alpha=0.8, label=NAMES[name], **style)
-        axes.set_title(f"test error in percent, nudges of {amplitude:g}", loc="left", fontsize=10.5)
+        axes.set_title(f"test error in percent, nudges of {amplitude}", loc="left", fontsize=10.5)
         axes.set_xlabel("steps")
         axes.set_ylim(bottom=0)
     handles = {h.get_label(): h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]}
@@ -113,7 +133,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Gather if there is something to, print the table, draw."""
+    """Gather if there is something to, write the table, draw."""
+    runs = json.loads(DIRECTIONS.read_text(encoding="utf-8"))["runs"]
     if arguments:
         found = gather([Path(folder) for folder in arguments])
         if not found:
@@ -121,9 +142,9 @@ def main(arguments: Sequence[str]) -> int:
                 f"{' '.join(arguments)} holds no run with a test error: the folder 'runs' of a sweep is wanted.\n"
             )
             return 2
-        write_text(DIRECTIONS, json.dumps({"recipe": "table1", "runs": found}, indent=1) + "\n")
-    runs = json.loads(DIRECTIONS.read_text(encoding="utf-8"))["runs"]
-    sys.stdout.write(table(runs))
+        runs = gather([Path(folder) for folder in arguments], runs)
+        write_text(DIRECTIONS, json.dumps({"recipe": "table1", "runs": runs}, indent=1) + "\n")
+    write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), BEGIN, END, table(runs)))
     draw(runs, HERE / "reproduction.svg")
     return 0
 

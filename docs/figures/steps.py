@@ -5,13 +5,16 @@
 
 trains the network of Table 1 for 1,500 steps by exact gradients, times steps of each gradient in turn with calls of the
 bare map on the same batch, and writes docs/results/reproduction/steps.json and the tables of docs/reproduction.md. The
-second form also runs `steps_papers.py` on a checkout of the papers' public code, by a Python that has jax and flax.
-All times are those of the processor, on one thread, so that other load matters little.
+second form also runs `steps_papers.py` on a checkout of the papers' public code, by a Python that has jax and flax; the
+first leaves out the table of ratios to it, since times of two machines make none. The column "before" is a record:
+former code was timed once, by a copy of this script. All times are those of the processor, on one thread, so that other
+load matters little.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -20,7 +23,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +32,16 @@ import torch
 from torch import Tensor
 
 import torchdeq_ep as tep
+from torchdeq_ep.host import BackwardHandle
 from torchdeq_ep.measuring import write_text
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from pages import insert  # noqa: E402
+
 RESULTS = HERE.parent / "results" / "reproduction" / "steps.json"
 PAGE = HERE.parent / "reproduction.md"
-BEGIN, END = "<!-- steps: python docs/figures/steps.py -->\n", "<!-- end of steps -->"
+BEGIN, END = "<!-- The tables are written by docs/figures/steps.py. -->", "<!-- End of the tables. -->"
 BATCH, STEPS, ROUNDS, CALLS, PROCESSES = 50, 1500, 25, 40, 3
 TARGETS = {"ep-one-sided:beta=0.05": 75, "ep:beta=0.05": 90, "ep:beta=0.5": 160, "hep:n_points=4,beta=0.5": 300}
 """Bare calls of the map that a step should take at most."""
@@ -103,17 +111,28 @@ class Training:
         callback = lightning.SwapBackward(spec, max_iter=20, tol=1e-2, **options)
         return callback._mode(spec, self.model.network.nudge_metric, lambda: 1.0)
 
-    def time(self, spec: str, rounds: int = ROUNDS) -> Times:
-        """Milliseconds of steps, and of bare calls in turn with them."""
+    @contextmanager
+    def timed(self, spec: str) -> Iterator[tuple[Callable[[], None], Times, BackwardHandle]]:
+        """A step and bare calls on the same batch, one batch after the other, and the milliseconds they have taken."""
         optimizer = torch.optim.SGD(self.model.parameters(), 1e-12, 0.9)  # the network is to stay what it is
         times: Times = {"step": [], "bare": []}
-        batches = [self.batches[k % len(self.batches)] for k in range(rounds)]
-        with tep.use_backward(self.model, self.mode(spec)), _quiet():
-            for batch in batches[:3]:  # in the first passes more is measured
-                self.step(optimizer, batch)
-            for batch in batches:
-                times["bare"].append(milliseconds(self.bare(batch)) / CALLS)
-                times["step"].append(milliseconds(lambda batch=batch: self.step(optimizer, batch)))
+        batches = itertools.cycle(self.batches)
+
+        def turn() -> None:
+            batch = next(batches)
+            times["bare"].append(milliseconds(self.bare(batch)) / CALLS)
+            times["step"].append(milliseconds(lambda: self.step(optimizer, batch)))
+
+        with tep.use_backward(self.model, self.mode(spec)) as handle, _quiet():
+            for _ in range(3):  # in the first passes more is measured
+                self.step(optimizer, next(batches))
+            yield turn, times, handle
+
+    def time(self, spec: str) -> Times:
+        """Milliseconds of steps, and of bare calls in turn with them."""
+        with self.timed(spec) as (turn, times, _):
+            for _ in range(ROUNDS):
+                turn()
         return times
 
 
@@ -170,23 +189,17 @@ def median(found: Sequence[dict[str, Any]], spec: str, key: str) -> float:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Both tables, in Markdown."""
+    """The tables of a record, in Markdown: the second where the papers' code was timed on the same machine."""
     lines = ["| gradient | before | now | aim |", "|---|---|---|---|"]
     for spec, name in ROWS.items():
         before, now = (median(record[key], spec, "bare_calls") for key in ("before", "now"))
         lines.append(f"| {name} | {before:.0f} | {now:.0f} | {TARGETS.get(spec, '-')} |")
-    lines += ["", "| gradient | the papers' code, ms | here, ms | ratio |", "|---|---|---|---|"]
-    for points, spec in PAPERS.items():
+    if "papers" in record:
+        lines += ["", "| gradient | the papers' code, ms | here, ms | ratio |", "|---|---|---|---|"]
+    for points, spec in PAPERS.items() if "papers" in record else ():
         theirs, ours = record["papers"][points], median(record["now"], spec, "milliseconds")
         lines.append(f"| {ROWS[spec]} | {theirs:.0f} | {ours:.0f} | {theirs / ours:.0f} |")
     return "\n".join(lines) + "\n"
-
-
-def insert(page: str, record: dict[str, Any]) -> str:
-    """The page with the tables of a record."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    return before + begin + tables(record) + end + after
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,10 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True) for _ in range(PROCESSES)]
     record["now"] = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
     record["machine"] = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    record.pop("papers", None)
     if options.papers:
         record["papers"] = papers(options.jax, options.papers)
     write_text(RESULTS, json.dumps(record, indent=1) + "\n")
-    write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), record))
+    write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), BEGIN, END, tables(record)))
     sys.stdout.write(tables(record))
     return 0
 

@@ -33,6 +33,7 @@ from torchdeq_ep.state import cosine
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 import zoo_models as zoo  # noqa: E402
+from pages import insert  # noqa: E402
 
 RESULTS, PAGE = ROOT / "docs" / "results" / "zoo.json", ROOT / "docs" / "zoo.md"
 BEGIN, END = "<!-- The {} table is written by `make zoo`. -->", "<!-- End of the {} table. -->"
@@ -300,12 +301,10 @@ def _figure(value: float | None, form: str = ".2g") -> str:
     return "" if value is None else format(value, form)
 
 
-def insert(page: str, models: Sequence[Found]) -> str:
+def filled(page: str, models: Sequence[Found]) -> str:
     """The page with these tables between their marks."""
     for name, table in tables(models).items():
-        begin, end = BEGIN.format(name), END.format(name)
-        before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+        page = insert(page, BEGIN.format(name), END.format(name), table)
     return page
 
 
@@ -323,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write("\n" + json.dumps(plain(measure(options.measure, options.checkout.resolve()))) + "\n")
         return
     models = run(options.models, options.checkout)
-    write_text(PAGE, insert(PAGE.read_text(), models))
+    write_text(PAGE, filled(PAGE.read_text(), models))
 
 
 if __name__ == "__main__":

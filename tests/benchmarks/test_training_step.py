@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from test_backward import quiet
 from torch.nn import functional
-
-import torchdeq_ep as tep
 
 STEPS, ROUNDS = 300, 15
 SMALL = ["ep-one-sided:beta=0.05", "ep:beta=0.05", "hep:n_points=4,beta=0.05"]
@@ -46,22 +43,8 @@ def trained(steps: Any) -> Any:
 @pytest.mark.parametrize("spec", ["ift", *SMALL, *LARGE])
 def test_training_step(benchmark: BenchmarkFixture, steps: Any, trained: Any, spec: str) -> None:
     benchmark.group = "training step"
-    optimizer = torch.optim.SGD(trained.model.parameters(), 1e-12, 0.9)  # the network is to stay what it is
-    times: dict[str, list[float]] = {"step": [], "bare": []}
-    turns = iter(range(10**6))
-
-    def batch() -> Any:
-        return trained.batches[next(turns) % len(trained.batches)]
-
-    def step() -> None:
-        chosen = batch()
-        times["bare"].append(steps.milliseconds(trained.bare(chosen)) / steps.CALLS)
-        times["step"].append(steps.milliseconds(lambda: trained.step(optimizer, chosen)))
-
-    with tep.use_backward(trained.model, trained.mode(spec)) as handle, quiet():
-        for _ in range(3):  # in the first passes more is measured
-            trained.step(optimizer, batch())
-        benchmark.pedantic(step, rounds=ROUNDS)
+    with trained.timed(spec) as (turn, times, handle):
+        benchmark.pedantic(turn, rounds=ROUNDS)
         (report,) = handle.last.values()
     benchmark.extra_info.update(
         backward=spec,
