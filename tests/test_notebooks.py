@@ -55,6 +55,23 @@ def test_a_comparison_is_a_table_and_a_sentence(table):
     assert repr(table) == f"<Comparison of 3 backward passes: {table.sentence()}>"
 
 
+def test_print_shows_the_table(table):
+    heading, *lines = str(table).splitlines()
+    assert heading.split()[0] == "backward"
+    assert [line.split()[0] for line in lines[:3]] == ["ift", "ep", "hep"]
+    assert str(table).endswith(f"{table.conditions()}\n{table.sentence()}")
+    assert len({len(line) for line in lines[:3]}) == 1  # and numbers end in one column
+
+
+def test_print_of_a_diagnosis_shows_parts_and_advice():
+    torch.manual_seed(0)
+    diagnosis = tep.diagnose(Model(), torch.randn(3, 6), torch.Tensor.sum)
+    parts, measures, advice = str(diagnosis).split("\n\n")
+    assert parts.splitlines()[0].split() == ["where", "total", "finite", "nudge", "asymmetry", "convergence"]
+    assert measures.splitlines()[1].split()[0] == "deq"
+    assert advice == "\n".join(diagnosis.advice)
+
+
 def test_words_of_a_mode_are_no_markup():
     row = tep.measuring.Row("<b>mode</b>", "own", error="1 < 2")
     html = tep.measuring.Comparison((row,), "dense", 1, "cpu", 1)._repr_html_()

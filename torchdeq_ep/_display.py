@@ -1,4 +1,4 @@
-"""What a notebook shows of a result: tables and paragraphs, as HTML that follows the notebook's own style."""
+"""What `print` and a notebook show of a result: tables and paragraphs, as text and as HTML in the notebook's style."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], is_text: 
     lines = ("".join(_cell(cell, style) for cell, style in zip(row, styles, strict=True)) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], is_text: Sequence[bool] | None = None) -> str:
+    """The same as lines of text.
+
+    Args:
+        headings: One for each column.
+        rows: The cells.
+        is_text: Which columns are set flush left; by default the first.
+
+    Returns:
+        A line for the headings and one for each row, without a trailing newline.
+
+    Example:
+        >>> print(text_table(["mode", "error"], [["ep", "1e-3"], ["ift", "0"]]))
+        mode  error
+        ep     1e-3
+        ift       0
+    """
+    left = is_text or [True] + [False] * (len(headings) - 1)
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    places = [f"{'<' if flush else '>'}{width}" for flush, width in zip(left, widths, strict=True)]
+    lines = (map(format, line, places) for line in [headings, *rows])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _cell(text: str, style: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdeq_ep._display import html_lines, html_table
+from torchdeq_ep._display import html_lines, html_table, text_table
 from torchdeq_ep.jacobian import SymmetryMeasurement
 from torchdeq_ep.measuring.files import plain, require
 from torchdeq_ep.measuring.plots import Panel, check_plot, draw_panels
@@ -181,6 +181,10 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.backward}: {' '.join(self.advice)}>"
+
+    def __str__(self) -> str:
+        tables = text_table(_HEADINGS, _rows(self)), text_table(_MEASURES, _measures(self))
+        return "\n\n".join([*tables, "\n".join(self.advice)])
 
     def _repr_html_(self) -> str:
         parts, measures = html_table(_HEADINGS, _rows(self)), html_table(_MEASURES, _measures(self))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchdeq_ep._display import html_lines, html_table
+from torchdeq_ep._display import html_lines, html_table, text_table
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.measuring.capture import CERTAIN
 from torchdeq_ep.measuring.files import plain, require
@@ -73,12 +73,23 @@ class Comparison:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self.rows)} backward passes: {self.sentence()}>"
 
+    def __str__(self) -> str:
+        columns = [column for column in _shown(self) if not column.is_detail]
+        return "\n".join([text_table(*self._cells(columns)), "", *self._told()])
+
     def _repr_html_(self) -> str:
         columns = [column for column in _shown(self) if column.title != "converged"]
-        cells = [[column.text(self, row) for column in columns] for row in self.rows]
+        return html_table(*self._cells(columns)) + html_lines(self._told())
+
+    def _cells(self, columns: Sequence[Column]) -> tuple[list[str], list[list[str]], list[bool]]:
+        """Headings, rows, and which columns are text."""
+        rows = [[column.text(self, row) for column in columns] for row in self.rows]
+        return [column.title for column in columns], rows, [column.is_text for column in columns]
+
+    def _told(self) -> list[str]:
+        """What stands below the table."""
         notes = [f"{row.label}: {note}" for row in self.rows for note in row.notes]
-        table = html_table([column.title for column in columns], cells, [column.is_text for column in columns])
-        return table + html_lines([*notes, *self.warnings, self.conditions(), self.sentence()])
+        return [*notes, *self.warnings, self.conditions(), self.sentence()]
 
     @property
     def baseline(self) -> Row | None:
