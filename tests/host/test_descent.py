@@ -166,6 +166,24 @@ def test_no_step_is_longer_than_a_tenth_of_the_parameters():
     assert (parameter.detach() - 1).norm() / math.sqrt(5) == pytest.approx(LARGEST_CHANGE, rel=1e-4)
 
 
+def test_a_whole_step_comes_nearest_to_every_minimum():
+    """Eq. (25): of all lengths along the gradient of `|A w|^2 / 2`, for each `w` with `A w = 0`."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    parameter, optimizer, descent = alone(40.0)
+    descent.share = 0.05  # a step that is not cut
+    before = parameter.detach().clone()
+    gradient = 0.001 * a.T @ a @ before
+    descent.add([parameter], [gradient], 0.0005 * float((a @ before).square().sum()))
+    optimizer.step()
+    moved = (before - parameter.detach()) / descent.share
+    null = torch.linalg.svd(a).Vh[3:]
+    for _ in range(4):
+        minimum = null.T @ torch.randn(2, generator=generator, dtype=torch.float64)
+        distance = [float((before - length * moved - minimum).norm()) for length in (0.0, 0.9, 1.0, 1.1)]
+        assert min(distance) == distance[2]
+
+
 def test_what_cannot_be_trained_away_does_not_drive_the_parameters_off():
     """`P = (x^2 + 1) / 2`: the floor of 1/2 would make the step grow without bound where the rest is gone."""
     parameter, optimizer, descent = alone(3.0)

@@ -16,12 +16,12 @@ LARGEST_CHANGE = 0.1
 class Descent:
     """A step of gradient descent on a penalty after each step of an optimiser.
 
-    The penalty `P` is the mean of a square, and zero is in reach of networks whose weights can become symmetric. So
-    `2 P / |G|^2` is the length at which a parabola with the gradient `G` has its minimum: Polyak's step (1987, sec.
-    5.3), doubled. It knows neither a learning rate nor the size of the state, nor a unit of the penalty. Where zero is
-    out of reach it would grow without bound, so the shortest so far is taken (Loizou et al. 2021, arXiv 2002.10542),
-    and no step changes the parameters by more than a tenth of their norm. Times a share, and the share of its highest
-    learning rate at which the optimiser goes.
+    The penalty `P` is the mean of a square, and zero is in reach of networks whose weights can become symmetric. Then a
+    step along its gradient `G` comes nearest to every such minimum at the length `2 P / |G|^2`, which is Polyak's (1987,
+    sec. 5.3), doubled since `P` is quadratic; [eq. (25)][eq-25]. It knows neither a learning rate nor the size of the
+    state, nor a unit of the penalty. Where zero is out of reach it would grow without bound, so the shortest so far is
+    taken (Loizou et al. 2021, arXiv 2002.10542), and no step changes the parameters by more than a tenth of their norm.
+    Times a share, and the share of its highest learning rate at which the optimiser goes.
 
     Args:
         optimizer: It moves the parameters that this has, and no others.
