@@ -17,11 +17,11 @@ class Descent:
     """A step of gradient descent on a penalty after each step of an optimiser.
 
     The penalty `P` is the mean of a square, and zero is in reach of networks whose weights can become symmetric. Then a
-    step along its gradient `G` comes nearest to every such minimum at the length `2 P / |G|^2`, which is Polyak's (1987,
-    sec. 5.3), doubled since `P` is quadratic; [eq. (25)][eq-25]. It knows neither a learning rate nor the size of the
-    state, nor a unit of the penalty. Where zero is out of reach it would grow without bound, so the shortest so far is
-    taken (Loizou et al. 2021, arXiv 2002.10542), and no step changes the parameters by more than a tenth of their norm.
-    Times a share, and the share of its highest learning rate at which the optimiser goes.
+    step along its gradient `G` comes nearest to every such minimum at the length `2 P / |G|^2`, which is Polyak's
+    (1987, sec. 5.3), doubled since `P` is quadratic; [eq. (25)][eq-25]. It knows neither a learning rate nor the size
+    of the state, nor a unit of the penalty. Where zero is out of reach it would grow without bound, so the shortest so
+    far is taken (Loizou et al. 2021, arXiv 2002.10542), and no step changes the parameters by more than a tenth of
+    their norm. Times a share, and the share of its highest learning rate at which the optimiser goes.
 
     Args:
         optimizer: It moves the parameters that this has, and no others.
@@ -74,15 +74,17 @@ class Descent:
         gradients = [None if g is None else g / passes for g in map(self._gradients.get, parameters)]
         value, share, gradients = _everywhere(self._value / passes, self.share, gradients, parameters)
         self._forget()
-        moved = [(p, g, g.float().norm()) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-        steepness = math.hypot(*(float(steep) for *_, steep in moved))
         follows = self._share_of_rate()
+        moved = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        if not moved:
+            return
+        sizes, steeps = (_norms([pair[k] for pair in moved]) for k in (0, 1))
+        steepness, size = float(steeps.norm()), float((sizes * (steeps > 0)).norm())
         if not 0 < steepness < math.inf or not math.isfinite(value):
             return
         self.length = min(self.length, 2 * value / steepness**2)
-        size = math.hypot(*(float(p.float().norm()) for p, _, steep in moved if steep > 0))
         length = min(share * follows * self.length, LARGEST_CHANGE * size / steepness)
-        for parameter, gradient, _ in moved:
+        for parameter, gradient in moved:
             parameter.sub_(gradient.to(parameter.dtype), alpha=length)
 
     def _share_of_rate(self) -> float:
@@ -97,7 +99,7 @@ def _everywhere(
     value: float, share: float, gradients: list[Tensor | None], parameters: Sequence[Tensor]
 ) -> tuple[float, float, list[Tensor | None]]:
     """The means over all processes: replicas are to stay equal."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not parameters or not (distributed.is_available() and distributed.is_initialized()):
         return value, share, gradients
     # Every process has to take part, for every parameter, also one through which no loss of its own has come.
     tensors = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
@@ -106,3 +108,8 @@ def _everywhere(
         distributed.all_reduce(tensor)
     count = distributed.get_world_size()
     return *(numbers / count).tolist(), [tensor / count for tensor in tensors]
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each, on the device of the first."""
+    return torch.stack([tensor.float().norm().to(tensors[0].device) for tensor in tensors])

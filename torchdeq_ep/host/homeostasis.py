@@ -40,8 +40,8 @@ class HomeostasisReport(SymmetryMeasurement):
     The inherited numbers are those of all Jacobians side by side: `penalty` is the sum of the DEQs' penalties.
 
     Args:
-        weighted: The sum of the penalties times their weights, which is what the loss is made larger by. Along the
-            error vector, half of it.
+        weighted: The sum of the penalties times their weights, which is what the loss is made larger by if it is added
+            to it. Along the error vector, half of it.
         deqs: The measurement of each DEQ, by its name in `module.named_modules()`; `""` if the module is the DEQ.
         weights: The weight of each.
         alignment: With `weight="auto"`, the cosine of the error vectors of equilibrium propagation to the exact ones
@@ -117,7 +117,7 @@ class HomeostasisHandle:
 
         Returns:
             A scalar with a graph; zero if there was none (no forward pass in training mode, or none measured in this
-            period). Without a graph if it is injected, or if autograd was off.
+            period), and with `descent`. Without a graph if it is injected, or if autograd was off.
         """
         total, self._total, self._uncollected = self._total, None, 0
         return torch.zeros(()) if total is None else total
