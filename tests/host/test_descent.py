@@ -300,6 +300,30 @@ def test_copies_are_without_it():
     pickle.loads(pickle.dumps(optimizer))
 
 
+@pytest.mark.parametrize("estimator", ["antisymmetric", "error-vector"])
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_a_comparison_in_between_leaves_nothing_behind(estimator, is_beside):
+    """Not a penalty, not a part of the next step, not another draw of probes, and `last` is that of training."""
+    found = []
+    for is_compared in (True, False):
+        model = Model()
+        tep.use_backward(model, "ep")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        homeostasis = tep.register_homeostasis(
+            model, 0.3, estimator=estimator, descent=optimizer if is_beside else None
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(inputs()).square().sum() + homeostasis.penalty()).backward()
+            last = homeostasis.last
+            if is_compared:
+                tep.compare(model, inputs(), lambda y: y.square().sum(), ["ift"], repeats=1)
+                assert repr(homeostasis.last) == repr(last)
+            optimizer.step()
+        found.append(vector(model.parameters()))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -14,6 +14,7 @@ from torchdeq_ep.host.homeostasis import HomeostasisReport as HomeostasisReport
 from torchdeq_ep.host.homeostasis import register_homeostasis as register_homeostasis
 from torchdeq_ep.host.hooks import FixedPointHandle as FixedPointHandle
 from torchdeq_ep.host.hooks import register_fixed_point_hook as register_fixed_point_hook
+from torchdeq_ep.host.injection import without_homeostasis as without_homeostasis
 from torchdeq_ep.host.reversible import reversible_solver as reversible_solver
 from torchdeq_ep.host.rules import EquilibriumRule as EquilibriumRule
 from torchdeq_ep.host.solver import relaxation_solver as relaxation_solver

@@ -14,7 +14,7 @@ from torchdeq.core import DEQBase
 from torchdeq_ep.asymmetry import Keep
 from torchdeq_ep.errors import EPError, NoDEQError
 from torchdeq_ep.host.descent import Descent
-from torchdeq_ep.host.injection import Nothing, with_gradient
+from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.host.weights import Schedule
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
@@ -157,7 +157,7 @@ class ErrorVectorRegulator:
     def ask(self, deq: DEQBase, _: Any) -> None:
         """Before a forward pass: the rule in force is to make the penalty."""
         rule = deq.produce_grad[-1]
-        if not deq.training:
+        if not deq.training or is_without_homeostasis():
             return
         if not isinstance(rule, EquilibriumRule):
             raise NoDEQError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,24 @@ class Nothing:
 
     def __call__(self, *_: Any) -> None:
         return None
+
+
+_WITHOUT: ContextVar[bool] = ContextVar("without_homeostasis", default=False)
+
+
+@contextmanager
+def without_homeostasis() -> Iterator[None]:
+    """A context whose forward passes are only looked at: no penalty is measured in them, and none left behind."""
+    before = _WITHOUT.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT.reset(before)
+
+
+def is_without_homeostasis() -> bool:
+    """Whether a forward pass is only looked at."""
+    return _WITHOUT.get()
 
 
 def refuse_transforms() -> None:

@@ -13,7 +13,7 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.host.descent import Descent
-from torchdeq_ep.host.injection import Nothing, refuse_transforms, with_gradient
+from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, refuse_transforms, with_gradient
 from torchdeq_ep.host.weights import Schedule, check_weight
 from torchdeq_ep.jacobian import Estimator, Metric, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import Sample, autocast_of, pack_leniently, probe_symmetry
@@ -75,7 +75,7 @@ class RandomRegulator:
         return [] if self.descent is None else [self.descent.register()]
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not deq.training:
+        if not deq.training or is_without_homeostasis():
             return None
         refuse_transforms()
         step, self._calls = self._calls, self._calls + 1

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchdeq_ep.host import without_homeostasis
+
 Restore = Callable[[], object]
 Look = tuple[Restore | None, Iterable[Any]]
 """How to give an object its content back, if it can change; and what it holds."""
@@ -89,7 +91,7 @@ def left_as_found(*things: Any) -> Iterator[Found]:
 
     That is buffers, training mode and every other attribute of every submodule: tensors, arrays, numbers, containers,
     generators of random numbers, hooks, and objects of the user's own, such as the states of a metric of torchmetrics
-    or a list of losses. What a function encloses is its author's, and stays; so do files.
+    or a list of losses. What a function encloses is its author's, and stays; so do files. Homeostasis rests.
 
     Args:
         *things: The model, and what else may change with it, such as a loss that is a module. Parameters are taken not
@@ -105,7 +107,8 @@ def left_as_found(*things: Any) -> Iterator[Found]:
     """
     found = Found.on(*things)
     try:
-        yield found
+        with without_homeostasis():
+            yield found
     finally:
         found.restore()
 
