@@ -73,7 +73,8 @@ def named(run: Run) -> tuple[str, str]:
     mode, _, options = run["backward"].partition(":")
     values = dict(option.split("=") for option in options.split(",") if option)
     beta = values.pop("beta", EXACT)
-    return ":".join([mode, *([",".join(f"{name}={value}" for name, value in values.items())] if values else [])]), beta
+    others = ",".join(f"{name}={value}" for name, value in values.items())
+    return f"{mode}:{others}" if others else mode, beta
 
 
 def _place(run: Run) -> tuple[int, str, int, str]:

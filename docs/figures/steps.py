@@ -158,7 +158,8 @@ def load(folder: str) -> list[Batch]:
 
     images, _ = load_images(folder, limits=(100 * BATCH, 1))
     rows = torch.arange(100 * BATCH).split(BATCH)
-    return [(images.take(k).float() / 255, images.labels[k]) for k in rows]
+    scale = 255 if images.pixels.dtype == torch.uint8 else 1
+    return [(images.take(k).float() / scale, images.labels[k]) for k in rows]
 
 
 def measure(folder: str) -> dict[str, Any]:

@@ -329,6 +329,7 @@ def test_a_comparison_in_between_leaves_nothing_behind(estimator, is_beside):
     [
         ({"weight": 20.0, "estimator": "antisymmetric"}, "share"),
         ({"weight": 1.5, "estimator": "error-vector"}, "share"),
+        ({"weight": {"deq": 1.5}, "estimator": "error-vector"}, "share"),
         ({"inject": True}, "inject="),
         ({"descent": "adam"}, "optimiser"),
     ],
@@ -338,3 +339,37 @@ def test_options_are_checked(options, match):
     tep.use_backward(model, "ep")
     with pytest.raises(InvalidOptionError, match=match):
         tep.register_homeostasis(model, **{"descent": still(model), **options})
+
+
+@pytest.mark.parametrize("estimator", ["antisymmetric", "error-vector"])
+@pytest.mark.parametrize(("weight", "match"), [(20.0, "share"), (-1.0, "at least 0"), (math.nan, "at least 0")])
+def test_what_a_function_gives_is_checked_in_the_pass(estimator, weight, match):
+    model = Model()
+    tep.use_backward(model, "ep")
+    tep.register_homeostasis(model, lambda step: weight, estimator=estimator, descent=still(model))
+    with pytest.raises(InvalidOptionError, match=match):
+        model(inputs())
+
+
+def test_a_share_of_nothing_measures_and_takes_no_gradient():
+    model = Model()
+    optimizer, before = still(model), vector(model.parameters())
+    tep.use_backward(model, "ep")
+    homeostasis = tep.register_homeostasis(model, 0.0, estimator="error-vector", descent=optimizer)
+    run(model, optimizer, [inputs()])
+    assert homeostasis.last.penalty > 0
+    assert homeostasis.state_dict()["deq"]["length"] == math.inf
+    assert torch.equal(vector(model.parameters()), before)
+
+
+def test_a_state_of_a_run_without_a_descent_is_one_to_begin_from():
+    model = Model()
+    tep.use_backward(model, "ep")
+    with tep.register_homeostasis(model) as homeostasis:
+        (model(inputs()).square().sum() + homeostasis.penalty()).backward()
+        state = homeostasis.state_dict()
+    beside = tep.register_homeostasis(model, descent=still(model))
+    beside.load_state_dict(state)
+    assert beside.state_dict()["deq"]["passes"] == 1
+    assert state["deq"]["weight"] > beside.state_dict()["deq"]["weight"] == 1.0  # no share is larger
+    assert beside.state_dict()["deq"]["length"] == math.inf

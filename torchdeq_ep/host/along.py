@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from torch import Tensor
@@ -13,10 +13,10 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep.asymmetry import Keep
 from torchdeq_ep.errors import EPError, NoDEQError
-from torchdeq_ep.host.descent import Descent
+from torchdeq_ep.host.descent import LARGEST_SHARE, Descent
 from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
-from torchdeq_ep.host.weights import Schedule
+from torchdeq_ep.host.weights import Schedule, weight_at
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
 from torchdeq_ep.modes.judgement import NEAR_ONE
 from torchdeq_ep.modes.steps import StepwiseMode
@@ -73,6 +73,16 @@ class WeightController:
     def of_share(cls, target: float) -> WeightController:
         """For a descent of its own: the weight is the share of its step."""
         return cls(target, _FIRST_SHARE, bounds=_SHARES)
+
+    def state_dict(self) -> dict[str, float]:
+        """Where it stands: not the bounds, which are those of what it steers."""
+        return {name: number for name, number in asdict(self).items() if name != "bounds"}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there, within the bounds."""
+        for name, number in self.state_dict().items():
+            setattr(self, name, state.get(name, number))
+        self.weight = _within(self.bounds, self.weight)
 
     def stabilise(self, rate: float) -> None:
         """Change the weight of the guard.
@@ -146,7 +156,6 @@ class ErrorVectorRegulator:
         self.controller = weight if isinstance(weight, WeightController) else None
         self._weight, self._factor = weight, factor
         self._calls = 0
-        self._weight_now: float | None = None
         self.descent = descent
 
     def register(self) -> list[RemovableHandle]:
@@ -165,10 +174,10 @@ class ErrorVectorRegulator:
                 "backward of torchdeq: call tep.use_backward(model, 'ep') first (or 'ift', 'aep'), or take random "
                 "directions, estimator='antisymmetric'."
             )
-        self._weight_now = self._weight_at(self._calls)
+        weight = self._weight_at(self._calls)
         self._calls += 1
-        if self._weight_now is not None:
-            rule.slot.penalised = self
+        if weight is not None:
+            self.last_weight, rule.slot.penalised = weight, self
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         rule = deq.produce_grad[-1]
@@ -178,7 +187,6 @@ class ErrorVectorRegulator:
         zero, slot.zero, slot.penalised = slot.zero, None, None
         if not deq.training or zero is None:
             return None
-        self.last_weight = self._weight_now or 0.0
         if self.descent is not None:
             self.descent.share = self.last_weight
             return None
@@ -188,6 +196,18 @@ class ErrorVectorRegulator:
             return None
         states, info = output
         return [*states[:-1], with_gradient(states[-1], term, self._factor)], info
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where an automatic weight and a descent stand; empty without either."""
+        found: dict[str, Any] = {} if self.controller is None else self.controller.state_dict()
+        return found if self.descent is None else found | self.descent.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        if self.controller is not None:
+            self.controller.load_state_dict(state)
+        if self.descent is not None:
+            self.descent.load_state_dict(state)
 
     def acts_on(self, leaf: Tensor) -> bool:
         """Whether the penalty is to reach a parameter."""
@@ -201,7 +221,7 @@ class ErrorVectorRegulator:
     @property
     def keep(self) -> Keep | None:
         """Where gradients of the penalty are kept for a descent of its own."""
-        return None if self.descent is None else self.descent.add
+        return None if self.descent is None or self.last_weight == 0.0 else self.descent.add
 
     def on_value(self, value: float, rate: float) -> None:
         """Told what the penalty was, and the rate of most error vectors."""
@@ -217,7 +237,7 @@ class ErrorVectorRegulator:
     def _weight_at(self, step: int) -> float | None:
         if isinstance(self._weight, WeightController):
             return self._weight.weight
-        return self._weight(step) if callable(self._weight) else self._weight
+        return weight_at(self._weight, step, math.inf if self.descent is None else LARGEST_SHARE)
 
     def __reduce__(self) -> Any:
         return Nothing, ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.hooks import RemovableHandle
 
-LARGEST_CHANGE = 0.1
+LARGEST_CHANGE, LARGEST_SHARE = 0.1, 1.0
 
 
 class Descent:
@@ -66,7 +66,7 @@ class Descent:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from there."""
-        self.length, self.highest = state["length"], state["highest"]
+        self.length, self.highest = state.get("length", math.inf), state.get("highest", 0.0)
 
     @torch.no_grad()
     def _step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

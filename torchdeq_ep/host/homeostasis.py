@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -20,10 +20,10 @@ from torchdeq_ep._options import check_choice, check_count, check_metric
 from torchdeq_ep.errors import EPWarning, InvalidOptionError
 from torchdeq_ep.host.along import AUTO, TARGET, ErrorVectorRegulator, WeightController, has_error_vector
 from torchdeq_ep.host.deqs import deqs_of
-from torchdeq_ep.host.descent import Descent
+from torchdeq_ep.host.descent import LARGEST_SHARE, Descent
 from torchdeq_ep.host.hooks import FixedPointHandle
 from torchdeq_ep.host.probing import Options, Randomness, RandomRegulator
-from torchdeq_ep.host.weights import Inject, Schedule, Weight, factor_of, weights_by_name
+from torchdeq_ep.host.weights import Inject, Schedule, Weight, factor_of, weight_at, weights_by_name
 from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement
 from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments
 
@@ -128,13 +128,8 @@ class HomeostasisHandle:
         Returns:
             Plain numbers, by the name of the DEQ; empty without either.
         """
-        found: dict[str, dict[str, Any]] = {}
-        for regulator in self._regulators:
-            if isinstance(regulator, ErrorVectorRegulator) and regulator.controller is not None:
-                found.setdefault(regulator.name, {}).update(asdict(regulator.controller))
-            if regulator.descent is not None:
-                found.setdefault(regulator.name, {}).update(regulator.descent.state_dict())
-        return found
+        states = {regulator.name: regulator.state_dict() for regulator in self._regulators}
+        return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from there.
@@ -149,12 +144,7 @@ class HomeostasisHandle:
         if set(own) != set(state):
             raise InvalidOptionError(f"the state is one of {sorted(state)}, and these are {sorted(own)}.")
         for regulator in self._regulators:
-            numbers = dict(state.get(regulator.name, {}))
-            if regulator.descent is not None:
-                regulator.descent.load_state_dict({key: numbers.pop(key) for key in regulator.descent.state_dict()})
-            if isinstance(regulator, ErrorVectorRegulator) and regulator.controller is not None:
-                for field_name, number in numbers.items():
-                    setattr(regulator.controller, field_name, number)
+            regulator.load_state_dict(state.get(regulator.name, {}))
 
     def remove(self) -> None:
         """Stop measuring; a second call does nothing."""
@@ -336,7 +326,5 @@ def _check_descent(descent: object, weight: Weight, inject: Inject) -> None:
     if inject is not False:
         raise InvalidOptionError("inject= adds the penalty to the gradient of the loss, and descent= keeps it apart.")
     for value in weight.values() if isinstance(weight, Mapping) else [weight]:
-        if isinstance(value, (int, float)) and value > 1:
-            raise InvalidOptionError(
-                f"with descent= the weight is the share of the penalty that a step takes away, at most 1, not {value}."
-            )
+        if value != AUTO and not callable(value):
+            weight_at(value, 0, LARGEST_SHARE)

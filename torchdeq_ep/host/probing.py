@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from torchdeq.core import DEQBase
 
 from torchdeq_ep.host.deqs import fixed_point
-from torchdeq_ep.host.descent import Descent
+from torchdeq_ep.host.descent import LARGEST_SHARE, Descent
 from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, refuse_transforms, with_gradient
-from torchdeq_ep.host.weights import Schedule, check_weight
+from torchdeq_ep.host.weights import Schedule, weight_at
 from torchdeq_ep.jacobian import Estimator, Metric, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import Sample, autocast_of, pack_leniently, probe_symmetry
 
@@ -74,6 +75,15 @@ class RandomRegulator:
         """Descend after each step of the optimiser."""
         return [] if self.descent is None else [self.descent.register()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the descent stands; empty without one."""
+        return {} if self.descent is None else self.descent.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        if self.descent is not None:
+            self.descent.load_state_dict(state)
+
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not deq.training or is_without_homeostasis():
             return None
@@ -85,10 +95,9 @@ class RandomRegulator:
             return None
         if isinstance(options.every, float) and not options.randomness.happens(options.every):
             return None
-        weight = self._weight(step) if callable(self._weight) else self._weight
+        weight = weight_at(self._weight, step, math.inf if self.descent is None else LARGEST_SHARE)
         if weight is None:
             return None
-        check_weight(weight)
         f, state = fixed_point(args, kwargs, output)
         states, info = output
         autocast = autocast_of(state)

@@ -44,6 +44,31 @@ def check_weight(weight: object) -> None:
         )
 
 
+def weight_at(weight: float | Schedule, step: int, largest: float = math.inf) -> float | None:
+    """The weight of a forward pass.
+
+    Args:
+        weight: A number, or a function of the step.
+        step: The number of earlier forward passes.
+        largest: What it may be at most: 1 for the share of a descent.
+
+    Returns:
+        A number; `None` if the pass is to be left out.
+
+    Raises:
+        InvalidOptionError: If it is no weight.
+    """
+    value = weight(step) if callable(weight) else weight
+    if value is None:
+        return None
+    check_weight(value)
+    if value > largest:
+        raise InvalidOptionError(
+            f"with descent= the weight is the share of a step to the minimum, at most {largest:g}, not {value!r}."
+        )
+    return value
+
+
 def factor_of(inject: Inject) -> Callable[[], float] | None:
     """What an injected gradient is multiplied by; `None` if it is not injected."""
     if isinstance(inject, bool):
