@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from problems import Affine
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdeq_ep.measuring.comparison import peak_memory
 from torchdeq_ep.relaxation.loop import MEMORY, iterate
@@ -97,3 +98,29 @@ def test_rows_that_were_left_count_in_the_residual_after_the_mixing_too():
     assert result.left == 1
     first_row = (step(result.value) - result.value)[0, 0]
     assert result.residual > float(torch.linalg.vector_norm(first_row))
+
+
+class _Transfers(TorchDispatchMode):
+    """Counts the numbers that are asked of a device: each makes an accelerator wait for all that it was told to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("gain", "least"), [(0.3, 5), (0.97, 15)])
+def test_a_step_waits_for_the_device_once(gain, least, monkeypatch):
+    to_host, transfers = torch.Tensor.cpu, _Transfers()
+
+    def counted(tensor):
+        transfers.count += 1
+        return to_host(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    diagonal, offset = gain * torch.linspace(-1, 1, 400), torch.randn(1, 400)
+    with transfers:
+        result = iterate(lambda z: diagonal * z + offset, torch.zeros_like(offset), tol=1e-4)
+    assert result.steps >= least
+    assert result.steps <= transfers.count <= result.steps + 1

@@ -8,10 +8,13 @@ import torch
 from torchdeq_ep.state import Rows, are_independent
 from torchdeq_ep.state.norms import (
     MIN_NORM,
+    _scaled_row_norms,
     cosine,
+    fetch,
     in_the_middle,
     largest_row_norm,
     norm,
+    norm_and,
     relative_difference,
     row_norms,
 )
@@ -64,6 +67,21 @@ def test_what_has_no_ordinary_norm(dtype):
     assert math.isinf(norm(torch.tensor([1.0, -torch.inf], dtype=dtype)))
     assert math.isnan(norm(torch.tensor([torch.inf, torch.nan], dtype=dtype)))
     assert math.isnan(cosine(torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_norm_comes_with_other_numbers_in_one_transfer(size):
+    tensor, others = size * torch.tensor([3.0, 4.0]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    length, found = norm_and(tensor, others, torch.tensor(7.0))
+    assert length == pytest.approx(5 * size, rel=1e-6)
+    assert found.tolist() == [1, 2, 3, 4, 7]
+    assert fetch(torch.ones(2, dtype=torch.float16), torch.tensor(0.1)).dtype == "float64"
+
+
+def test_scaled_norms_of_rows_are_the_ordinary_ones():
+    """On an accelerator every row is scaled: to look whether one has to be takes longer."""
+    matrix = torch.randn(6, 9) * torch.tensor([1e-25, 1e-3, 1.0, 1e3, 1e25, 0.0]).unsqueeze(1)
+    assert _scaled_row_norms(matrix).tolist() == pytest.approx(row_norms(matrix).tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-20, 1.0, 1e20, 3e38])

@@ -103,7 +103,7 @@ def _everywhere(
         return value, share, gradients
     # Every process has to take part, for every parameter, also one through which no loss of its own has come.
     tensors = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    numbers = parameters[0].new_tensor([value, share], dtype=torch.float64)
+    numbers = parameters[0].new_tensor([value, share], dtype=torch.float32)
     for tensor in [numbers, *tensors]:
         distributed.all_reduce(tensor)
     count = distributed.get_world_size()

@@ -180,7 +180,7 @@ def _ritz_values(
         for _ in range(2):  # once more, because rounding spoils the first orthogonalisation
             overlaps = basis @ vector
             vector = vector - overlaps @ basis
-            hessenberg[: j + 1, j] += overlaps.double().cpu()
+            hessenberg[: j + 1, j] += overlaps.cpu().double()
         size = norm(vector)
         hessenberg[j + 1, j] = size
         last = j + 1 == steps

@@ -315,7 +315,7 @@ class Moments:
 
     @classmethod
     def of(cls, sample: Sample) -> Moments:
-        rows = sample.rows.double().cpu()
+        rows = sample.rows.cpu().double()
         count = rows.shape[1]
         covariances = torch.cov(rows) / count if count > 1 else torch.full((3, 3), math.nan)
         pairs = ((0, 0), (1, 1), (2, 2), (1, 2))

@@ -32,10 +32,10 @@ def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight", nois
         >>> round(weight_angle(weight, weight_at_angle(weight, 30.0)), 3)
         30.0
     """
-    wide = weight.double()
+    wide = weight.to("cpu", torch.float64)  # which not every device has
     noise = torch.randn_like(wide)  # drawn at every angle, so that what is drawn next does not depend on it
     if degrees % 180 == 0:
-        return (math.cos(math.radians(degrees)) * wide).to(weight.dtype)
+        return (math.cos(math.radians(degrees)) * wide).to(weight)
     if weight.numel() < 2:
         raise InvalidOptionError(
             f"{name} of shape {tuple(weight.shape)} is a single number, and none is at an angle of {degrees:g} degrees "
@@ -47,7 +47,7 @@ def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight", nois
         noise = noise - (noise * wide).sum() / wide.square().sum() * wide
     noise = noise * ((norm(wide) if noise_norm is None else noise_norm) / norm(noise))
     radians = math.radians(degrees)
-    return (math.cos(radians) * wide + math.sin(radians) * noise).to(weight.dtype)
+    return (math.cos(radians) * wide + math.sin(radians) * noise).to(weight)
 
 
 def weight_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
@@ -75,7 +75,7 @@ def weight_angle(forward_weight: Tensor, backward_weight: Tensor) -> float:
             f"weights of shapes {tuple(forward_weight.shape)} and {tuple(backward_weight.shape)} have no angle: bring "
             "both into one layout, e.g. weight_angle(forward.weight, backward.weight.T) for two linear layers."
         )
-    pair = [weight.detach().flatten().double() for weight in (forward_weight, backward_weight)]
+    pair = [weight.detach().flatten().to("cpu", torch.float64) for weight in (forward_weight, backward_weight)]
     sizes = [norm(weight) for weight in pair]
     if not all(sizes):
         raise InvalidOptionError("a weight that is zero everywhere has no direction, so there is no angle to it.")

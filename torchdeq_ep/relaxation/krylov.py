@@ -116,7 +116,7 @@ class _Space:
         self._triangle = np.zeros((height, longest, longest))
         self._turns = np.zeros((longest, 2, height))
         self._right = np.zeros((height, longest + 1))
-        self._right[:, 0] = sizes.double().cpu().numpy()
+        self._right[:, 0] = sizes.cpu().double().numpy()
 
     @property
     def last(self) -> Tensor:
@@ -134,7 +134,7 @@ class _Space:
             parts = parts + part
         sizes = row_norms(image)
         torch.mul(image, _inverse(sizes), out=self._basis[:, k + 1])
-        numbers = torch.cat([parts[:, :, 0], sizes.unsqueeze(1).to(parts)], dim=1).double().cpu().numpy()
+        numbers = torch.cat([parts[:, :, 0], sizes.unsqueeze(1).to(parts)], dim=1).cpu().double().numpy()
         column = -numbers.T  # of I - P
         column[k] += 1.0
         for j in range(k):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchdeq_ep.relaxation.progress import Progress
-from torchdeq_ep.state import Rows, join_rows, norm, row_norms, split_rows
+from torchdeq_ep.state import Rows, join_rows, norm, norm_and, row_norms, split_rows
 
 Enough = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,8 +95,9 @@ class Extrapolation(Phase):
 
     def add(self, value: Tensor, point: Tensor) -> tuple[Tensor, float]:
         residual = value - point
-        size = norm(residual)
-        self._last = value, residual, size
+        products = [] if self._first is None else [torch.dot(residual.flatten(), self._first[0].flatten())]
+        size, found = norm_and(residual, *products)
+        self._last, self._products = (value, residual, size), found
         return residual, size
 
     def next(self, progress: Progress) -> Tensor:
@@ -108,9 +109,9 @@ class Extrapolation(Phase):
         if self._first is None:
             self._first = residual, size
             return value
-        previous, previous_size = self._first
+        _, previous_size = self._first
         self._first = None
-        product = float(torch.dot(residual.flatten(), previous.flatten()))
+        product = float(self._products[0])
         change = size**2 - 2 * product + previous_size**2
         if change <= 100 * torch.finfo(value.dtype).eps * size * previous_size:
             return value  # two residuals that are equal but for rounding tell nothing
@@ -155,10 +156,12 @@ class Mixing(Phase):
         torch.sub(residuals, self._last[1], out=self._residuals[:, slot])
         self._last = values, residuals
         pair = torch.stack([self._residuals[:, slot], residuals], dim=2)
-        found = (self._residuals[:, : self._known] @ pair).double().cpu().numpy()
+        products = self._residuals[:, : self._known] @ pair
+        size, entries = norm_and(residuals, products)
+        found = entries.reshape(products.shape)
         self._gram[:, slot, : self._known] = self._gram[:, : self._known, slot] = found[:, :, 0]
         self._pull = found[:, :, 1]
-        return stack, norm(residuals)
+        return stack, size
 
     def next(self, progress: Progress) -> Tensor:
         values, _ = cast(tuple[Tensor, Tensor], self._last)

@@ -13,9 +13,11 @@ from torchdeq_ep.state.derivatives import forward_derivative as forward_derivati
 from torchdeq_ep.state.equilibrium import Equilibrium as Equilibrium
 from torchdeq_ep.state.memory import Memory as Memory
 from torchdeq_ep.state.norms import cosine as cosine
+from torchdeq_ep.state.norms import fetch as fetch
 from torchdeq_ep.state.norms import in_the_middle as in_the_middle
 from torchdeq_ep.state.norms import largest_row_norm as largest_row_norm
 from torchdeq_ep.state.norms import norm as norm
+from torchdeq_ep.state.norms import norm_and as norm_and
 from torchdeq_ep.state.norms import relative_difference as relative_difference
 from torchdeq_ep.state.norms import row_dots as row_dots
 from torchdeq_ep.state.norms import row_norms as row_norms

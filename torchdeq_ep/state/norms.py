@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_NORM = 1e-30
@@ -70,13 +72,54 @@ def row_norms(matrix: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
     if matrix.numel() == 0:
         return norms
-    least, largest = norms.aminmax()
-    if float(least) > _smallest(wide) and float(largest) < math.inf:  # neither of which NaN is
-        return norms
+    if wide.device.type == "cpu":  # elsewhere to look takes longer than to scale
+        least, largest = fetch(*norms.aminmax())
+        if least > _smallest(wide) and largest < math.inf:  # neither of which NaN is
+            return norms
+    return torch.where((norms > _smallest(wide)) & norms.isfinite(), norms, _scaled_row_norms(wide))
+
+
+def _scaled_row_norms(wide: Tensor) -> Tensor:
     sizes = wide.abs().amax(1, keepdim=True)
     sizes = torch.where((sizes > 0) & sizes.isfinite(), sizes, 1.0)
     scaled: Tensor = torch.linalg.vector_norm(wide / sizes, dim=1) * sizes[:, 0]
-    return torch.where((norms > _smallest(wide)) & norms.isfinite(), norms, scaled)
+    return scaled
+
+
+def fetch(*tensors: Tensor) -> NDArray[np.float64]:
+    """The entries of some tensors on the host, in one transfer: each makes an accelerator wait.
+
+    Args:
+        tensors: Real, of any shapes, on one device.
+
+    Returns:
+        All entries one after the other, of shape `(n,)`.
+
+    Example:
+        >>> fetch(torch.tensor(1.0), torch.tensor([[2.0, 3.0]]))
+        array([1., 2., 3.])
+    """
+    entries = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    return entries.cpu().double().numpy()  # widened there: not every device has double precision
+
+
+def norm_and(tensor: Tensor, *others: Tensor) -> tuple[float, NDArray[np.float64]]:
+    """The norm of a tensor, and the entries of some others, in one transfer.
+
+    Args:
+        tensor: Of any shape, real.
+        others: As for `fetch`.
+
+    Returns:
+        What `norm` has, and what `fetch` has.
+
+    Example:
+        >>> norm_and(torch.tensor([3.0, 4.0]), torch.tensor(2.0))
+        (5.0, array([2.]))
+    """
+    wide = _widened(tensor.detach())
+    size, *entries = np.split(fetch(torch.linalg.vector_norm(wide), *others), [1])
+    return _checked(float(size[0]), wide, torch.linalg.vector_norm), entries[0]
 
 
 def row_dots(stack: Tensor, other: Tensor) -> Tensor:
@@ -158,7 +201,11 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 def _in_range(tensor: Tensor, measure: Callable[[Tensor], Tensor]) -> float:
     wide = _widened(tensor)
-    size = float(measure(wide))
+    return _checked(float(measure(wide)), wide, measure)
+
+
+def _checked(size: float, wide: Tensor, measure: Callable[[Tensor], Tensor]) -> float:
+    """The measured size, or that of scaled entries where squares have left the range."""
     if size == 0.0 or _smallest(wide) < size < math.inf or math.isnan(size):
         return size  # zero also where every square was too small to be a number: such a force counts as none
     scaled, factor = in_the_middle(wide)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,11 @@ import torch
 from lightning_problems import encoded, write_parquet
 from PIL import Image, ImageOps
 from pyarrow import parquet
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
 
 from torchdeq_ep.errors import DataError, InvalidOptionError
-from torchdeq_ep_lightning import ImageData
+from torchdeq_ep_lightning import ImageData, images
 from torchdeq_ep_lightning.decoding import Reading, decode_image
 
 GENERATOR = np.random.default_rng(0)
@@ -273,6 +278,63 @@ def test_streamed_images_are_those_in_memory(tmp_path, workers):
     for one, other in zip(streams.train_dataloader(), holds.train_dataloader(), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+class _Watching(LightningModule):
+    """Keeps the sums of the images it is shown, one file for each process."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.weight, self.folder, self.sums = torch.nn.Parameter(torch.zeros(())), folder, []
+
+    def training_step(self, batch, batch_idx):
+        self.sums.append(batch[0].sum())
+        return self.weight * batch[0].mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.sums.append(batch[0].sum())
+
+    def on_train_end(self) -> None:
+        torch.save(torch.stack(self.sums), self.folder / f"sums{self.global_rank}")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def watched(folder: Path, data: ImageData, processes: int) -> Tensor:
+    """The sum over all processes of what each batch holds."""
+    options = {"devices": processes} if processes == 1 else {"devices": processes, "strategy": "ddp_fork"}
+    folder.mkdir()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", use_distributed_sampler=False, **quiet, **options)
+    trainer.fit(_Watching(folder), data)
+    return sum(torch.load(folder / f"sums{rank}") for rank in range(processes))
+
+
+def test_the_processes_of_a_machine_decode_each_image_once(tmp_path, monkeypatch):
+    pictures = [encoded(torch.from_numpy(noise(6, 5, 3))) for _ in range(20)]
+    for split, count in (("train", 20), ("test", 4)):
+        write_parquet(tmp_path / f"{split}.parquet", pictures[:count], [k % 4 for k in range(count)])
+    decode, log = images.decode_image, tmp_path / "log"
+
+    def logged(*image):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return decode(*image)
+
+    monkeypatch.setattr(images, "decode_image", logged)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    options = {"cache": str(tmp_path / "cache"), "batch": 4, "test_batch": 2, "flip": True}
+    one = watched(tmp_path / "1", ImageData(str(tmp_path), **options), 1)
+    log.unlink()
+    two = watched(tmp_path / "2", ImageData(str(tmp_path), **options), 2)
+    assert torch.allclose(one, two)
+    counts = sorted(Counter(log.read_text().split()).values())
+    opened = 2  # the first image of each split, for its shape
+    assert counts == [opened, opened + 24]
+    assert not list((tmp_path / "temporary").glob("torchdeq-ep-*"))
 
 
 MEASURE = """

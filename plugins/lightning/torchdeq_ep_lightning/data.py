@@ -13,7 +13,8 @@ from torchdeq_ep.extend import check_count
 from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Samples
 from torchdeq_ep_lightning.decoding import Reading
 from torchdeq_ep_lightning.flavour import LightningDataModule
-from torchdeq_ep_lightning.images import DIGITS, Images, StreamedImages, load_images
+from torchdeq_ep_lightning.images import DIGITS, Images, StreamedImages, decoded, open_images
+from torchdeq_ep_lightning.sharing import share_on_machine
 
 
 class ImageData(LightningDataModule):
@@ -101,29 +102,39 @@ class ImageData(LightningDataModule):
         self.seed, self.workers, self.cache = seed, workers, cache
         self.reading = Reading(None if resize is None else (resize[0], resize[1]), alpha)
         self.streaming = streaming
+        self._opened: tuple[Images | StreamedImages, ...] | None = None
         self._images: tuple[Images | StreamedImages, ...] | None = None
 
     @property
     def images(self) -> tuple[Images | StreamedImages, ...]:
-        """Training and test images, opened when they are first asked for."""
+        """Training and test images, decoded when they are first asked for, unless they are streamed."""
         if self._images is None:
-            self._images = self._read()
+            self._images = self._open() if self.streaming else decoded(self._open(), self.workers)
         return self._images
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        return cast(tuple[int, int, int], self.images[0].shape)
+        return cast(tuple[int, int, int], self._open()[0].shape)
 
     @property
     def n_classes(self) -> int:
         """Number of classes."""
-        return self.images[0].n_classes
+        return self._open()[0].n_classes
 
     @property
     def classes(self) -> tuple[Any, ...]:
         """What the classes are called in the data, in the order of their numbers."""
-        return self.images[0].classes
+        return self._open()[0].classes
+
+    def prepare_data(self) -> None:
+        """Decode the images, in one process of each machine."""
+        self.images  # noqa: B018
+
+    def setup(self, stage: str) -> None:
+        """Give the other processes of the machine those that one of them has decoded."""
+        if self.trainer is not None and self.trainer.world_size > 1 and not self.streaming:
+            self._images = share_on_machine(self.trainer, self._open(), self._images)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training images, shuffled anew in each epoch."""
@@ -154,17 +165,14 @@ class ImageData(LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _read(self) -> tuple[Images | StreamedImages, ...]:
-        parts = load_images(
-            self.source,
-            self.splits,
-            self.columns,
-            self.limits,
-            self.cache,
-            self.reading,
-            self.streaming,
-            self.workers,
-        )
+    def _open(self) -> tuple[Images | StreamedImages, ...]:
+        if self._opened is None:
+            self._opened = self._checked(
+                open_images(self.source, self.splits, self.columns, self.limits, self.cache, self.reading)
+            )
+        return self._opened
+
+    def _checked(self, parts: tuple[Images | StreamedImages, ...]) -> tuple[Images | StreamedImages, ...]:
         expected = self.expected_shape or parts[0].shape
         for part in parts:
             if part.shape != expected:

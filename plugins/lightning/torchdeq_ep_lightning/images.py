@@ -58,7 +58,7 @@ class Images:
 
 
 class StreamedImages(Dataset[Tensor]):
-    """Images that are decoded each time they are taken; labels in memory.
+    """Images that stay in their files and are decoded each time they are taken; labels in memory.
 
     Args:
         store: Where they are.
@@ -130,10 +130,9 @@ def load_images(
     limits: Sequence[int | None] = (None, None),
     cache: str | None = None,
     reading: Reading | None = None,
-    streaming: bool = False,
     workers: int = 0,
-) -> tuple[Images | StreamedImages, ...]:
-    """Read labelled images.
+) -> tuple[Images, ...]:
+    """Read labelled images into memory.
 
     Args:
         source: As for [`ImageData`][torchdeq_ep_lightning.ImageData].
@@ -142,8 +141,7 @@ def load_images(
         limits: How many images of each split are read at most.
         cache: Folder of the files that Hugging Face's `datasets` keeps; by default its own.
         reading: How images are read; by default as they are.
-        streaming: Whether images stay encoded, and are decoded each time they are taken. The digits are in memory.
-        workers: Processes that decode what is read into memory.
+        workers: Processes that decode them; 0 for this one alone.
 
     Returns:
         The images of each split, with classes that are numbered over all splits.
@@ -157,16 +155,35 @@ def load_images(
         >>> train.pixels.shape, len(test.labels), test.n_classes
         (torch.Size([1437, 1, 8, 8]), 360, 10)
     """
+    return decoded(open_images(source, splits, columns, limits, cache, reading), workers)
+
+
+def open_images(
+    source: str,
+    splits: Sequence[str],
+    columns: tuple[str, str],
+    limits: Sequence[int | None],
+    cache: str | None,
+    reading: Reading | None,
+) -> tuple[Images | StreamedImages, ...]:
+    """The same images, with their labels read, and of each split no more than the first image decoded.
+
+    The digits, which are no files, are in memory.
+    """
     reading = reading or Reading()
     if source == DIGITS:
         return tuple(part.first(limit) for part, limit in zip(_digits(reading), limits, strict=True))
     stores = open_stores(source, splits, columns, cache)
     classes, numbers = number_classes([store.labels for store in stores])
-    parts = [
+    return tuple(
         StreamedImages(store, labels[:limit], classes, reading)
         for store, labels, limit in zip(stores, numbers, limits, strict=True)
-    ]
-    return tuple(parts) if streaming else tuple(part.in_memory(workers) for part in parts)
+    )
+
+
+def decoded(parts: Sequence[Images | StreamedImages], workers: int) -> tuple[Images, ...]:
+    """Each split in memory, decoded by so many processes."""
+    return tuple(part.in_memory(workers) if isinstance(part, StreamedImages) else part for part in parts)
 
 
 def _digits(reading: Reading) -> tuple[Images, Images]:

@@ -140,8 +140,9 @@ class VectorFieldClassifier(LightningModule):
         images, self._labels = batch
         logits = self(images)
         loss = self.network.loss(logits, self._labels)
-        wrong = (logits.argmax(1) != self._labels).float().mean()
-        self._measured = {"train/loss": loss.item(), "train/error": 100 * wrong.item()}
+        wrong = (logits.argmax(1) != self._labels).to(loss).mean()
+        told, share = torch.stack([loss.detach(), wrong]).tolist()
+        self._measured = {"train/loss": told, "train/error": 100 * share}
         return {"loss": loss}
 
     def on_after_backward(self) -> None:
@@ -178,13 +179,14 @@ class VectorFieldClassifier(LightningModule):
         if not len(images):  # the share of a process in the last batch
             return
         logits = self(images)
-        loss = self.network.loss(logits, labels) * len(images)
+        loss = self.network.loss(logits, labels).float() * len(images)
         wrong = (logits.argmax(1) != labels).sum()
-        self._counts.append(torch.stack([loss.double(), wrong.double(), wrong.new_tensor(len(images)).double()]))
+        self._counts.append(torch.stack([loss, wrong.float(), torch.full_like(loss, len(images))]))
 
     def on_validation_epoch_end(self) -> None:
-        total = sum(self._counts, torch.zeros(3, dtype=torch.float64, device=self.device))
-        loss, wrong, count = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum")).float()
+        # Single precision has whole numbers up to 16 million, and not every device has more.
+        total = sum(self._counts, torch.zeros(3, dtype=torch.float32, device=self.device))
+        loss, wrong, count = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="sum"))
         values = {"test/loss": loss / count, "test/error": 100 * wrong / count, "angle": self.angle()}
         self.log_dict(
             {name: value for name, value in values.items() if value is not None}, prog_bar=True, sync_dist=True

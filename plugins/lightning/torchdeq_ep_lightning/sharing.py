@@ -1,0 +1,46 @@
+"""Decoded images that the processes of one machine hold together."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from torchdeq_ep_lightning.flavour import Trainer
+from torchdeq_ep_lightning.images import Images, StreamedImages
+
+Parts = Sequence[Images | StreamedImages]
+
+
+def share_on_machine(trainer: Trainer, opened: Parts, held: Parts | None) -> tuple[Images | StreamedImages, ...]:
+    """What the first process of each machine has decoded, mapped from a file into the memory of all of its processes.
+
+    The file lies in the folder for temporary files (`TMPDIR`), and is removed once all have it.
+
+    Args:
+        trainer: The trainer of all processes.
+        opened: The images as each process has opened them.
+        held: The same, decoded; needed in the first process of each machine.
+
+    Returns:
+        The decoded images, whose pixels are in memory once.
+    """
+    if not any(isinstance(part, StreamedImages) for part in opened):
+        return tuple(opened)
+    first, strategy = trainer.local_rank == 0, trainer.strategy
+    folder = Path(strategy.broadcast(tempfile.mkdtemp(prefix="torchdeq-ep-") if trainer.is_global_zero else ""))
+    file = folder / "pixels.pt"
+    if first:
+        folder.mkdir(exist_ok=True)  # on the other machines
+        torch.save([part.pixels for part in held or () if isinstance(part, Images)], file)
+    strategy.barrier("images are written")
+    pixels = torch.load(file, mmap=True)
+    strategy.barrier("images are mapped")
+    if first:
+        shutil.rmtree(folder)
+    return tuple(
+        Images(values, part.labels, part.classes, part.origin) for values, part in zip(pixels, opened, strict=True)
+    )
