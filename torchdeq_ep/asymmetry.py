@@ -22,7 +22,7 @@ from torch import Tensor
 from torchdeq_ep.jacobian.metric import as_operator
 from torchdeq_ep.jacobian.symmetry import linearize
 from torchdeq_ep.modes.judgement import NEAR_ONE
-from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, row_norms, split_rows
+from torchdeq_ep.state import Autocast, Equilibrium, FrozenStatistics, Rows, norm, row_norms, split_rows
 
 Gradients = tuple[Tensor | None, ...]
 Keep = Callable[[Sequence[Tensor], Gradients, float], None]
@@ -78,7 +78,7 @@ class AsymmetryPenalty:
         with torch.enable_grad(), autocast.restored(False):
             pulled = local.adjoint(u.unsqueeze(0), create_graph=is_weighed)[0]
             a, rates = pushed - pulled.detach(), samples.norms(pulled.detach())
-            value = float(a.float().square().sum()) / samples.count
+            value = norm(a) ** 2 / samples.count
             self.on_value(value, float(rates.quantile(_MOST)))
             if not is_weighed:
                 return (None,) * len(self.leaves)

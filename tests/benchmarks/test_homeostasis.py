@@ -1,4 +1,4 @@
-"""What homeostasis adds to a training step, beside the products with the Jacobian that it is made of.
+"""What homeostasis adds to a training step, beside the products that it is made of, and what probes in chunks save.
 
 Nothing is asserted about time. `extra_info` holds ratios, medians over nine rounds: the time added, over that of
 `probes` products with `J`, with `J^T`, and their backward pass; and over a training step without homeostasis.
@@ -18,6 +18,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from torchdeq_ep.host.homeostasis import register_homeostasis
+from torchdeq_ep.jacobian import symmetry_penalty
+from torchdeq_ep.measuring.comparison import peak_memory
 
 PROBES = 5
 
@@ -92,4 +94,29 @@ def test_training_step(benchmark: BenchmarkFixture, kind: str) -> None:
         kind=kind,
         added_to_products=median((within - without) / parts for without, within, parts in times),
         added_to_step=median((within - without) / without for without, within, _ in times),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_probes_in_chunks(benchmark: BenchmarkFixture, chunk: int) -> None:
+    """Peak memory and time of a penalty and its gradient, over those with all probes at once."""
+    torch.manual_seed(0)
+    model = Block("convolutional")
+    z = model().detach()
+
+    def at_once() -> None:
+        symmetry_penalty(model.f, z, PROBES).backward()
+
+    def in_chunks() -> None:
+        symmetry_penalty(model.f, z, PROBES, chunk=chunk).backward()
+
+    benchmark.group = "homeostasis in chunks"
+    benchmark.pedantic(in_chunks, rounds=5, warmup_rounds=1)
+    times = seconds(at_once, in_chunks)
+    memory = [peak_memory(call, z.device) for call in (at_once, in_chunks)]
+    benchmark.extra_info.update(
+        chunk=chunk,
+        time=median(parts / whole for whole, parts in times),
+        memory=memory[1] / memory[0],
+        memory_of_states=[size / (z.element_size() * z.numel()) for size in memory],
     )

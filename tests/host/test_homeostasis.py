@@ -113,6 +113,23 @@ def test_it_adds_its_gradient_and_changes_nothing_else(core, backward, tensors, 
     assert homeostasis.last.penalty == pytest.approx(float(penalty.detach()) / 3)
 
 
+@pytest.mark.parametrize("backward", [None, "ift", "ep", "hep", "aep"])
+@pytest.mark.parametrize("inject", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chunks_of_probes_have_the_same_gradient(backward, inject, autocast):
+    found = []
+    for chunk in (None, 1, 2):
+        model = _model()
+        if backward:
+            tep.use_backward(model, backward)
+        homeostasis = register_homeostasis(model, 3.0, probes=4, inject=inject, chunk=chunk)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(INPUTS).pow(2).sum()
+        (loss + homeostasis.penalty()).backward()
+        found.append(_gradients(model))
+    assert max(_difference(other, found[0]) for other in found[1:]) < 1e-9
+
+
 @pytest.mark.parametrize("n_states", [2, 3])
 @pytest.mark.parametrize("core", ["sliced", "indexing"])
 def test_once_a_forward_with_sampled_states(core, n_states):
@@ -483,6 +500,7 @@ def test_an_in_place_change_of_the_returned_state_does_not_reach_the_penalty():
         ({"weight": {"deqs.0": "much"}}, "number of at least 0"),
         ({"probes": 0}, "probes"),
         ({"probes": 2.0}, "probes"),
+        ({"chunk": 0}, "chunk"),
         ({"estimator": "papers"}, "Did you mean 'paper'"),
         ({"every": 0}, "probability between 0 and 1"),
         ({"every": 1.5}, "probability between 0 and 1"),

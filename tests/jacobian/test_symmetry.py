@@ -20,7 +20,8 @@ from torchdeq_ep.errors import DoubleBackwardError, InvalidOptionError, Jacobian
 from torchdeq_ep.jacobian.linearization import dense_jacobian
 from torchdeq_ep.jacobian.metric import ActivityMetric
 from torchdeq_ep.jacobian.spectrum import field_of_values
-from torchdeq_ep.jacobian.symmetry import symmetry_penalty, symmetry_score
+from torchdeq_ep.jacobian.symmetry import measure_symmetry, symmetry_penalty, symmetry_score
+from torchdeq_ep.measuring.comparison import peak_memory
 
 
 def test_symmetry_score():
@@ -187,11 +188,45 @@ def test_the_gradient_is_that_of_the_value_returned(name, estimator, metric):
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4)
 
 
-def test_an_operation_without_vmap_or_forward_mode():
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("chunk", [1, 2, 5, 8])
+def test_probes_in_chunks_are_the_same(name, estimator, chunk):
+    f, z = _map(name)
+    values, gradients = [], []
+    for some in (None, chunk):
+        penalty = symmetry_penalty(f, z, 5, estimator, ActivityMetric("tanh", "pre"), seeded(7), chunk=some)
+        values.append(float(penalty.detach()))
+        gradients.append(torch.autograd.grad(penalty, list(f.parameters()), materialize_grads=True))
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    size = max(float(g.norm()) for g in gradients[0])
+    assert all(float((g - other).norm()) < 1e-12 * size for g, other in zip(*gradients, strict=True))
+    whole, parts = (measure_symmetry(f, z, 5, generator=seeded(7), chunk=some) for some in (None, chunk))
+    assert vars(whole) == pytest.approx(vars(parts))
+
+
+def test_a_chunk_holds_the_graph_of_its_own_probes_alone():
+    net = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())))
+    z = torch.randn(8, 4, 32, 32)
+
+    def peak(probes, chunk):
+        def run():
+            symmetry_penalty(net, z, probes, chunk=chunk).backward()
+
+        return peak_memory(run, torch.device("cpu")) / (4 * z.numel())
+
+    whole = peak(16, None) - peak(8, None)
+    parts = peak(16, 1) - peak(8, 1)
+    assert parts / 8 < 6  # a probe, and a few vectors of its size
+    assert parts < whole / 3
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_an_operation_without_vmap_or_forward_mode(chunk):
     weight, z = misaligned(5, 0.5).requires_grad_(), normal(5)
     results = []
     for phi in (torch.tanh, AwkwardTanh.apply):
-        penalty = symmetry_penalty(lambda z, phi=phi: phi(z @ weight.T), z, 3, generator=seeded())
+        penalty = symmetry_penalty(lambda z, phi=phi: phi(z @ weight.T), z, 3, generator=seeded(), chunk=chunk)
         results.append((penalty, *torch.autograd.grad(penalty, weight)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
@@ -224,9 +259,10 @@ def test_the_state_is_held_fixed_and_nothing_else_is():
         assert not symmetry_penalty(lambda z: torch.tanh(z @ weight.T + x), z).requires_grad
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_second_derivative_is_refused(chunk):
     weight = misaligned(4, 0.5).requires_grad_()
-    penalty = symmetry_penalty(lambda z: torch.tanh(z @ weight.T), normal(4))
+    penalty = symmetry_penalty(lambda z: torch.tanh(z @ weight.T), normal(4), chunk=chunk)
     (gradient,) = torch.autograd.grad(penalty, weight, create_graph=True)
     with pytest.raises(DoubleBackwardError, match="homeostatic penalty"):
         torch.autograd.grad(gradient.sum(), weight)
@@ -255,6 +291,8 @@ def test_what_the_function_refuses():
         symmetry_penalty(torch.tanh, torch.zeros(2), estimator="antisymetric")
     with pytest.raises(InvalidOptionError, match="probes"):
         symmetry_penalty(torch.tanh, torch.zeros(2), 0)
+    with pytest.raises(InvalidOptionError, match="chunk"):
+        symmetry_penalty(torch.tanh, torch.zeros(2), chunk=0)
     with pytest.raises(InvalidOptionError, match="positive and finite"):
         symmetry_penalty(torch.tanh, torch.zeros(2), metric=lambda z: -torch.ones_like(z))
     with pytest.raises(MapContractError, match="keep the shape"):

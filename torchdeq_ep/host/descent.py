@@ -111,5 +111,7 @@ def _everywhere(
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each, on the device of the first."""
-    return torch.stack([tensor.float().norm().to(tensors[0].device) for tensor in tensors])
+    """The norm of each, on the device of the first, in single precision at least."""
+    first = tensors[0]
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return torch.stack([t.to(torch.promote_types(t.dtype, wide)).norm().to(first.device, wide) for t in tensors])

@@ -25,7 +25,7 @@ from torchdeq_ep.host.hooks import FixedPointHandle
 from torchdeq_ep.host.probing import Options, Randomness, RandomRegulator
 from torchdeq_ep.host.weights import Inject, Schedule, Weight, factor_of, weight_at, weights_by_name
 from torchdeq_ep.jacobian import Estimator, Metric, SymmetryMeasurement
-from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments
+from torchdeq_ep.jacobian.symmetry import ESTIMATORS, Moments, check_chunk
 
 Direction = Estimator | Literal["error-vector"]
 
@@ -200,6 +200,7 @@ def register_homeostasis(
     target: float = TARGET,
     parameters: Iterable[nn.Parameter] | None = None,
     descent: torch.optim.Optimizer | None = None,
+    chunk: int | None = None,
 ) -> HomeostasisHandle:
     """Keep the Jacobian of every DEQ close to symmetric, by a penalty at the solver's fixed point.
 
@@ -220,8 +221,8 @@ def register_homeostasis(
             By default `"error-vector"` if the weight finds itself, and `"antisymmetric"` if it is given.
             `"error-vector"` takes no probes: the direction is the error vector of each sample, the only one in which
             the asymmetry meets the gradient. The penalty is then measured in the backward pass, of a
-            DEQ that was switched by [`use_backward`][torchdeq_ep.use_backward], and `probes`, `every`, `metric` and
-            `seed` have no part: the metric is that of the mode.
+            DEQ that was switched by [`use_backward`][torchdeq_ep.use_backward], and `probes`, `chunk`, `every`,
+            `metric` and `seed` have no part: the metric is that of the mode.
         every: A whole number `k`: measure at every `k`-th forward pass of a DEQ. A number between 0 and 1: measure with
             that probability. The penalty is not scaled up in return.
         metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
@@ -242,6 +243,8 @@ def register_homeostasis(
             [beside the optimiser](homeostasis.md#beside-the-optimiser).
         parameters: Along the error vector: those that the penalty reaches, for instance the weights on the way back;
             by default all that the map depends on.
+        chunk: How many probes are in memory at a time; by default all. See
+            [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
 
     Returns:
         A handle with `penalty()`, `last` and `remove()`, which is also a context manager.
@@ -267,6 +270,7 @@ def register_homeostasis(
             f"every must be a whole number of at least 1, or a probability between 0 and 1, not {every!r}."
         )
     check_count("probes", probes)
+    check_chunk(chunk)
     check_metric(metric)
     deqs = deqs_of(module)
     if weight is None:
@@ -284,7 +288,7 @@ def register_homeostasis(
         raise InvalidOptionError("parameters= goes with estimator='error-vector': random probes reach all of them.")
     if weight == AUTO:
         raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
-    options = Options(probes, estimator, every, metric, factor_of(inject), Randomness(seed))
+    options = Options(probes, chunk, estimator, every, metric, factor_of(inject), Randomness(seed))
     return HomeostasisHandle(
         [
             RandomRegulator(name, deq, value, options, _descent(descent))

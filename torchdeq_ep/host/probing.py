@@ -50,6 +50,7 @@ class Options:
     """How a penalty is measured, and where its gradient goes: see `register_homeostasis`."""
 
     probes: int
+    chunk: int | None
     estimator: Estimator
     every: int | float
     metric: Metric | None
@@ -107,7 +108,15 @@ class RandomRegulator:
         trainable = any(t.requires_grad for t in (states[-1] if isinstance(state, Sequence) else states[-1:]))
         create_graph = weight > 0 and torch.is_grad_enabled() and trainable
         sample = probe_symmetry(
-            f, state, vectors, options.estimator, options.metric, autocast, self._batched, create_graph=create_graph
+            f,
+            state,
+            vectors,
+            options.estimator,
+            options.metric,
+            autocast,
+            self._batched,
+            create_graph=create_graph,
+            chunk=options.chunk,
         )
         self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
         if self.descent is not None:

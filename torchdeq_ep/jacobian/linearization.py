@@ -198,6 +198,11 @@ class Linearization:
         self._cotangent: Tensor | None = None
         self._pulled: Tensor | None = None
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the value of `f` depends on the state, or on anything else that is differentiated."""
+        return self._value.requires_grad
+
     def both(self, right: Tensor, left: Tensor, create_graph: bool = False) -> tuple[Tensor, Tensor]:
         """`J v` for every `v` of one stack and `J^T v` for every `v` of another, checked against one another.
 

@@ -19,9 +19,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from torchdeq_ep._display import html_fields, told_fields
-from torchdeq_ep._options import check_choice
+from torchdeq_ep._options import check_choice, check_count
 from torchdeq_ep.jacobian.linearization import Linearization, gaussian_probes
 from torchdeq_ep.jacobian.metric import Metric, diagonal_metric
 from torchdeq_ep.state import Autocast, FrozenStatistics, Packing, State, first_derivative_only, row_dots, tensors_of
@@ -42,6 +43,7 @@ def symmetry_penalty(
     estimator: Estimator = "antisymmetric",
     metric: Metric | None = None,
     generator: torch.Generator | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """An unbiased estimate of `|J M - (J M)^T|_F^2 / 2 n`, with `n` entries in the state, to be minimised.
 
@@ -57,6 +59,8 @@ def symmetry_penalty(
         estimator: `"antisymmetric"`, or `"paper"`, which may be negative and has the larger variance.
         metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
         generator: Draws the probes; torch's own where it is `None`.
+        chunk: How many probes are in memory at a time; by default all. The graph of a chunk is built again when the
+            penalty is differentiated, so a backward pass takes the time of another measurement.
 
     Returns:
         A scalar, with a graph where autograd is on and `f` depends on something that requires a gradient.
@@ -77,8 +81,11 @@ def symmetry_penalty(
     check_choice("estimator", estimator, ESTIMATORS)
     autocast = autocast_of(z)
     vectors = gaussian_probes(pack_leniently(z, autocast)[1], probes, generator)
+    check_chunk(chunk)
     create_graph = torch.is_grad_enabled()
-    return probe_symmetry(f, z, vectors, estimator, metric, autocast, batched=True, create_graph=create_graph).penalty
+    return probe_symmetry(
+        f, z, vectors, estimator, metric, autocast, batched=True, create_graph=create_graph, chunk=chunk
+    ).penalty
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ def measure_symmetry(
     *,
     metric: Metric | None = None,
     generator: torch.Generator | None = None,
+    chunk: int | None = None,
 ) -> SymmetryMeasurement:
     """How symmetric the Jacobian `J M` of a map is, with standard errors.
 
@@ -129,6 +137,7 @@ def measure_symmetry(
         probes: Number of Gaussian probes; each costs a product with `J` and one with `J^T`.
         metric: As for [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
         generator: Draws the probes; torch's own where it is `None`.
+        chunk: How many probes are in memory at a time; by default all.
 
     Returns:
         The measurement.
@@ -144,9 +153,12 @@ def measure_symmetry(
         >>> round(measure_symmetry(lambda z: turn @ z, torch.zeros(2)).asymmetry, 4)
         0.8
     """
+    check_chunk(chunk)
     autocast = autocast_of(z)
     vectors = gaussian_probes(pack_leniently(z, autocast)[1], probes, generator)
-    sample = probe_symmetry(f, z, vectors, "antisymmetric", metric, autocast, batched=True, create_graph=False)
+    sample = probe_symmetry(
+        f, z, vectors, "antisymmetric", metric, autocast, batched=True, create_graph=False, chunk=chunk
+    )
     return Moments.of(sample).measurement()
 
 
@@ -191,6 +203,12 @@ class Sample:
 
     def detached(self) -> Sample:
         return Sample(self.penalty.detach(), self.rows, self.batched)
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raises InvalidOptionError unless it is a positive whole number or `None`."""
+    if chunk is not None:
+        check_count("chunk", chunk)
 
 
 def autocast_of(state: State) -> Autocast:
@@ -238,6 +256,7 @@ def probe_symmetry(
     batched: bool,
     *,
     create_graph: bool,
+    chunk: int | None = None,
 ) -> Sample:
     """The penalty and the squares of both parts of `J M`, seen with each of a stack of probes.
 
@@ -250,6 +269,7 @@ def probe_symmetry(
         autocast: The autocast state in which `f` was evaluated.
         batched: Whether to try `vmap`.
         create_graph: Whether the penalty can be differentiated by the parameters of `f`.
+        chunk: Of [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
 
     Returns:
         What the probes saw.
@@ -260,24 +280,53 @@ def probe_symmetry(
         local = linearize(packed, z, autocast, batched)
         diagonal, _ = diagonal_metric(metric, packed, z)
     m = torch.ones((), dtype=z.dtype, device=z.device) if diagonal is None else diagonal.to(z.dtype)
+    stacks, paper = torch.split(vectors, chunk or len(vectors)), estimator == "paper"
     with autocast.restored(False):
-        weighed = m * vectors
-        u, pulled = local.both(weighed, vectors, create_graph)
-        w = m * pulled.detach()
-        symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
-        paper = estimator == "paper"
-        penalties = (_squares(u) - row_dots(u, w) if paper else 2 * antisymmetric) / z.numel()
+        seen = [_see(local, m, stack, paper, create_graph, len(stacks) > 1) for stack in stacks]
+        rows = torch.cat([found for found, _ in seen], dim=1)
+        penalties = rows[0] / z.numel()
         penalty = penalties.mean().to(z.dtype)
-        if create_graph and pulled.requires_grad:
-            # With A = J M, the differential of |A e - A^T e|^2 / 2 is r . dA e - e . dA r, where r = A e - A^T e, and
-            # that of |A e|^2 - e . A A e is (2 u - w) . dA e - e . dA u. So products of J^T with vectors that are held
-            # fixed have the penalty's gradient. Differentiating J e itself takes derivatives that torch (2.13) gets
-            # wrong for batch, instance and layer norm, in forward mode as well as by double backward.
-            left, right = (2 * u - w, u) if paper else (u - w, u - w)
-            bilinear = row_dots(local.adjoint(left, create_graph), weighed) - row_dots(pulled, m * right)
+        sources = [source for _, source in seen if source is not None]
+        if sources:
+            source = (torch.cat(sources).mean() / z.numel()).to(z.dtype)
             with torch.enable_grad():
-                penalty = cast(Tensor, _Penalty.apply(penalty, (bilinear.mean() / z.numel()).to(z.dtype)))  # type: ignore[no-untyped-call]
-    return Sample(penalty, torch.stack([penalties, symmetric, antisymmetric]), local.batched)
+                penalty = cast(Tensor, _Penalty.apply(penalty, source))  # type: ignore[no-untyped-call]
+    return Sample(penalty, torch.stack([penalties, *rows[1:]]), local.batched)
+
+
+def _see(
+    local: Linearization, m: Tensor, vectors: Tensor, paper: bool, create_graph: bool, anew: bool
+) -> tuple[Tensor, Tensor | None]:
+    """For each probe the penalty, `|S e|^2` and `|A e|^2`, and what has the penalty's gradient.
+
+    With `anew` the graph of the latter holds nothing: it is computed once more when it is differentiated.
+    """
+    weighed = m * vectors
+    u, pulled = local.both(weighed, vectors, create_graph and not anew)
+    w = m * pulled.detach()
+    symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
+    rows = torch.stack([_squares(u) - row_dots(u, w) if paper else 2 * antisymmetric, symmetric, antisymmetric])
+    if not (create_graph and local.requires_grad):
+        return rows, None
+    # With A = J M, the differential of |A e - A^T e|^2 / 2 is r . dA e - e . dA r, where r = A e - A^T e, and that of
+    # |A e|^2 - e . A A e is (2 u - w) . dA e - e . dA u. So products of J^T with vectors that are held fixed have the
+    # penalty's gradient. Differentiating J e itself takes derivatives that torch (2.13) gets wrong for batch, instance
+    # and layer norm, in forward mode as well as by double backward.
+    left, right = (2 * u - w, u) if paper else (u - w, u - w)
+
+    def source(left: Tensor, right: Tensor) -> Tensor:
+        back = local.adjoint(vectors, True) if anew else pulled
+        return row_dots(local.adjoint(left, True), weighed) - row_dots(back, m * right)
+
+    if not anew:
+        return rows, source(left, right)
+    batched = local.batched
+    for _ in range(2):
+        found = cast(Tensor, checkpoint(source, left, right, use_reentrant=False, preserve_rng_state=False))
+        if local.batched == batched:
+            break
+        batched = local.batched  # vmap failed on the way, and will not be tried when that is computed again
+    return rows, found
 
 
 class _Penalty(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torchdeq_ep.extend import check_count
 from torchdeq_ep_lightning.batches import EpochBatches, ResumableLoader, Samples
 from torchdeq_ep_lightning.decoding import Reading
 from torchdeq_ep_lightning.flavour import LightningDataModule
-from torchdeq_ep_lightning.images import DIGITS, Images, StreamedImages, decoded, open_images
+from torchdeq_ep_lightning.images import DIGITS, Splits, decoded, open_images
 from torchdeq_ep_lightning.sharing import share_on_machine
 
 
@@ -102,11 +102,11 @@ class ImageData(LightningDataModule):
         self.seed, self.workers, self.cache = seed, workers, cache
         self.reading = Reading(None if resize is None else (resize[0], resize[1]), alpha)
         self.streaming = streaming
-        self._opened: tuple[Images | StreamedImages, ...] | None = None
-        self._images: tuple[Images | StreamedImages, ...] | None = None
+        self._opened: Splits | None = None
+        self._images: Splits | None = None
 
     @property
-    def images(self) -> tuple[Images | StreamedImages, ...]:
+    def images(self) -> Splits:
         """Training and test images, decoded when they are first asked for, unless they are streamed."""
         if self._images is None:
             self._images = self._open() if self.streaming else decoded(self._open(), self.workers)
@@ -165,14 +165,14 @@ class ImageData(LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _open(self) -> tuple[Images | StreamedImages, ...]:
+    def _open(self) -> Splits:
         if self._opened is None:
             self._opened = self._checked(
                 open_images(self.source, self.splits, self.columns, self.limits, self.cache, self.reading)
             )
         return self._opened
 
-    def _checked(self, parts: tuple[Images | StreamedImages, ...]) -> tuple[Images | StreamedImages, ...]:
+    def _checked(self, parts: Splits) -> Splits:
         expected = self.expected_shape or parts[0].shape
         for part in parts:
             if part.shape != expected:

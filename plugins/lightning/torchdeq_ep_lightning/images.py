@@ -119,6 +119,10 @@ class StreamedImages(Dataset[Tensor]):
         return [decode_image(*image, self._reading).permute(2, 0, 1) for image in images]
 
 
+Splits = tuple[Images | StreamedImages, ...]
+"""The images of each split."""
+
+
 def _same(batch: Any) -> Any:
     return batch
 
@@ -165,7 +169,7 @@ def open_images(
     limits: Sequence[int | None],
     cache: str | None,
     reading: Reading | None,
-) -> tuple[Images | StreamedImages, ...]:
+) -> Splits:
     """The same images, with their labels read, and of each split no more than the first image decoded.
 
     The digits, which are no files, are in memory.
@@ -181,7 +185,7 @@ def open_images(
     )
 
 
-def decoded(parts: Sequence[Images | StreamedImages], workers: int) -> tuple[Images, ...]:
+def decoded(parts: Splits, workers: int) -> tuple[Images, ...]:
     """Each split in memory, decoded by so many processes."""
     return tuple(part.in_memory(workers) if isinstance(part, StreamedImages) else part for part in parts)
 

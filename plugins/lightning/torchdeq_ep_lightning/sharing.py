@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from torchdeq_ep_lightning.flavour import Trainer
-from torchdeq_ep_lightning.images import Images, StreamedImages
-
-Parts = Sequence[Images | StreamedImages]
+from torchdeq_ep_lightning.images import Images, Splits, StreamedImages
 
 
-def share_on_machine(trainer: Trainer, opened: Parts, held: Parts | None) -> tuple[Images | StreamedImages, ...]:
+def share_on_machine(trainer: Trainer, opened: Splits, held: Splits | None) -> Splits:
     """What the first process of each machine has decoded, mapped from a file into the memory of all of its processes.
 
     The file lies in the folder for temporary files (`TMPDIR`), and is removed once all have it.
@@ -29,7 +26,7 @@ def share_on_machine(trainer: Trainer, opened: Parts, held: Parts | None) -> tup
         The decoded images, whose pixels are in memory once.
     """
     if not any(isinstance(part, StreamedImages) for part in opened):
-        return tuple(opened)
+        return opened
     first, strategy = trainer.local_rank == 0, trainer.strategy
     folder = Path(strategy.broadcast(tempfile.mkdtemp(prefix="torchdeq-ep-") if trainer.is_global_zero else ""))
     file = folder / "pixels.pt"

@@ -40,6 +40,7 @@ class Homeostasis(Measuring, Attached):
         metric: Dotted path of a metric in the LightningModule.
         seed: Seed of the probes.
         enabled: `False` makes this callback do nothing.
+        chunk: How many probes are in memory at a time; by default all.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
@@ -61,10 +62,12 @@ class Homeostasis(Measuring, Attached):
         metric: str | None = None,
         seed: int = 0,
         enabled: bool = True,
+        chunk: int | None = None,
     ) -> None:
         check_unit(by)
         check_count("every", every)
         check_count("probes", probes)
+        check_count("chunk", 1 if chunk is None else chunk)
         self.is_automatic = weight == AUTO
         if self.is_automatic and (estimator != "error-vector" or every != 1):
             raise InvalidOptionError("weight='auto' goes with estimator='error-vector' and every=1.")
@@ -75,7 +78,7 @@ class Homeostasis(Measuring, Attached):
                 raise InvalidOptionError(f"weight must be {allowed}, not {value!r}.")
         self.by, self.every, self.seed, self.enabled = by, every, seed, enabled
         self.metric, self.descent = metric, descent
-        self.options: dict[str, Any] = {"probes": probes, "estimator": estimator, "target": target}
+        self.options: dict[str, Any] = {"probes": probes, "chunk": chunk, "estimator": estimator, "target": target}
         self._registered: Any = None
         self._batch = 0
         super().__init__()
