@@ -133,8 +133,10 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Give the other processes of the machine those that one of them has decoded."""
-        if self.trainer is not None and self.trainer.world_size > 1 and not self.streaming:
-            self._images = share_on_machine(self.trainer, self._open(), self._images)
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and not self.streaming:
+            held = self.images if trainer.local_rank == 0 else None
+            self._images = share_on_machine(trainer, self._open(), held)
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training images, shuffled anew in each epoch."""
