@@ -562,23 +562,22 @@ class Driven(nn.Module):
         return self.deq(lambda z: z @ self.weight.T + x, torch.zeros_like(x))[0][-1]
 
 
+@pytest.mark.slow
 def test_the_guard_holds_a_map_that_its_task_drives_beyond_one():
     """The loss takes the largest eigenvalue up by the same in each step; its share of the state is there to be seen."""
     radii, drive = [], torch.randn(B, N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for is_guarded in (True, False):
+    for homeostasis in ("auto", None):
         model = Driven()
-        handle = tep.use_backward(model, "ep", homeostasis="auto")
-        (regulator,) = handle.homeostasis._regulators
-        if not is_guarded:
-            regulator.controller.guard, regulator.controller.stabilise = 0.0, lambda rate: None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tep.use_backward(model, "ep", homeostasis=homeostasis)
+        optimizer, largest = torch.optim.SGD(model.parameters(), lr=0.1), 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EPWarning)  # near 1 free phases stop early
             for _ in range(75):
                 optimizer.zero_grad()
-                (1e-14 * model(drive).square().sum() - 0.01 * (model.weight * model.slowest).sum()).backward()
+                (1e-9 * model(drive).norm().log() - 0.01 * (model.weight * model.slowest).sum()).backward()
                 optimizer.step()
-        radii.append(float(torch.linalg.eigvals(model.weight.detach()).abs().max()))
+                largest = max(largest, float(torch.linalg.eigvals(model.weight.detach()).abs().max()))
+        radii.append(largest)
     guarded, bare = radii
     assert guarded < 0.98
     assert bare > 1.0
