@@ -106,6 +106,7 @@ figures: $(STAMP) ## measure and draw the figures of the documentation again
 	@$(BIN)/python docs/figures/estimators.py
 	@$(BIN)/python docs/figures/benchmarks.py
 	@$(BIN)/python docs/figures/reproduction.py
+	@$(BIN)/python docs/figures/angles.py
 
 # Two cores take an hour for the lot; runs that docs/results/ordinary.json has are not repeated.
 ordinary: $(STAMP) ## train ordinary models in every mode, beside torchdeq's own: docs/ordinary.md

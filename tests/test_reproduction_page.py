@@ -79,3 +79,40 @@ def test_the_page_has_the_times_that_were_recorded(docs_script):
     changed["now"] = [{**run, "ift": {"bare_calls": 1.0, "milliseconds": 1.0}} for run in changed["now"]]
     assert steps.insert(page, steps.BEGIN, steps.END, steps.tables(changed)) != page
     assert "papers' code" not in steps.tables({key: value for key, value in record.items() if key != "papers"})
+
+
+def test_the_page_has_the_angles_that_were_recorded(docs_script, tmp_path):
+    angles = docs_script("figures/angles")
+    runs, page = json.loads(angles.ANGLES.read_text())["runs"], PAGE.read_text()
+    assert angles.insert(page, angles.BEGIN, angles.END, angles.table(runs)) == page
+    short, long = (
+        {"backward": "ift", "angle": 30.0, "seed": 0, "images": None, "history": [{"step": step, "test/error": 9.0}]}
+        for step in (100, 200)
+    )
+    lines = angles.table([short, {**short, "seed": 1}, long]).splitlines()
+    assert lines[2] == "| 100 | 30° | 0, 1 | 9.0, 9.0 | - | - | - |"
+    assert lines[3] == "| 200 | 30° | 0 | 9.0 | - | - | - |"
+    angles.draw(runs, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+def test_finished_runs_at_angles_are_gathered(docs_script, tmp_path):
+    angles, folder = docs_script("figures/angles"), tmp_path / "one"
+    folder.mkdir()
+    history = [{"epoch": 1, "step": 50, "test/error": 7.0, "alignment/cosine": 0.5, "seconds": 3.0}]
+    (folder / "result.json").write_text(json.dumps({"backward": "ift", "seed": 2, "history": history}))
+    (folder / "config.yaml").write_text("model:\n  angle: 60.0\ndata:\n  batch: 5\n")
+    (run,) = angles.gather([tmp_path])
+    assert (run["backward"], run["angle"], run["seed"]) == ("ift", 60.0, 2)
+    assert run["history"] == [{"step": 50, "test/error": 7.0, "alignment/cosine": 0.5}]
+    assert angles.gather([tmp_path], [run]) == [run]
+    assert angles.gather([], [run]) == [run]
+
+
+def test_the_page_has_the_steps_of_the_wide_network(docs_script):
+    wide = docs_script("figures/cnn_step")
+    rows, page = json.loads(wide.RESULTS.read_text())["rows"], PAGE.read_text()
+    assert set(rows) == set(wide.ROWS)
+    assert wide.insert(page, wide.BEGIN, wide.END, wide.table(rows)) == page
+    rows["exact"]["seconds"] *= 2
+    assert wide.insert(page, wide.BEGIN, wide.END, wide.table(rows)) != page

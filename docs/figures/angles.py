@@ -37,8 +37,8 @@ def gather(folders: Sequence[Path], recorded: Sequence[Run] = ()) -> list[Run]:
         settings = yaml.safe_load((result.parent / "config.yaml").read_text(encoding="utf-8"))
         plain = json.loads(result.read_text(encoding="utf-8"))
         history = [{name: epoch[name] for name in KEPT if name in epoch} for epoch in plain["history"]]
-        run = {"backward": plain["backward"], "angle": settings["model"]["angle"], "seed": plain["seed"]}
-        run |= {"images": settings["data"]["train_limit"], "history": history}
+        run = {"backward": plain["backward"], "angle": settings["model"].get("angle", 0.0), "seed": plain["seed"]}
+        run |= {"images": settings["data"].get("train_limit"), "history": history}
         found[_key(run)] = run
     return sorted(found.values(), key=_key)
 
