@@ -195,7 +195,8 @@ def test_batched_cotangents_of_what_a_solver_keeps(solver, mode):
         with pytest.raises(TransformError, match="kept of one forward pass"):
             ALL["functional.jacobian"](layer, X)
     else:
-        assert torch.equal(ALL["functional.jacobian"](layer, X), one_by_one)
+        # A product of several vectors is not rounded as those of each are, on every machine.
+        assert relative_error(ALL["functional.jacobian"](layer, X), one_by_one) < 1e-12
 
 
 @pytest.mark.parametrize("entry", ["attach", "switched"])

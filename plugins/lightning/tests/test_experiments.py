@@ -80,7 +80,8 @@ def test_the_page_of_the_documentation_is_that_of_its_results(tmp_path):
     docs = Path(__file__).parents[3] / "docs"
     page = tmp_path / "page.md"
     page.write_text((docs / "reproduction.md").read_text())
-    results = [docs / "results" / "reproduction" / f"{name}.json" for name in ("digits", "table1", "angle", "loop")]
+    names = ("digits", "table1", "angle", "loop", "cnn")
+    results = [docs / "results" / "reproduction" / f"{name}.json" for name in names]
     assert report([str(page), *map(str, results)]) == 0
     assert page.read_text() == (docs / "reproduction.md").read_text()
 

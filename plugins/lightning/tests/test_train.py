@@ -160,7 +160,7 @@ def test_recipes_are_complete(name, tmp_path):
     for section in ("model", "swap", "homeostasis"):
         ours = {"connections", "feedback", "damping", "temperature", "lr_factors", "readout_lr_factor"}
         ours |= {"readout_decay_factor", "backward", "seed", "by", "momentum", "max_iter", "shape", "n_classes"}
-        ours |= {"on_divergence"}
+        ours |= {"on_divergence", "chunk"}
         ours |= {"backward_norm", "last_padding"}  # of one kind of network each
         if not plain["homeostasis"]["enabled"] and section == "homeostasis":
             continue
