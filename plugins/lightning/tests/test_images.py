@@ -280,6 +280,13 @@ def test_streamed_images_are_those_in_memory(tmp_path, workers):
         assert torch.equal(one[1], other[1])
 
 
+def test_reading_images_leaves_the_random_state_alone(tmp_path):
+    data = labelled(tmp_path, train=[0, 1], test=[1])
+    before = torch.get_rng_state()
+    assert data.images[0].pixels.shape[0] == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class _Watching(LightningModule):
     """Keeps the sums of the images it is shown, one file for each process."""
 

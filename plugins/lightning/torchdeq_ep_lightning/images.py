@@ -104,6 +104,7 @@ class StreamedImages(Dataset[Tensor]):
             batch_sampler=list(chunks),  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_same,
+            generator=torch.Generator(),  # a loader draws, and torch's own random state is not for that
         )
         pixels = torch.empty(0)
         for rows, decoded in zip(chunks, loader, strict=True):
