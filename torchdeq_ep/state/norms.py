@@ -117,9 +117,11 @@ def norm_and(tensor: Tensor, *others: Tensor) -> tuple[float, NDArray[np.float64
         >>> norm_and(torch.tensor([3.0, 4.0]), torch.tensor(2.0))
         (5.0, array([2.]))
     """
+    if not others:
+        return norm(tensor), np.empty(0)
     wide = _widened(tensor.detach())
-    size, *entries = np.split(fetch(torch.linalg.vector_norm(wide), *others), [1])
-    return _checked(float(size[0]), wide, torch.linalg.vector_norm), entries[0]
+    found = fetch(torch.linalg.vector_norm(wide), *others)
+    return _checked(float(found[0]), wide, torch.linalg.vector_norm), found[1:]
 
 
 def row_dots(stack: Tensor, other: Tensor) -> Tensor:
