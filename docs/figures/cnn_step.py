@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None]] = {
 
 
 def measure(batch: tuple[Tensor, Tensor], spec: str, homeostasis: dict[str, Any] | None) -> dict[str, float]:
-    """Seconds of a step of training as the recipe makes it, peak memory in MiB, and steps of both phases."""
+    """Seconds of a step of training as the recipe makes it, peak memory in MiB, and steps of the nudged phase."""
     import torchdeq_ep_lightning as lightning
     from torchdeq_ep_lightning.training import recipes
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchdeq_ep.relaxation.loop import FindRows, Relaxation
 from torchdeq_ep.relaxation.phases import Enough, count_notable
 from torchdeq_ep.relaxation.solvers import Product, in_units
-from torchdeq_ep.state import in_the_middle, join_rows, norm, row_norms, split_rows
+from torchdeq_ep.state import fetch, in_the_middle, join_rows, norm, row_norms, split_rows
 
 LONGEST = 50
 """How many vectors are kept; then it begins anew from where it stands."""
@@ -116,7 +116,7 @@ class _Space:
         self._triangle = np.zeros((height, longest, longest))
         self._turns = np.zeros((longest, 2, height))
         self._right = np.zeros((height, longest + 1))
-        self._right[:, 0] = sizes.cpu().double().numpy()
+        self._right[:, 0] = fetch(sizes)
 
     @property
     def last(self) -> Tensor:
@@ -134,7 +134,7 @@ class _Space:
             parts = parts + part
         sizes = row_norms(image)
         torch.mul(image, _inverse(sizes), out=self._basis[:, k + 1])
-        numbers = torch.cat([parts[:, :, 0], sizes.unsqueeze(1).to(parts)], dim=1).cpu().double().numpy()
+        numbers = fetch(torch.cat([parts[:, :, 0], sizes.unsqueeze(1).to(parts)], dim=1)).reshape(len(sizes), k + 2)
         column = -numbers.T  # of I - P
         column[k] += 1.0
         for j in range(k):
