@@ -156,11 +156,11 @@ def test_homeostasis_improves_the_error_in_every_seed(tmp_path, recipe, network,
 def test_the_convolutional_network_learns(tmp_path, backward):
     """Two epochs of the recipe at a quarter of the width, with its own rates of learning; nudged phases stop at 1e-2.
 
-    The loss has to fall by 10 % from the first quarter of the steps to the last. From two draws of the weights it fell
-    by 14 and by 17 %, and if the read-out alone learns, it falls by 3 %. With the papers' shifted activation and
-    weights nothing is learnt in the first twenty steps.
+    The loss has to fall by 15 % from the first twenty steps to the last twenty. If the read-out alone learns, it falls
+    by 3 %. With the papers' shifted activation and weights nothing is learnt in the first twenty steps, and how fast
+    after that depends on the weights drawn: after 80 steps it had fallen by 14 and by 17 %, so there are 100.
     """
-    source = write_coloured(tmp_path / "data", 2000, 100)
+    source = write_coloured(tmp_path / "data", 2500, 100)
     out = tmp_path / "out"
     options = ["--backward", backward, "--data.source", str(source), "--data.image_column", "image", *QUIET]
     options += ["--model.hidden", "[32, 64, 128, 128]", "--data.batch", "50", "--trainer.max_epochs", "2"]
@@ -168,9 +168,9 @@ def test_the_convolutional_network_learns(tmp_path, backward):
     options += ["--trainer.log_every_n_steps", "1", "--out", str(out)]
     result = run("cifar10-cnn", options)
     losses = losses_by_step(out)
-    assert len(losses) == 80
-    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
-    assert result.last["test/loss"] < 0.9 * math.log(10)  # of a guess
+    assert len(losses) == 100
+    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
+    assert result.last["test/loss"] < 0.85 * math.log(10)  # of a guess
 
 
 def losses_by_step(out: Path) -> list[float]:
