@@ -67,6 +67,8 @@ Of the recipe [`table1`](train.md#recipes) on digits of 28 x 28 pixels, after 30
 phases, gradients and optimiser, in calls of the bare map, in time of the processor. `calls` are those of the nudged
 phases of the last step.
 """,
+    "compiled map": """A call of that network's map compiled by `torch.compile` over an eager one, batch 50:
+""",
     "scaling with N": """## Scaling
 
 The time of a contour over that of four points, to 1e-4, on the dense network:
@@ -88,6 +90,8 @@ gradients of the parameters, and a few inner products.
 
 Time that five probes add to a training step, over that of five products with `J`, five with `J^T`, and their backward;
 and over the step without.
+""",
+    "homeostasis in chunks": """The penalty of the convolutional block, a few probes at a time, over all five at once:
 """,
 }
 
@@ -131,6 +135,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "tol": "nudged tolerance",
     },
     "training step": {"backward": "backward", "bare_calls": "bare calls", "target": "aim", "calls": "calls"},
+    "compiled map": {"of_eager": "time"},
     "scaling with N": {"n_points": "N", "ratio": "time", "calls": "calls"},
     "scaling with batch": {"batch": "batch", "ratio": "time", "calls": "calls"},
     "memory over iterations": {"max_iter": "iterations", "states": "states"},
@@ -143,6 +148,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "nudge_error": "nudge error",
     },
     "homeostasis": {"kind": "model", "added_to_products": "over the products", "added_to_step": "over the step"},
+    "homeostasis in chunks": {"chunk": "probes at a time", "time": "time", "memory": "peak memory"},
 }
 
 

@@ -19,9 +19,13 @@ def script(docs_script):
 def test_the_page_has_the_rows_of_the_recorded_runs(script):
     runs = json.loads(script.DIRECTIONS.read_text())["runs"]
     page = PAGE.read_text()
-    assert script.insert(page, script.BEGIN, script.END, script.table(runs)) == page
-    changed = [{**runs[0], "seed": 7}, *runs[1:]]
-    assert script.insert(page, script.BEGIN, script.END, script.table(changed)) != page
+    changed = [{**runs[0], "seed": 7, "history": runs[1]["history"]}, *runs[1:]]
+    for begin, end, table in (
+        (script.BEGIN, script.END, script.table),
+        (script.BEGIN_MEANS, script.END_MEANS, script.means),
+    ):
+        assert script.insert(page, begin, end, table(runs)) == page
+        assert script.insert(page, begin, end, table(changed)) != page
 
 
 def test_uphill_is_the_worst_of_the_large_nudges_at_every_number_of_steps(script):
@@ -66,6 +70,15 @@ def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
     longer = {**run, "history": [*run["history"], *other["history"]]}
     assert script.gather([tmp_path], [longer, other]) == [longer, other]  # what is recorded stays, if it is longer
     assert script.gather([tmp_path], [unheard, exact]) == [run, exact, unheard]
+    done = {"history": [{"step": 200, "seconds": 1.0}, {"step": 400, "seconds": 6.0}]}
+    (tmp_path / "resumed" / "result.json").write_text(json.dumps(done))
+    (timed,) = script.gather([tmp_path])
+    assert [row["seconds"] for row in timed["history"]] == [1.0, 6.0]
+    untimed = {**timed, "seed": 4, "history": [{"step": 400, "test/error": 42.0}, {"step": 900, "test/error": 1.0}]}
+    rows = script.means([timed, untimed, {**exact, "history": exact["history"][:1]}]).splitlines()
+    assert rows[0] == "| nudge | of 0.5: error | steps | ms a step |"
+    assert rows[2] == "| symmetric | 41.0 ± 1.4 | 400 | 15 |"  # what both have; the time of the one that has it
+    assert rows[3] == "| exact | 30.0 | 1,000 | - |"
     script.draw([run, exact, unheard], tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
     assert script.main([str(tmp_path / "nowhere")]) == 2

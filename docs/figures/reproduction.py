@@ -1,8 +1,9 @@
-"""Error against steps of the rows of Table 1: `reproduction.svg` beside it, and a table of docs/reproduction.md.
+"""Error against steps of the rows of Table 1: `reproduction.svg` beside it, and two tables of docs/reproduction.md.
 
 `make figures` runs it. `python docs/figures/reproduction.py RUNS ..` first adds the logs of runs to
-`docs/results/reproduction/directions.json`: `RUNS` is the folder `runs` of a sweep, whose runs need not be finished. Of
-two runs of one nudge and seed, the longer one counts, and of two of the same length the one that is given.
+`docs/results/reproduction/directions.json`: `RUNS` is the folder `runs` of a sweep, whose runs need not be finished;
+those that are have their times as well. Of two runs of one nudge and seed, the longer one counts, and of two of the
+same length the one that is given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import yaml
@@ -26,6 +27,7 @@ from pages import insert  # noqa: E402
 
 PAGE = HERE.parent / "reproduction.md"
 BEGIN, END = "<!-- The table is written by docs/figures/reproduction.py. -->", "<!-- End of the table. -->"
+BEGIN_MEANS, END_MEANS = "<!-- The means are written by docs/figures/reproduction.py. -->", "<!-- End of the means. -->"
 RESULTS = HERE.parent / "results" / "reproduction"
 DIRECTIONS = RESULTS / "directions.json"
 KEPT = ("test/error", "train/error", "nudge/unconverged", "nudge/iterations", "free/iterations")
@@ -60,6 +62,9 @@ def gather(folders: Sequence[Path], recorded: Sequence[Run] = ()) -> list[Run]:
                     values = {name: float(row[name]) for name in KEPT if row.get(name)}
                     if values and row["epoch"]:
                         epochs.setdefault(int(row["step"]) + 1, {}).update(values)
+        if (result := config.parent / "result.json").is_file():
+            for row in json.loads(result.read_text(encoding="utf-8"))["history"]:
+                epochs.setdefault(row["step"], {})["seconds"] = row["seconds"]
         history = [{"step": step, **epochs[step]} for step in sorted(epochs) if "test/error" in epochs[step]]
         run = {"backward": settings["backward"], "seed": settings["seed_everything"], "history": history}
         key = (run["backward"], run["seed"])
@@ -91,6 +96,31 @@ def _place(run: Run) -> tuple[int, str, int, str]:
 def _name(run: Run) -> str:
     name, beta = named(run)
     return ", ".join(part for part in (NAMES.get(name, f"`{name}`"), beta) if part)
+
+
+def means(runs: Sequence[Run]) -> str:
+    """Mean test error and deviation over seeds after the most steps that all of them have, in Markdown."""
+    amplitudes = [beta for beta in AMPLITUDES if any(named(run)[1] == beta for run in runs)]
+    heads = ["nudge", *(part for beta in amplitudes for part in (f"of {beta}: error", "steps", "ms a step"))]
+    lines = [heads, ["---"] * len(heads)]
+    for name in NAMES:
+        group = [run for run in runs if named(run)[0] == name]
+        if group:
+            cells = [_mean([run for run in group if named(run)[1] in (beta, EXACT)]) for beta in amplitudes]
+            lines.append([NAMES[name], *(cell for part in cells for cell in part)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _mean(group: Sequence[Run]) -> list[str]:
+    if not group:
+        return ["-"] * 3
+    errors = [{row["step"]: row["test/error"] for row in run["history"]} for run in group]
+    step = max(set.intersection(*map(set, errors)))
+    last = [found[step] for found in errors]
+    deviation = f" ± {stdev(last):.1f}" if len(last) > 1 else ""
+    timed = [run["history"][-1] for run in group if "seconds" in run["history"][-1]]
+    times = f"{1000 * fmean(row['seconds'] / row['step'] for row in timed):.0f}" if timed else "-"
+    return [f"{fmean(last):.1f}{deviation}", f"{step:,}", times]
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -145,7 +175,8 @@ def main(arguments: Sequence[str]) -> int:
             return 2
         runs = gather([Path(folder) for folder in arguments], runs)
         write_text(DIRECTIONS, json.dumps({"recipe": "table1", "runs": runs}, indent=1) + "\n")
-    write_text(PAGE, insert(PAGE.read_text(encoding="utf-8"), BEGIN, END, table(runs)))
+    page = insert(PAGE.read_text(encoding="utf-8"), BEGIN_MEANS, END_MEANS, means(runs))
+    write_text(PAGE, insert(page, BEGIN, END, table(runs)))
     draw(runs, HERE / "reproduction.svg")
     return 0
 

@@ -89,11 +89,11 @@ class Training:
         self.model.backward(loss)
         optimizer.step()
 
-    def bare(self, batch: Batch) -> Callable[[], None]:
-        """Calls of the map itself, without autograd."""
+    def bare(self, batch: Batch, wrap: Callable[[Any], Any] = lambda f: f) -> Callable[[], None]:
+        """Calls of the map itself, or of what it is wrapped in, without autograd."""
         network = self.model.network
         with torch.no_grad():
-            f = network.map(batch[0].flatten(1))
+            f = wrap(network.map(batch[0].flatten(1)))
 
         @torch.no_grad()
         def run() -> None:

@@ -53,3 +53,17 @@ def test_training_step(benchmark: BenchmarkFixture, steps: Any, trained: Any, sp
         bare_ms=statistics.median(times["bare"]),
         calls=report.calls,
     )
+
+
+def test_compiled_map(benchmark: BenchmarkFixture, steps: Any, trained: Any) -> None:
+    benchmark.group = "compiled map"
+    eager, compiled = trained.bare(trained.batches[0]), trained.bare(trained.batches[0], torch.compile)
+    compiled()
+    before: list[float] = []
+
+    def turn() -> None:
+        before.append(steps.milliseconds(eager))
+
+    after: list[float] = []
+    benchmark.pedantic(lambda: after.append(steps.milliseconds(compiled)), setup=turn, rounds=ROUNDS)
+    benchmark.extra_info.update(of_eager=statistics.median(after) / statistics.median(before))
