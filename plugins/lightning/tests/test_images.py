@@ -9,9 +9,12 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -26,6 +29,7 @@ from torch import Tensor
 from torchdeq_ep.errors import DataError, InvalidOptionError
 from torchdeq_ep_lightning import ImageData, images
 from torchdeq_ep_lightning.decoding import Reading, decode_image
+from torchdeq_ep_lightning.sharing import share_on_machine
 
 GENERATOR = np.random.default_rng(0)
 
@@ -342,6 +346,26 @@ def test_the_processes_of_a_machine_decode_each_image_once(tmp_path, monkeypatch
     opened = 2  # the first image of each split, for its shape
     assert counts == [opened, opened + 24]
     assert not list((tmp_path / "temporary").glob("torchdeq-ep-*"))
+
+
+def test_machines_whose_folder_for_temporary_files_is_one(tmp_path, monkeypatch):
+    pictures = [encoded(torch.from_numpy(noise(6, 5, 3))) for _ in range(4)]
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", pictures, [0, 1, 2, 3])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache, barrier = str(tmp_path / "cache"), threading.Barrier(2)
+    strategy = SimpleNamespace(broadcast=lambda _: "name", barrier=lambda _: barrier.wait(60))
+    opened = images.open_images(str(tmp_path), ("train", "test"), ("image", "label"), (None, None), cache, None)
+    held = images.decoded(opened, 1)
+
+    def machine(rank):
+        return share_on_machine(SimpleNamespace(local_rank=0, node_rank=rank, strategy=strategy), opened, held)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(machine, range(2)):
+            for part, own in zip(found, held, strict=True):
+                assert torch.equal(part.pixels, own.pixels)
+    assert not list(tmp_path.glob("torchdeq-ep-*"))
 
 
 MEASURE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torchdeq_ep_lightning.images import Images, Splits, StreamedImages
 def share_on_machine(trainer: Trainer, opened: Splits, held: Splits | None) -> Splits:
     """What the first process of each machine has decoded, mapped from a file into the memory of all of its processes.
 
-    The file lies in the folder for temporary files (`TMPDIR`), and is removed once all have it.
+    The file lies in the machine's folder for temporary files (`TMPDIR`), and is removed once all have it.
 
     Args:
         trainer: The trainer of all processes.
@@ -28,10 +29,11 @@ def share_on_machine(trainer: Trainer, opened: Splits, held: Splits | None) -> S
     if not any(isinstance(part, StreamedImages) for part in opened):
         return opened
     first, strategy = trainer.local_rank == 0, trainer.strategy
-    folder = Path(strategy.broadcast(tempfile.mkdtemp(prefix="torchdeq-ep-") if trainer.is_global_zero else ""))
+    name = f"torchdeq-ep-{strategy.broadcast(uuid.uuid4().hex)}-{trainer.node_rank}"  # machines may share the folder
+    folder = Path(tempfile.gettempdir(), name)
     file = folder / "pixels.pt"
     if first:
-        folder.mkdir(exist_ok=True)  # on the other machines
+        folder.mkdir(mode=0o700)
         torch.save([part.pixels for part in held or () if isinstance(part, Images)], file)
     strategy.barrier("images are written")
     pixels = torch.load(file, mmap=True)
