@@ -78,7 +78,8 @@ class AsymmetryPenalty:
         with torch.enable_grad(), autocast.restored(False):
             pulled = local.adjoint(u.unsqueeze(0), create_graph=is_weighed)[0]
             a, rates = pushed - pulled.detach(), samples.norms(pulled.detach())
-            value = norm(a) ** 2 / samples.count
+            size = norm(a)
+            value = size * size / samples.count
             self.on_value(value, float(rates.quantile(_MOST)))
             if not is_weighed:
                 return (None,) * len(self.leaves)

@@ -208,6 +208,21 @@ def test_what_is_no_gradient_moves_nothing_and_is_forgotten(gradient):
     torch.testing.assert_close(parameter.detach(), torch.full((5,), 0.99, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("first", [torch.complex64, torch.bfloat16, torch.float32])
+def test_parameters_of_several_dtypes_are_moved_by_one_length(first):
+    parameters = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (first, torch.float64, torch.complex128)]
+    optimizer = torch.optim.SGD(parameters, lr=1e-30)
+    descent = Descent(optimizer)
+    descent.share = 1.0
+    descent.register()
+    gradients = [torch.ones_like(p) * (1 + 1j if p.is_complex() else 1) for p in parameters]
+    descent.add(parameters, gradients, value=0.01)
+    optimizer.step()
+    length = 2 * 0.01 / sum(float(g.abs().square().sum()) for g in gradients)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), 1 - length * gradient)
+
+
 def test_it_follows_the_schedule_of_the_optimiser():
     parameter, optimizer, descent = alone()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [0.0, 0.5, 1.0, 0.25][step])

@@ -1,5 +1,6 @@
 """The symmetry and the homeostatic penalty against the dense Jacobian."""
 
+import itertools
 import math
 
 import pytest
@@ -217,8 +218,29 @@ def test_a_chunk_holds_the_graph_of_its_own_probes_alone():
 
     whole = peak(16, None) - peak(8, None)
     parts = peak(16, 1) - peak(8, 1)
-    assert parts / 8 < 6  # a probe, and a few vectors of its size
+    assert parts / 8 < 3  # a probe, and what its product is weighed with
     assert parts < whole / 3
+
+
+@pytest.mark.parametrize("call", range(1, 13))
+def test_a_chunk_for_which_vmap_is_too_large(call, monkeypatch):
+    f, z = _map("linear")
+    calls, grad = itertools.count(1), torch.autograd.grad
+
+    def measured(fails):
+        def limited(*args, **options):
+            if options.get("is_grads_batched") and next(calls) == fails:
+                raise torch.OutOfMemoryError("too large")
+            return grad(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", limited)
+            return symmetry_penalty(f, z, 6, generator=seeded(7), chunk=2)
+
+    penalty, expected = measured(call), measured(None)
+    ours, theirs = (torch.autograd.grad(p, list(f.parameters()), materialize_grads=True) for p in (penalty, expected))
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert all(torch.allclose(g, other, rtol=1e-10) for g, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])

@@ -46,6 +46,18 @@ def test_every_reciprocal_pair_starts_at_the_angle(kind: str, degrees: float) ->
     assert list(model.connection_angles().values()) == pytest.approx([degrees] * len(model.connection_angles()))
 
 
+@pytest.mark.parametrize("degrees", [0.0, 30.0])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_networks_without_memory_have_the_shapes_of_others(kind: str, degrees: float) -> None:
+    def build() -> Network:
+        return VectorFieldMLP(SIZES, angle=degrees) if kind == "mlp" else cnn(angle=degrees)
+
+    with torch.device("meta"):
+        empty = build()
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.to_empty(device="cpu").load_state_dict(build().state_dict())
+
+
 @pytest.mark.parametrize(("nominal", "actual"), [(0.0, 0.0), (15.0, 54.0), (30.0, 71.0), (45.0, 79.0), (90.0, 90.0)])
 def test_backward_weights_of_the_papers_have_the_norm_of_their_own_fan_in(nominal: float, actual: float) -> None:
     """`rotate` of the papers' code: `sin(a) own + cos(a) forward.T`, and `own` comes from ten units."""

@@ -47,6 +47,14 @@ def test_one_eigenvalue_is_extrapolated_to_the_fixed_point(eigenvalue, seed):
     torch.testing.assert_close(result.value, offset / (1 - eigenvalue), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1e160, torch.float64), (1e20, torch.float32)])
+def test_residuals_whose_squares_are_no_numbers_end_no_solve(size, dtype):
+    offset = torch.full((1, 4), size, dtype=dtype)
+    slopes = torch.tensor([0.5, 0.6, 0.7, 0.8], dtype=dtype)
+    result = iterate(lambda z: slopes * z + offset, torch.zeros_like(offset), tol=1e-3, max_iter=50, scale=size)
+    torch.testing.assert_close(result.value * (1 - slopes), offset, rtol=1e-2, atol=0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1000))
 def test_the_extrapolated_residual_is_the_smallest_along_its_line(seed):

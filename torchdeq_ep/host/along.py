@@ -14,7 +14,7 @@ from torchdeq.core import DEQBase
 from torchdeq_ep.asymmetry import Keep
 from torchdeq_ep.errors import EPError, NoDEQError
 from torchdeq_ep.host.descent import LARGEST_SHARE, Descent
-from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, with_gradient
+from torchdeq_ep.host.injection import Nothing, is_made_anew, is_too_late, is_without_homeostasis, with_gradient
 from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.host.weights import Schedule, weight_at
 from torchdeq_ep.modes import ImplicitDifferentiation, InfinitesimalEP
@@ -156,6 +156,7 @@ class ErrorVectorRegulator:
         self.controller = weight if isinstance(weight, WeightController) else None
         self._weight, self._factor = weight, factor
         self._calls = 0
+        self._asked: ErrorVectorRegulator | None = None
         self.descent = descent
 
     def register(self) -> list[RemovableHandle]:
@@ -174,8 +175,12 @@ class ErrorVectorRegulator:
                 "backward of torchdeq: call tep.use_backward(model, 'ep') first (or 'ift', 'aep'), or take random "
                 "directions, estimator='antisymmetric'."
             )
+        if is_made_anew():  # as it was
+            rule.slot.penalised = self._asked
+            return
         weight = self._weight_at(self._calls)
         self._calls += 1
+        self._asked = None if weight is None else self
         if weight is not None:
             self.last_weight, rule.slot.penalised = weight, self
 
@@ -185,14 +190,15 @@ class ErrorVectorRegulator:
         if slot is None:
             return None
         zero, slot.zero, slot.penalised = slot.zero, None, None
-        if not deq.training or zero is None:
+        if not deq.training or zero is None or is_made_anew():
             return None
         if self.descent is not None:
             self.descent.share = self.last_weight
             return None
         term = self.last_weight * zero
         if self._factor is None:
-            self.collect(term)
+            if not is_too_late(self.name, self.last_weight):
+                self.collect(term)
             return None
         states, info = output
         return [*states[:-1], with_gradient(states[-1], term, self._factor)], info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -111,7 +112,6 @@ def _everywhere(
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each, on the device of the first, in single precision at least."""
-    first = tensors[0]
-    wide = torch.promote_types(first.dtype, torch.float32)
-    return torch.stack([t.to(torch.promote_types(t.dtype, wide)).norm().to(first.device, wide) for t in tensors])
+    """The norm of each, on the device of the first, in the widest precision of all and in single precision at least."""
+    device, wide = tensors[0].device, reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return torch.stack([t.to(wide).norm().to(device) for t in tensors])

@@ -243,7 +243,7 @@ def register_homeostasis(
             [beside the optimiser](homeostasis.md#beside-the-optimiser).
         parameters: Along the error vector: those that the penalty reaches, for instance the weights on the way back;
             by default all that the map depends on.
-        chunk: How many probes are in memory at a time; by default all. See
+        chunk: How many probes have a graph in memory at a time; by default all. See
             [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
 
     Returns:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from torchdeq_ep.closing import is_transforming
-from torchdeq_ep.errors import TransformError
+from torchdeq_ep.errors import EPWarning, TransformError
 from torchdeq_ep.state import contained, container_of
 
 
@@ -47,6 +50,51 @@ def refuse_transforms() -> None:
             "homeostasis is a term of a training loss that its hook adds, and a transform of torch.func would "
             "differentiate that too. Remove the homeostasis first: handle.remove()."
         )
+
+
+def outside_checkpoints() -> AbstractContextManager[object]:
+    """A context whose graph keeps its own tensors: a checkpoint makes a state anew, and not its penalty."""
+    return saved_tensors_hooks(_itself, _itself) if _is_in_checkpoint() else nullcontext()
+
+
+def is_made_anew() -> bool:
+    """Whether a forward pass is made once more in a backward pass, for what its first graph did not keep."""
+    return _is_in_backward() and _is_in_checkpoint()
+
+
+def is_too_late(name: str, weight: float) -> bool:
+    """Whether the loss that a penalty would be added to is being differentiated already.
+
+    Args:
+        name: What the DEQ is called in the warning.
+        weight: Of the penalty; without one there is nothing to warn of.
+    """
+    if not (_is_in_backward() and torch.is_grad_enabled()):
+        return False
+    if weight == 0:
+        return True
+    warnings.warn(
+        f"homeostasis leaves {name or 'the DEQ'} as it is: its forward pass with a graph comes in the backward pass of "
+        "the loss, and a penalty is part of a loss. Likely torch.utils.checkpoint with use_reentrant=True is around "
+        "the model: say use_reentrant=False there, or register_homeostasis(..., inject=True).",
+        EPWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_in_checkpoint() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.7 does not tell
+    hooks = None if top is None else top(False)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__module__
 
 
 def with_gradient(state: Any, term: Tensor, factor: Callable[[], float]) -> Any:

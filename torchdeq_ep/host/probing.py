@@ -14,7 +14,15 @@ from torchdeq.core import DEQBase
 
 from torchdeq_ep.host.deqs import fixed_point
 from torchdeq_ep.host.descent import LARGEST_SHARE, Descent
-from torchdeq_ep.host.injection import Nothing, is_without_homeostasis, refuse_transforms, with_gradient
+from torchdeq_ep.host.injection import (
+    Nothing,
+    is_made_anew,
+    is_too_late,
+    is_without_homeostasis,
+    outside_checkpoints,
+    refuse_transforms,
+    with_gradient,
+)
 from torchdeq_ep.host.weights import Schedule, weight_at
 from torchdeq_ep.jacobian import Estimator, Metric, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import Sample, autocast_of, pack_leniently, probe_symmetry
@@ -86,7 +94,7 @@ class RandomRegulator:
             self.descent.load_state_dict(state)
 
     def __call__(self, deq: DEQBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not deq.training or is_without_homeostasis():
+        if not deq.training or is_without_homeostasis() or is_made_anew():
             return None
         refuse_transforms()
         step, self._calls = self._calls, self._calls + 1
@@ -99,6 +107,8 @@ class RandomRegulator:
         weight = weight_at(self._weight, step, math.inf if self.descent is None else LARGEST_SHARE)
         if weight is None:
             return None
+        if options.factor is None and self.descent is None and is_too_late(self.name, weight):
+            return None
         f, state = fixed_point(args, kwargs, output)
         states, info = output
         autocast = autocast_of(state)
@@ -107,17 +117,18 @@ class RandomRegulator:
         # A state without a gradient is one of a map that nothing can change.
         trainable = any(t.requires_grad for t in (states[-1] if isinstance(state, Sequence) else states[-1:]))
         create_graph = weight > 0 and torch.is_grad_enabled() and trainable
-        sample = probe_symmetry(
-            f,
-            state,
-            vectors,
-            options.estimator,
-            options.metric,
-            autocast,
-            self._batched,
-            create_graph=create_graph,
-            chunk=options.chunk,
-        )
+        with outside_checkpoints():
+            sample = probe_symmetry(
+                f,
+                state,
+                vectors,
+                options.estimator,
+                options.metric,
+                autocast,
+                self._batched,
+                create_graph=create_graph,
+                chunk=options.chunk,
+            )
         self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
         if self.descent is not None:
             self.descent.share = weight

@@ -221,17 +221,18 @@ class Linearization:
         self._require_adjoint(right, forward, left, adjoint.detach())
         return forward, adjoint
 
-    def adjoint(self, vectors: Tensor, create_graph: bool = False) -> Tensor:
+    def adjoint(self, vectors: Tensor, create_graph: bool = False, batched: bool | None = None) -> Tensor:
         """`J^T v` for every `v` of a stack of shape `(K, *shape)`.
 
         Args:
             vectors: The stack.
             create_graph: Whether the result can be differentiated by the parameters of `f`.
+            batched: Whether it is one batched call, which may fail, or a loop; by default whichever works.
 
         Returns:
             A stack of the same shape.
         """
-        return self._products(self._value, self._point, vectors, create_graph)
+        return self._products(self._value, self._point, vectors, create_graph, batched)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """`J v` for every `v` of a stack; it builds no graph.
@@ -260,7 +261,14 @@ class Linearization:
         except RuntimeError as error:
             raise JacobianProductError(_NO_PRODUCT) from error
 
-    def _products(self, output: Tensor | None, source: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
+    def _products(
+        self,
+        output: Tensor | None,
+        source: Tensor,
+        vectors: Tensor,
+        create_graph: bool,
+        batched: bool | None = None,
+    ) -> Tensor:
         if output is None or not output.requires_grad:
             return torch.zeros_like(vectors)
 
@@ -276,12 +284,14 @@ class Linearization:
             )
             return torch.zeros_like(vector) if result is None else result
 
-        if self.batched and len(vectors) > 1:
+        if (self.batched if batched is None else batched) and len(vectors) > 1:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")  # still right, only slower
                     return gradient(vectors, batched=True)
             except Exception:  # whatever vmap cannot do; the loop raises again what is an error of f itself
+                if batched:
+                    raise
                 self.batched = False
         return torch.stack([gradient(vector, batched=False) for vector in vectors])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -59,8 +60,8 @@ def symmetry_penalty(
         estimator: `"antisymmetric"`, or `"paper"`, which may be negative and has the larger variance.
         metric: Positive diagonal `M` as a function of the state, `"auto"` to fit one, or `None` for the identity.
         generator: Draws the probes; torch's own where it is `None`.
-        chunk: How many probes are in memory at a time; by default all. The graph of a chunk is built again when the
-            penalty is differentiated, so a backward pass takes the time of another measurement.
+        chunk: How many probes have a graph in memory at a time; by default all. The products of a chunk that can be
+            differentiated are made twice, for the value and for the gradient: six of a probe instead of three.
 
     Returns:
         A scalar, with a graph where autograd is on and `f` depends on something that requires a gradient.
@@ -79,12 +80,11 @@ def symmetry_penalty(
         (True, True)
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    autocast = autocast_of(z)
-    vectors = gaussian_probes(pack_leniently(z, autocast)[1], probes, generator)
     check_chunk(chunk)
-    create_graph = torch.is_grad_enabled()
+    autocast, create_graph = autocast_of(z), torch.is_grad_enabled()
+    vectors = gaussian_probes(pack_leniently(z, autocast)[1], probes, generator)
     return probe_symmetry(
-        f, z, vectors, estimator, metric, autocast, batched=True, create_graph=create_graph, chunk=chunk
+        f, z, vectors, estimator, metric, autocast, True, create_graph=create_graph, chunk=chunk
     ).penalty
 
 
@@ -137,7 +137,7 @@ def measure_symmetry(
         probes: Number of Gaussian probes; each costs a product with `J` and one with `J^T`.
         metric: As for [`symmetry_penalty`][torchdeq_ep.jacobian.symmetry_penalty].
         generator: Draws the probes; torch's own where it is `None`.
-        chunk: How many probes are in memory at a time; by default all.
+        chunk: How many probes are multiplied at a time; by default all.
 
     Returns:
         The measurement.
@@ -156,10 +156,8 @@ def measure_symmetry(
     check_chunk(chunk)
     autocast = autocast_of(z)
     vectors = gaussian_probes(pack_leniently(z, autocast)[1], probes, generator)
-    sample = probe_symmetry(
-        f, z, vectors, "antisymmetric", metric, autocast, batched=True, create_graph=False, chunk=chunk
-    )
-    return Moments.of(sample).measurement()
+    seen = probe_symmetry(f, z, vectors, "antisymmetric", metric, autocast, True, create_graph=False, chunk=chunk)
+    return Moments.of(seen).measurement()
 
 
 def symmetry_score(
@@ -301,10 +299,10 @@ def _see(
 
     With `anew` the graph of the latter holds nothing: it is computed once more when it is differentiated.
     """
-    weighed = m * vectors
-    u, pulled = local.both(weighed, vectors, create_graph and not anew)
+    u, pulled = local.both(m * vectors, vectors, create_graph and not anew)
     w = m * pulled.detach()
-    symmetric, antisymmetric = _squares((u + w) / 2), _squares((u - w) / 2)
+    difference = u - w
+    symmetric, antisymmetric = _squares((u + w) / 2), _squares(difference / 2)
     rows = torch.stack([_squares(u) - row_dots(u, w) if paper else 2 * antisymmetric, symmetric, antisymmetric])
     if not (create_graph and local.requires_grad):
         return rows, None
@@ -312,21 +310,27 @@ def _see(
     # |A e|^2 - e . A A e is (2 u - w) . dA e - e . dA u. So products of J^T with vectors that are held fixed have the
     # penalty's gradient. Differentiating J e itself takes derivatives that torch (2.13) gets wrong for batch, instance
     # and layer norm, in forward mode as well as by double backward.
-    left, right = (2 * u - w, u) if paper else (u - w, u - w)
+    left, right = (2 * u - w, u) if paper else (difference, difference)
+    if anew:
+        return rows, _computed_anew(local, m, vectors, left, right)
+    return rows, row_dots(local.adjoint(left, True), m * vectors) - row_dots(pulled, m * right)
 
-    def source(left: Tensor, right: Tensor) -> Tensor:
-        back = local.adjoint(vectors, True) if anew else pulled
-        return row_dots(local.adjoint(left, True), weighed) - row_dots(back, m * right)
 
-    if not anew:
-        return rows, source(left, right)
-    batched = local.batched
-    for _ in range(2):
-        found = cast(Tensor, checkpoint(source, left, right, use_reentrant=False, preserve_rng_state=False))
-        if local.batched == batched:
-            break
-        batched = local.batched  # vmap failed on the way, and will not be tried when that is computed again
-    return rows, found
+def _computed_anew(local: Linearization, m: Tensor, vectors: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The same, with a graph that keeps the vectors only, and makes the products again when it is differentiated."""
+
+    def source(batched: bool) -> Tensor:
+        pulled_left, pulled = (local.adjoint(stack, True, batched) for stack in (left, vectors))
+        return row_dots(pulled_left, m * vectors) - row_dots(pulled, m * right)
+
+    remembered = partial(checkpoint, source, use_reentrant=False, preserve_rng_state=False)
+    # Both times in one way: a checkpoint refuses a graph that is not the one it has seen.
+    if local.batched:
+        try:
+            return cast(Tensor, remembered(True))
+        except Exception:  # whatever vmap cannot do
+            local.batched = False
+    return cast(Tensor, remembered(False))
 
 
 class _Penalty(torch.autograd.Function):

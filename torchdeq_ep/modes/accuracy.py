@@ -76,11 +76,16 @@ def measured_nudge_error(
     unseen = amplitude.expected_rounding if is_as_coarse else min(amplitude.expected_rounding, blur)
     if is_blurred and is_as_coarse:
         # The estimate was rounded as coarsely as the check: what is above the mean of such errors may be its own.
-        unseen = max(unseen, math.sqrt(max(found**2 - residual**2 - (blur / _EXPLAINED) ** 2, 0.0)))
+        unseen = max(unseen, _beyond(found, math.hypot(residual, blur / _EXPLAINED)))
     if is_blurred and spread > _BENT:
         unseen = max(unseen, _OF_SPREAD * spread)
-    error = math.hypot(math.sqrt(max(found**2 - explained**2, 0.0)), unseen)
+    error = math.hypot(_beyond(found, explained), unseen)
     return NudgeError(error, calls=2 * problem.calls_of_a_step)
+
+
+def _beyond(found: float, explained: float) -> float:
+    """What is left of an error if another, independent one is taken out; a square of a number may be none."""
+    return math.sqrt(max((found - explained) * (found + explained), 0.0))
 
 
 def _moved_once(problem: NudgedProblem, nudge: float, displacement: Tensor) -> Tensor:

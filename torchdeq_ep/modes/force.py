@@ -215,6 +215,7 @@ def _metric_of_units(
 
 def _compared(cotangent: Tensor, own: Tensor) -> tuple[float, float]:
     """The factor between two gradients, and how far they are from parallel."""
-    square = norm(own) ** 2
+    size = norm(own)
+    square = size * size
     factor = float((own * cotangent).sum()) / square if square > 0 else 0.0
     return factor, norm(cotangent - factor * own) / norm(cotangent)

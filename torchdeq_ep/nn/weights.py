@@ -32,6 +32,8 @@ def weight_at_angle(weight: Tensor, degrees: float, name: str = "a weight", nois
         >>> round(weight_angle(weight, weight_at_angle(weight, 30.0)), 3)
         30.0
     """
+    if weight.is_meta:  # it has a shape and no values
+        return torch.empty_like(weight)
     wide = weight.to("cpu", torch.float64)  # which not every device has
     noise = torch.randn_like(wide)  # drawn at every angle, so that what is drawn next does not depend on it
     if degrees % 180 == 0:

@@ -111,11 +111,11 @@ class Extrapolation(Phase):
             return value
         _, previous_size = self._first
         self._first = None
-        product = float(self._products[0])
-        change = size**2 - 2 * product + previous_size**2
-        if change <= 100 * torch.finfo(value.dtype).eps * size * previous_size:
+        product, square = float(self._products[0]), size * size
+        change = square - 2 * product + previous_size * previous_size
+        if not 100 * torch.finfo(value.dtype).eps * size * previous_size < change < math.inf:
             return value  # two residuals that are equal but for rounding tell nothing
-        return torch.add(value, residual, alpha=(product - size**2) / change, out=residual)
+        return torch.add(value, residual, alpha=(product - square) / change, out=residual)
 
 
 class Mixing(Phase):
@@ -256,13 +256,17 @@ def least_residual(gram: NDArray[np.float64], pull: NDArray[np.float64], ridge: 
         ridge: Added to the diagonal of the correlation matrix, so that nearly parallel directions do no harm.
 
     Returns:
-        The weights, of shape `(R, m)`; zero for directions that are zero.
+        The weights, of shape `(R, m)`; zero for directions that are zero, and in rows whose products are no numbers.
 
     Example:
         >>> least_residual(np.array([[[4.0]]]), np.array([[2.0]]), 0.0)
         array([[0.5]])
     """
     sizes = np.sqrt(np.maximum(np.einsum("rii->ri", gram), _SMALLEST))
-    correlation = gram / sizes[:, :, None] / sizes[:, None, :] + ridge * np.eye(gram.shape[1])
-    weights: NDArray[np.float64] = np.linalg.solve(correlation, (pull / sizes)[:, :, None])[:, :, 0] / sizes
+    with np.errstate(invalid="ignore"):
+        correlation = gram / sizes[:, :, None] / sizes[:, None, :] + ridge * np.eye(gram.shape[1])
+        pull = pull / sizes
+    unknown = ~(np.isfinite(correlation).all(axis=(1, 2)) & np.isfinite(pull).all(axis=1))
+    correlation[unknown], pull[unknown] = np.eye(gram.shape[1]), 0.0
+    weights: NDArray[np.float64] = np.linalg.solve(correlation, pull[:, :, None])[:, :, 0] / sizes
     return weights

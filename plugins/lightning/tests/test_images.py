@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import struct
 import subprocess
 import sys
-import tempfile
-import threading
 import zlib
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -23,13 +17,10 @@ import torch
 from lightning_problems import encoded, write_parquet
 from PIL import Image, ImageOps
 from pyarrow import parquet
-from pytorch_lightning import LightningModule, Trainer
-from torch import Tensor
 
 from torchdeq_ep.errors import DataError, InvalidOptionError
-from torchdeq_ep_lightning import ImageData, images
+from torchdeq_ep_lightning import ImageData
 from torchdeq_ep_lightning.decoding import Reading, decode_image
-from torchdeq_ep_lightning.sharing import share_on_machine
 
 GENERATOR = np.random.default_rng(0)
 
@@ -291,100 +282,25 @@ def test_reading_images_leaves_the_random_state_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class _Watching(LightningModule):
-    """Keeps the sums of the images it is shown, one file for each process."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.weight, self.folder, self.sums = torch.nn.Parameter(torch.zeros(())), folder, []
-
-    def training_step(self, batch, batch_idx):
-        self.sums.append(batch[0].sum())
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.sums.append(batch[0].sum())
-
-    def on_train_end(self) -> None:
-        torch.save(torch.stack(self.sums), self.folder / f"sums{self.global_rank}")
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def watched(folder: Path, data: ImageData, processes: int) -> Tensor:
-    """The sum over all processes of what each batch holds."""
-    options = {"devices": processes} if processes == 1 else {"devices": processes, "strategy": "ddp_fork"}
-    folder.mkdir()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", use_distributed_sampler=False, **quiet, **options)
-    trainer.fit(_Watching(folder), data)
-    return sum(torch.load(folder / f"sums{rank}") for rank in range(processes))
-
-
-def test_the_processes_of_a_machine_decode_each_image_once(tmp_path, monkeypatch):
-    pictures = [encoded(torch.from_numpy(noise(6, 5, 3))) for _ in range(20)]
-    for split, count in (("train", 20), ("test", 4)):
-        write_parquet(tmp_path / f"{split}.parquet", pictures[:count], [k % 4 for k in range(count)])
-    decode, log = images.decode_image, tmp_path / "log"
-
-    def logged(*image):
-        with log.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        return decode(*image)
-
-    monkeypatch.setattr(images, "decode_image", logged)
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / "temporary").mkdir()
-    options = {"cache": str(tmp_path / "cache"), "batch": 4, "test_batch": 2, "flip": True}
-    one = watched(tmp_path / "1", ImageData(str(tmp_path), **options), 1)
-    log.unlink()
-    two = watched(tmp_path / "2", ImageData(str(tmp_path), **options), 2)
-    assert torch.allclose(one, two)
-    counts = sorted(Counter(log.read_text().split()).values())
-    opened = 2  # the first image of each split, for its shape
-    assert counts == [opened, opened + 24]
-    assert not list((tmp_path / "temporary").glob("torchdeq-ep-*"))
-
-
-def test_machines_whose_folder_for_temporary_files_is_one(tmp_path, monkeypatch):
-    pictures = [encoded(torch.from_numpy(noise(6, 5, 3))) for _ in range(4)]
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}.parquet", pictures, [0, 1, 2, 3])
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache, barrier = str(tmp_path / "cache"), threading.Barrier(2)
-    strategy = SimpleNamespace(broadcast=lambda _: "name", barrier=lambda _: barrier.wait(60))
-    opened = images.open_images(str(tmp_path), ("train", "test"), ("image", "label"), (None, None), cache, None)
-    held = images.decoded(opened, 1)
-
-    def machine(rank):
-        return share_on_machine(SimpleNamespace(local_rank=0, node_rank=rank, strategy=strategy), opened, held)
-
-    with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(machine, range(2)):
-            for part, own in zip(found, held, strict=True):
-                assert torch.equal(part.pixels, own.pixels)
-    assert not list(tmp_path.glob("torchdeq-ep-*"))
-
-
 MEASURE = """
-import sys, resource
+import sys
 import torch, datasets, torchdeq_ep_lightning
 from torchdeq_ep_lightning import ImageData
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def held():  # megabytes that are in no file: those of a mapped one are given back when they are wanted elsewhere
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
 
-before = peak()
+before, most, seen = held(), 0.0, 0
 data = ImageData(sys.argv[1], cache=sys.argv[2], streaming=True, batch=500, test_batch=500)
-loader = data.train_dataloader()
-seen = sum(len(y) for _, y in loader)
-print(seen, round(peak() - before))
+for _, labels in data.train_dataloader():
+    seen, most = seen + len(labels), max(most, held())
+print(seen, round(most - before))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured as Linux tells it")
 def test_a_large_set_streams_within_memory(tmp_path):
     """200,000 images that do not fit: noise is not compressed, and all rows are in one group of one file."""
     images = [encoded(torch.from_numpy(noise(32, 32, 3))) for _ in range(1000)]

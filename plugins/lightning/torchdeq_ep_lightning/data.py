@@ -104,13 +104,12 @@ class ImageData(LightningDataModule):
         self.streaming = streaming
         self._opened: Splits | None = None
         self._images: Splits | None = None
+        self._are_shared = False
 
     @property
     def images(self) -> Splits:
         """Training and test images, decoded when they are first asked for, unless they are streamed."""
-        if self._images is None:
-            self._images = self._open() if self.streaming else decoded(self._open(), self.workers)
-        return self._images
+        return self._decode()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -127,16 +126,21 @@ class ImageData(LightningDataModule):
         """What the classes are called in the data, in the order of their numbers."""
         return self._open()[0].classes
 
+    def _decode(self) -> Splits:
+        if self._images is None:
+            self._images = self._open() if self.streaming else decoded(self._open(), self.workers)
+        return self._images
+
     def prepare_data(self) -> None:
         """Decode the images, in one process of each machine."""
-        self.images  # noqa: B018
+        self._decode()
 
     def setup(self, stage: str) -> None:
         """Give the other processes of the machine those that one of them has decoded."""
         trainer = self.trainer
-        if trainer is not None and trainer.world_size > 1 and not self.streaming:
+        if trainer is not None and trainer.num_devices > 1 and not (self.streaming or self._are_shared):
             held = self.images if trainer.local_rank == 0 else None
-            self._images = share_on_machine(trainer, self._open(), held)
+            self._images, self._are_shared = share_on_machine(trainer, self._open(), held), True
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of the training images, shuffled anew in each epoch."""

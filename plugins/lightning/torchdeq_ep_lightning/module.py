@@ -140,8 +140,8 @@ class VectorFieldClassifier(LightningModule):
         images, self._labels = batch
         logits = self(images)
         loss = self.network.loss(logits, self._labels)
-        wrong = (logits.argmax(1) != self._labels).to(loss).mean()
-        told, share = torch.stack([loss.detach(), wrong]).tolist()
+        wrong = (logits.argmax(1) != self._labels).float().mean()
+        told, share = torch.stack([loss.detach().float(), wrong]).tolist()
         self._measured = {"train/loss": told, "train/error": 100 * share}
         return {"loss": loss}
 

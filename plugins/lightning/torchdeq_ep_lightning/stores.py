@@ -230,6 +230,7 @@ def _open_parquet(folder: Path, split: str, columns: tuple[str, str], cache: str
     except Exception as error:
         cause = error.__cause__ or error
         raise DataError(f"cannot read {', '.join(map(str, files))}: {type(cause).__name__}: {cause}") from error
+    pyarrow.default_memory_pool().release_unused()  # it would keep what a group of rows took when it was cached
     return TableStore(table, list(zip(map(str, files), rows, strict=True)), columns)
 
 

@@ -40,7 +40,7 @@ class Homeostasis(Measuring, Attached):
         metric: Dotted path of a metric in the LightningModule.
         seed: Seed of the probes.
         enabled: `False` makes this callback do nothing.
-        chunk: How many probes are in memory at a time; by default all.
+        chunk: How many probes have a graph in memory at a time; by default all.
 
     Raises:
         InvalidOptionError: If an option is not acceptable.
