@@ -288,7 +288,15 @@ def register_homeostasis(
         raise InvalidOptionError("parameters= goes with estimator='error-vector': random probes reach all of them.")
     if weight == AUTO:
         raise InvalidOptionError("weight='auto' goes with estimator='error-vector': random probes have no alignment.")
-    options = Options(probes, chunk, estimator, every, metric, factor_of(inject), Randomness(seed))
+    options = Options(
+        probes=probes,
+        chunk=chunk,
+        estimator=estimator,
+        every=every,
+        metric=metric,
+        factor=factor_of(inject),
+        randomness=Randomness(seed),
+    )
     return HomeostasisHandle(
         [
             RandomRegulator(name, deq, value, options, _descent(descent))

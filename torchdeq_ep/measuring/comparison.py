@@ -358,7 +358,7 @@ def _solve_all(mode: ModeLike, captures: Sequence[Capture]) -> tuple[list[Tensor
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten().double().cpu() for tensor in tensors]) if tensors else torch.zeros(0)
+    return torch.cat([tensor.detach().flatten().cpu().double() for tensor in tensors]) if tensors else torch.zeros(0)
 
 
 def _relative_error(estimate: Tensor, exact: Tensor) -> float:
