@@ -108,6 +108,20 @@ def test_it_is_the_asymmetry_times_the_error_vector():
     assert "in the mean" in handle.summary()
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_homeostasis_in_random_directions_is_not_advised_where_it_is_at_work(weight):
+    model = Model(act=lambda u: u, gain=0.9)
+    tep.use_backward(model, "ep")
+    homeostasis = tep.register_homeostasis(model, weight=weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(102):
+            (loss(model()) + homeostasis.penalty()).backward()
+    told, *_ = [str(each.message) for each in caught if each.category is AsymmetryWarning]
+    assert ("Three ways on" in told) == (weight == 0)
+    assert ("has not removed it in 101 passes" in told) == (weight > 0)
+
+
 @pytest.mark.parametrize("mode", ["ift", "aep"])
 def test_modes_that_are_exact_say_nothing_of_asymmetry(mode):
     model = Model()

@@ -113,7 +113,7 @@ def adjoint_residual(equilibrium: Equilibrium, v: Tensor) -> float:
 
 
 def speak_up_of_certificate(
-    mode: ModeLike, certificate: Certificate | None, report: NudgeReport, memory: Memory, is_regulated: bool = False
+    mode: ModeLike, certificate: Certificate | None, report: NudgeReport, memory: Memory, is_along: bool = False
 ) -> None:
     """Warn of a hidden derivative, or of an asymmetry that leaves little of the gradient.
 
@@ -122,9 +122,10 @@ def speak_up_of_certificate(
         certificate: Of it, or `None` where the backward pass did not reach the state.
         report: Of the solve.
         memory: Of the layer.
-        is_regulated: Whether homeostasis works on the asymmetry along the error vector. It is given some passes before
-            what is left is worth a word.
+        is_along: Whether homeostasis works on the asymmetry along the error vector. As in random directions, it is
+            given some passes before what is left is worth a word.
     """
+    is_regulated = is_along or memory.passes - memory.regulated < _PASSES_OF_HOMEOSTASIS
     unexplained = certificate.unexplained if certificate is not None and _solves_an_equation(mode) else 0.0
     hidden = max(unexplained, memory.hidden)
     if hidden > LARGEST_INCONSISTENCY:

@@ -256,4 +256,5 @@ class _Pass:
             layer.memory.certify(report.adjoint_residual)
         if layer.writer is not None:
             layer.writer(report)
-        speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory, layer.penalty is not None)
+        is_along = layer.penalty is not None
+        speak_up_of_certificate(layer.mode, self._certificate, report, layer.memory, is_along)

@@ -23,6 +23,7 @@ from torchdeq_ep.host.injection import (
     refuse_transforms,
     with_gradient,
 )
+from torchdeq_ep.host.rules import EquilibriumRule
 from torchdeq_ep.host.weights import Schedule, weight_at
 from torchdeq_ep.jacobian import Estimator, Metric, gaussian_probes
 from torchdeq_ep.jacobian.symmetry import Sample, autocast_of, pack_leniently, probe_symmetry
@@ -130,6 +131,9 @@ class RandomRegulator:
                 chunk=options.chunk,
             )
         self._batched, self.last, self.last_weight = sample.batched, sample.detached(), weight
+        rule = deq.produce_grad[-1]
+        if create_graph and isinstance(rule, EquilibriumRule):
+            rule.memory.regulated = rule.memory.passes
         if self.descent is not None:
             self.descent.share = weight
             if sample.penalty.requires_grad:

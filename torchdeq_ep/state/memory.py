@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -57,6 +58,7 @@ class Memory:
         certified: Passes that had a certificate.
         adjoint_residuals: The sum of their adjoint residuals, and the largest.
         seen_in_evaluation: Whether it was called in evaluation mode with autograd on.
+        regulated: The pass in which homeostasis last worked on the whole Jacobian.
         tallies: What was found, by kind of warning and by what it was about.
 
     Example:
@@ -90,6 +92,7 @@ class Memory:
     certified: int = 0
     adjoint_residuals: tuple[float, float] = (0.0, 0.0)
     seen_in_evaluation: bool = False
+    regulated: float = -math.inf
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
 
     _due: int = field(default=1, init=False)

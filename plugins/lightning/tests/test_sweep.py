@@ -16,13 +16,16 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
+from lightning_problems import encoded, write_parquet
 from optuna.trial import TrialState
 
 from torchdeq_ep.cli import main
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_lightning import studies
-from torchdeq_ep_lightning.axes import Range, grid, read_axes
-from torchdeq_ep_lightning.sweep import run_name, specs_of
+from torchdeq_ep_lightning.axes import Range, grid, read_axes, specs_of
+from torchdeq_ep_lightning.report import main as report
+from torchdeq_ep_lightning.sweep import run_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -80,13 +83,94 @@ def test_any_key_is_an_axis_and_all_sweeps_of_a_study_stay(tmp_path, capsys):
     assert "--data.flip" in capsys.readouterr().err
 
 
-def test_one_failure_ends_nothing(tmp_path):
+def test_one_failure_ends_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*SWEEP, "--model.angle", "0", "120", "--seed", "0", "--out", str(out)]) == 1
+    assert "1 of 2 runs failed" in (told := capsys.readouterr().err)
+    assert "--retry" in told
     runs = json.loads((out / "results.json").read_text())["runs"]
     failures = {row["angle"]: row["failure"] for row in runs}
     assert failures[0.0] == ""
     assert "angle" in failures[120.0]
+
+
+def test_a_page_tells_all_commands_and_keeps_what_was_written_above(tmp_path):
+    out = tmp_path / "out"
+    first, second = ([*SWEEP, "--seed", seed, "--out", str(out)] for seed in "01")
+    assert main(first) == 0
+    page = out / "results.md"
+    page.write_text(page.read_text().replace("# Reproduction", "# My runs\n\nWhat I think of them."))
+    assert main(second) == main(first) == 0
+    assert page.read_text().startswith("# My runs\n\nWhat I think of them.\n")
+    assert [
+        line[-len(f"--seed 0 --out {out}") :] for line in page.read_text().splitlines() if line.startswith("$")
+    ] == [f"--seed {seed} --out {out}" for seed in "10"]
+    assert "| ift | - | 2 | 2 |" in page.read_text()
+
+
+@pytest.mark.parametrize("content", ["notes of my own\n", "# Title\n\n<!-- a comment -->\n"])
+def test_a_report_adds_to_a_page_and_takes_nothing_away(tmp_path, content, capsys):
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    results.write_text(json.dumps({"name": "mine", "recipe": "r", "overrides": [], "command": ["r"], "runs": []}))
+    page.write_text(content)
+    assert report([str(page), str(results)]) == report([str(page), str(results)]) == 0
+    assert page.read_text().startswith(content)
+    assert page.read_text().count("## mine") == 1
+    before = results.read_text()
+    assert report([str(results), str(results)]) == 2
+    assert report([str(page), str(tmp_path / "none.json")]) == 2
+    assert report([str(page), str(_written(tmp_path / "other.json", "{}"))]) == 2
+    assert results.read_text() == before
+    assert "other.json is not" in capsys.readouterr().err
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_other_images_are_another_study(tmp_path, capsys):
+    folders = []
+    for name, labels in (("one", [0, 1, 2] * 20), ("same", [0, 1, 2] * 20), ("other", [2, 1, 0] * 20)):
+        (tmp_path / name).mkdir()
+        pictures = [encoded(torch.randint(256, (8, 8), dtype=torch.uint8)) for _ in labels]
+        for split in ("train", "test"):
+            write_parquet(tmp_path / name / f"{split}.parquet", pictures, labels)
+        folders.append(str(tmp_path / name))
+    out, own = tmp_path / "out", ["--data.cache", str(tmp_path / "cache"), "--seed"]
+    commands = [[*SWEEP, *own, str(k), "--data.source", folder] for k, folder in enumerate(folders)]
+    assert [main([*command, "--out", str(out)]) for command in commands] == [0, 0, 2]
+    assert "other images" in capsys.readouterr().err
+
+
+def test_a_weight_may_find_itself_beside_fixed_ones(tmp_path):
+    weights = ["--homeostasis.weight", "auto", "0.5", "--homeostasis.estimator", "error-vector"]
+    sweep = ["sweep", "digits-mlp", "--backward", "ep", *SMALL[:-4], *weights, "--seed", "0"]
+    assert main([*sweep, "--out", str(tmp_path / "out")]) == 0
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert {row["homeostasis"] for row in runs} == {"auto", 0.5}
+    assert "ep, homeostasis auto" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_what_never_began_may_be_tried_otherwise(tmp_path, capsys):
+    sweep = [*SWEEP, "--seed", "0", "--out", str(tmp_path / "out")]
+    assert main([*sweep, "--measure", "test/acc"]) == 1
+    assert "no figure for test/acc" in capsys.readouterr().err
+    assert main([*SWEEP, "--seed", "0", "--model.angle", "120", "--out", str(tmp_path / "none")]) == 1
+    assert main([*SWEEP, "--seed", "0", "--model.angle", "60", "--out", str(tmp_path / "none")]) == 0
+
+
+def test_a_torn_journal_is_named(tmp_path, capsys):
+    sweep, journal = [*SWEEP, "--seed", "0", "--out", str(tmp_path / "out")], tmp_path / "out" / "study.journal"
+    assert main(sweep) == 0
+    journal.write_bytes(journal.read_bytes()[:-25])
+    assert main(sweep) == 2
+    assert "cut off" in capsys.readouterr().err
+    journal.rename(tmp_path / "torn")
+    (result,) = (tmp_path / "out" / "runs").glob("*/result.json")
+    before = result.stat().st_mtime_ns
+    assert main(sweep) == 0
+    assert result.stat().st_mtime_ns == before
 
 
 def test_a_sampler_draws_from_ranges_and_prunes(tmp_path):

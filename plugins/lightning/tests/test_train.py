@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,49 @@ def test_a_run_and_its_files(tmp_path, capsys):
 def test_a_run_that_ends_before_it_is_tested(tmp_path, capsys):
     assert main(["train", "digits-mlp", *TINY, "--trainer.max_steps", "2", "--out", str(tmp_path / "out")]) == 0
     assert "not tested" in capsys.readouterr().out
+
+
+def test_an_epoch_that_is_not_tested_has_no_test_error(tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [*TINY, "--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "2", "--alignment.every", "0"]
+    assert main(["train", "digits-mlp", *options, "--out", str(out)]) == 0
+    assert "right after 4 of 5 epochs" in capsys.readouterr().out
+    history = json.loads((out / "result.json").read_text())["history"]
+    assert [row["epoch"] for row in history if "test/error" in row] == [2, 4]
+    assert all({"train/error", "nudge/calls"} <= row.keys() for row in history)
+
+
+def test_a_run_that_never_began_is_none(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["train", "digits-mlp", *TINY, *out, "--data.source", str(tmp_path / "nowhere")]) == 2
+    assert main(["train", "digits-mlp", *TINY, *out]) == 0
+    assert main(["train", "digits-mlp", *TINY, *out, "--model.lr", "0.3"]) == 2
+    assert "model.lr" in capsys.readouterr().err
+
+
+def test_who_weighs_homeostasis_has_it(tmp_path):
+    weighed = ["--homeostasis.weight", "5", "--homeostasis.probes", "1"]
+    for extra, has in ((weighed, True), ([*weighed, "--homeostasis.enabled", "false"], False), ([], False)):
+        out = tmp_path / f"{has}{len(extra)}"
+        options = ["--data.source", "digits", "--data.shape", "null", *TINY, "--trainer.max_epochs", "1"]
+        last = run("table1", [*options, "--alignment.every", "0", *extra, "--out", str(out)]).last
+        assert ("homeostasis/penalty" in last) is has
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed", "-1"], "from 0 to"),
+        (["--seed", "99999999999"], "from 0 to"),
+        (["--trainer.max_epochs", "0"], "trains nothing"),
+        (["--trainer.accelerator", "cuda"], "cuda|CUDA|GPU|gpu"),
+    ],
+)
+def test_mistakes_are_no_tracebacks(tmp_path, capsys, arguments, said):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("it is none here")
+    assert main(["train", "digits-mlp", *TINY, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_runs_are_repeated_by_their_seed(tmp_path):

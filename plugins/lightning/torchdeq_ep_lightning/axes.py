@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchdeq_ep import get_backward
 from torchdeq_ep.errors import InvalidOptionError
 
 _RANGE = re.compile(r"(?P<low>[-+]?[\d.]+(?:[eE][-+]?\d+)?)\.\.(?P<high>[-+]?[\d.]+(?:[eE][-+]?\d+)?)(?P<log>:log)?")
@@ -123,3 +124,25 @@ def draw(trial: Any, axes: dict[str, list[str]]) -> dict[str, str]:
         else:
             chosen[key] = repr(trial.suggest_float(key, span.low, span.high, log=span.log))
     return chosen
+
+
+def specs_of(modes: Sequence[str], amplitudes: Sequence[float]) -> list[str]:
+    """Modes with each amplitude; modes without one, and those whose spec has one, once.
+
+    Args:
+        modes: Specs.
+        amplitudes: Values of `beta`; none for that of the recipe.
+
+    Returns:
+        Specs.
+
+    Example:
+        >>> specs_of(["ift", "ep"], [0.05, 0.5])
+        ['ift', 'ep:beta=0.05', 'ep:beta=0.5']
+    """
+    specs: list[str] = []
+    for mode in modes:
+        nudged = hasattr(get_backward(mode), "stencil") and "beta=" not in mode
+        joint = "," if ":" in mode else ":"
+        specs += [f"{mode}{joint}beta={beta:g}" for beta in amplitudes] if nudged and amplitudes else [mode]
+    return specs

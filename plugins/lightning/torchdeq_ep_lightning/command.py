@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from torchdeq_ep_lightning.flavour import rank_zero_only
+from torchdeq_ep_lightning.resuming import latest
 from torchdeq_ep_lightning.training import recipes, run
 
 INTERRUPTED = 130
@@ -45,11 +46,13 @@ def train(arguments: list[str]) -> int:
         return INTERRUPTED
     if getattr(rank_zero_only, "rank", 0):
         return 0
-    last = result.last
+    last, tested = result.last, latest(result.history, "test/error")
     # An epoch that was cut short, for instance by trainer.max_steps, is not tested.
-    right = f"{100 - last['test/error']:.2f} % right" if "test/error" in last else "not tested"
+    right = "not tested" if tested is None else f"{100 - tested['test/error']:.2f} % right"
+    place = "" if tested is None or tested["epoch"] == last["epoch"] else f"{tested['epoch']} of "
+    epochs = f"{place}{last['epoch']} epoch{'' if last['epoch'] == 1 else 's'}"
     sys.stdout.write(
-        f"{result.recipe}, {result.backward}, seed {result.seed}: {right} after {last['epoch']} epochs, "
+        f"{result.recipe}, {result.backward}, seed {result.seed}: {right} after {epochs}, "
         f"{last['seconds']:.0f} s; results in {result.out}\n"
     )
     missed = last.get("nudge/unconverged", 0.0)

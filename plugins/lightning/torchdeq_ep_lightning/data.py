@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -125,6 +126,14 @@ class ImageData(LightningDataModule):
     def classes(self) -> tuple[Any, ...]:
         """What the classes are called in the data, in the order of their numbers."""
         return self._open()[0].classes
+
+    def fingerprint(self) -> str:
+        """What tells this set of images from others: a hash of the labels of both splits, without their limits."""
+        whole = open_images(self.source, self.splits, self.columns, (None, None), self.cache, self.reading)
+        digest = hashlib.sha256(repr([part.classes for part in whole]).encode())
+        for part in whole:
+            digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _decode(self) -> Splits:
         if self._images is None:

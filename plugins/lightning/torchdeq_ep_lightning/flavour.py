@@ -25,6 +25,7 @@ PACKAGE = _package()
 """The name of the package in use."""
 
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
@@ -43,6 +44,7 @@ else:
         ".cli": ("LightningArgumentParser", "LightningCLI"),
         ".loggers": ("CSVLogger", "TensorBoardLogger"),
         ".utilities": ("rank_zero_only",),
+        ".utilities.exceptions": ("MisconfigurationException",),
     }
     for _home, _names in _HOMES.items():
         for _name in _names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import sys
@@ -12,14 +13,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import COLOURS, SHAPES, dress, new_figure, save, write_text
+from torchdeq_ep_lightning.resuming import latest
 
 RunRow = dict[str, Any]
 Series = dict[str, list[tuple[float, "Spread"]]]
 
 _TITLE = "# Reproduction\n\n"
-MARK = "<!-- What follows is written by torchdeq_ep_lightning.report. -->\n\n"
+MARK = "<!-- What follows is written by torchdeq_ep_lightning.report. -->"
+"""The line of a page above which everything is kept."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,33 @@ class Spread:
     Args:
         mean: The mean.
         sd: The standard deviation.
+        count: Of how many.
 
     Example:
         >>> Spread.of([1.0, 3.0])
-        Spread(mean=2.0, sd=1.4142135623730951)
+        Spread(mean=2.0, sd=1.4142135623730951, count=2)
     """
 
     mean: float
     sd: float
+    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0)
+        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def text(self, digits: int, unit: str = "") -> str:
-        """`mean ± sd`, rounded."""
-        return f"{self.mean:.{digits}f} ± {self.sd:.{digits}f}{unit}"
+        """`mean ± sd`, rounded; the mean alone of a single run."""
+        return f"{self.mean:.{digits}f}{'' if self.count < 2 else f' ± {self.sd:.{digits}f}'}{unit}"
 
 
 def label(row: RunRow) -> str:
     """What a run is called in tables and legends, without angle and seed."""
     weight = row["homeostasis"]
     others = "".join(f", {key} {value}" for key, value in row.get("axes", {}).items())
-    return f"{row['backward']}{'' if weight is None else f', homeostasis {weight:g}'}{others}"
+    told = "" if weight is None else f", homeostasis {weight if isinstance(weight, str) else f'{weight:g}'}"
+    return f"{row['backward']}{told}{others}"
 
 
 def series(rows: Sequence[RunRow], x: Callable[[RunRow, RunRow], float | None], measure: str, final: bool) -> Series:
@@ -69,7 +74,7 @@ def series(rows: Sequence[RunRow], x: Callable[[RunRow, RunRow], float | None], 
     """
     gathered: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        for epoch in row["history"][-1:] if final else row["history"]:
+        for epoch in [latest(row["history"], measure) or {}] if final else row["history"]:
             place = x(row, epoch)
             value = epoch.get(measure, math.nan)
             if place is not None and math.isfinite(value):
@@ -164,8 +169,8 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
     """
     lines: list[str] = []
     for sweep in sweeps:
-        command = shlex.join(["torchdeq-ep", "sweep", *sweep["command"]])
-        lines += [f"## {sweep['name']}", "", "```console", f"$ {command}", "```", ""]
+        commands = [shlex.join(["torchdeq-ep", "sweep", *command]) for command in _commands(sweep)]
+        lines += [f"## {sweep['name']}", "", "```console", *(f"$ {command}" for command in commands), "```", ""]
         lines += [_TABLE_HEAD, "|---|---|---|---|---|---|---|---|---|"]
         groups: dict[tuple[str, float | None], list[RunRow]] = {}
         for row in sweep["runs"]:
@@ -178,7 +183,25 @@ def to_markdown(sweeps: Sequence[dict[str, Any]]) -> str:
             if row["failure"]
         ]
         lines += ["", *failures, *([""] if failures else [])]
-    return _TITLE + "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(sweep: dict[str, Any]) -> list[list[str]]:
+    """All that have added runs to a study."""
+    found: list[list[str]] = sweep.get("commands") or [sweep["command"]]
+    return found
+
+
+def write_page(page: Path, sweeps: Sequence[dict[str, Any]]) -> None:
+    """Write the tables of sweeps below what a page has of its own.
+
+    Args:
+        page: A file in Markdown. What it has before the line `MARK` is kept; all of it, if it has no such line.
+        sweeps: What `results.json` of each holds.
+    """
+    before = page.read_text(encoding="utf-8") if page.is_file() else _TITLE
+    head = before.partition(MARK)[0].rstrip("\n")
+    write_text(page, f"{head}\n\n{MARK}\n\n{to_markdown(sweeps)}")
 
 
 _TABLE_HEAD = (
@@ -188,9 +211,11 @@ _TABLE_HEAD = (
 
 def _line(name: str, angle: float | None, rows: Sequence[RunRow]) -> str:
     last = [row["history"][-1] for row in rows if row["history"]]
+    tested = [latest(row["history"], "test/error") or row["history"][-1] for row in rows if row["history"]]
 
     def cell(measure: str, digits: int, unit: str = "") -> str:
-        values = [epoch[measure] for epoch in last if math.isfinite(epoch.get(measure, math.nan))]
+        found = [(latest(row["history"], measure) or {}).get(measure, math.nan) for row in rows]
+        values = [value for value in found if math.isfinite(value)]
         return Spread.of(values).text(digits, unit) if values else "-"
 
     speeds = [epoch["seconds"] / epoch["step"] for epoch in last]
@@ -198,9 +223,9 @@ def _line(name: str, angle: float | None, rows: Sequence[RunRow]) -> str:
         name,
         "-" if angle is None else f"{angle:g}°",
         str(len(last)),
-        f"{max((epoch['epoch'] for epoch in last), default=0):g}",
+        f"{max((epoch['epoch'] for epoch in tested), default=0):g}",
         cell("test/error", 2, " %"),
-        ", ".join(f"{epoch['test/error']:.2f}" for epoch in last if "test/error" in epoch) or "-",
+        ", ".join(f"{epoch['test/error']:.2f}" for epoch in tested if "test/error" in epoch) or "-",
         cell("alignment/cosine", 3),
         cell("alignment/symmetry", 3),
         Spread.of(speeds).text(3) if speeds else "-",
@@ -211,29 +236,29 @@ def _line(name: str, angle: float | None, rows: Sequence[RunRow]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Write one page of several sweeps: `python -m torchdeq_ep_lightning.report PAGE RESULTS.json ...`.
 
-    What a page that exists has before the line `MARK` is kept.
-
     Args:
         arguments: The page, and the results of each sweep.
 
     Returns:
-        The exit code.
+        The exit code: 2 if something cannot be read or written.
     """
-    import json
-
-    if len(arguments) < 2:
+    if len(arguments) < 2 or arguments[0].endswith(".json"):
         sys.stderr.write("usage: python -m torchdeq_ep_lightning.report PAGE.md RESULTS.json ...\n")
         return 2
-    page, *files = (Path(argument) for argument in arguments)
+    page, *files = map(Path, arguments)
     try:
-        sweeps = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        write_page(page, [_results(path) for path in files])
     except (OSError, ValueError) as error:
-        raise InvalidOptionError(f"cannot read the results of a sweep: {error}") from error
-
-    head, mark, _ = page.read_text(encoding="utf-8").partition(MARK) if page.is_file() else ("", "", "")
-    tables = to_markdown(sweeps)
-    write_text(page, head + mark + tables.removeprefix(_TITLE) if mark else tables)
+        sys.stderr.write(f"torchdeq_ep_lightning.report: {error}\n")
+        return 2
     return 0
+
+
+def _results(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not {"name", "command", "runs"} <= found.keys():
+        raise ValueError(f"{path} is not the results.json of a sweep.")
+    return found
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchdeq_ep_lightning.flavour import Callback, Checkpoint, LightningModule, Trainer
 
@@ -137,6 +138,7 @@ class Record(Checkpoint):
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
         self._known: dict[str, float] = {}
+        self._seen: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._since = 0.0
 
@@ -153,12 +155,13 @@ class Record(Checkpoint):
         checkpoint[_OWN] = _of_all_processes(own, trainer.world_size)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._known |= _measured(trainer)
+        self._known |= self._measured(trainer)
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": self._elapsed()}
         self.history = [*self.history[: trainer.current_epoch], row | self._known]
+        self._known = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._known |= _measured(trainer)
+        self._known |= self._measured(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "known": dict(self._known), "seconds": self._elapsed()}
@@ -170,11 +173,32 @@ class Record(Checkpoint):
     def _elapsed(self) -> float:
         return self._seconds + (time.perf_counter() - self._since if self._since else 0.0)
 
+    def _measured(self, trainer: Trainer) -> dict[str, float]:
+        """What has been measured since this was last asked: Lightning keeps what earlier epochs came to beside it."""
+        before, self._seen = self._seen, dict(trainer.callback_metrics)
+        # Means over a few steps are for the logs: which were the last before the end of an epoch says nothing of it.
+        return {
+            name: float(value)
+            for name, value in self._seen.items()
+            if value is not before.get(name) and not name.endswith("_step")
+        }
 
-def _measured(trainer: Trainer) -> dict[str, float]:
-    # Means over a few steps are for the logs: which were the last before the end of an epoch says nothing of it.
-    metrics = trainer.callback_metrics
-    return {name: float(value) for name, value in metrics.items() if not name.endswith("_step")}
+
+def latest(history: Sequence[dict[str, float]], measure: str) -> dict[str, float] | None:
+    """The last epoch that has a measurement: not every epoch need be tested.
+
+    Args:
+        history: Measurements of each epoch.
+        measure: Name of one.
+
+    Returns:
+        Those of that epoch; `None` if there is none.
+
+    Example:
+        >>> latest([{"epoch": 1, "test/error": 9.0}, {"epoch": 2}], "test/error")
+        {'epoch': 1, 'test/error': 9.0}
+    """
+    return next((epoch for epoch in reversed(history) if measure in epoch), None)
 
 
 def _epoch_loop(trainer: Trainer) -> Any:

@@ -6,6 +6,7 @@ alone, and says from time to time that it is alive. A trial whose worker is dead
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -23,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import event
 
 from torchdeq_ep.errors import InvalidOptionError
+from torchdeq_ep_lightning.resuming import latest
 
 CELL, FAILURE, HISTORY = "cell", "failure", "history"
 """Attributes of a trial: the options of its run, why it failed, and the measurements of each epoch."""
@@ -48,6 +50,8 @@ def open_storage(storage: str) -> BaseStorage:
     Raises:
         InvalidOptionError: If it cannot be opened.
     """
+    if "://" not in storage:
+        _refuse_torn(Path(storage).expanduser())
     try:
         if storage.startswith("sqlite"):
             return _sqlite(storage)
@@ -61,6 +65,22 @@ def open_storage(storage: str) -> BaseStorage:
             "the path of a file, or a URL such as postgresql://user@host/name, whose server runs and whose driver is "
             "installed."
         ) from error
+
+
+def _refuse_torn(journal: Path) -> None:
+    """Refuse a journal whose last line was cut off, as on a full disk: what is written next would be lost with it."""
+    for _ in range(_ATTEMPTS):
+        if not journal.is_file() or not journal.stat().st_size:
+            return
+        with journal.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) == b"\n":
+                return
+        time.sleep(0.2)  # another worker may be writing it
+    raise InvalidOptionError(
+        f"the last line of {journal} was cut off, as on a full disk. Move the file away and give the same command: "
+        "runs that are done are in their directories, and none is trained twice."
+    )
 
 
 def _database(url: str, options: dict[str, Any]) -> RDBStorage:
@@ -114,6 +134,12 @@ def identity(cell: dict[str, str]) -> str:
 def is_returned(trial: FrozenTrial) -> bool:
     """Whether a trial failed because its worker died, or was one too many."""
     return trial.state == TrialState.FAIL and FAILURE not in trial.user_attrs
+
+
+def is_begun(study: optuna.Study) -> bool:
+    """Whether anything has been trained, or is."""
+    running = state_of(study, TrialState.RUNNING)
+    return bool(running) or any(HISTORY in trial.user_attrs for trial in state_of(study))
 
 
 def ask_for(study: optuna.Study, storage: BaseStorage, cells: Sequence[dict[str, str]], retry: bool = False) -> None:
@@ -277,9 +303,10 @@ def finish(study: optuna.Study, trial: Trial, outcome: str, value: Any, measure:
     if outcome == "pruned":
         tell(trial, state=TrialState.PRUNED)
         return
-    last = value[-1].get(measure) if value else None
-    if last is None or last != last:
-        trial.set_user_attr(FAILURE, f"there is no figure for {measure} at the end of the run")
+    last = latest(value, measure)
+    if last is None or math.isnan(last[measure]):
+        known = sorted({name for epoch in value for name in epoch})
+        trial.set_user_attr(FAILURE, f"the run has no figure for {measure}, but for {', '.join(known)}")
         tell(trial, state=TrialState.FAIL)
         return
-    tell(trial, float(last))
+    tell(trial, float(last[measure]))

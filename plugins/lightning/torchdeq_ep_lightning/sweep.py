@@ -19,12 +19,11 @@ from typing import Any
 import optuna
 from optuna.trial import Trial, TrialState
 
-from torchdeq_ep import get_backward
 from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep.extend import check_choice, check_count, write_text
 from torchdeq_ep_lightning import studies
-from torchdeq_ep_lightning.axes import draw, grid, read_axes
-from torchdeq_ep_lightning.report import save_figures, to_markdown
+from torchdeq_ep_lightning.axes import draw, grid, read_axes, specs_of
+from torchdeq_ep_lightning.report import save_figures, write_page
 from torchdeq_ep_lightning.training import check, find_recipe
 from torchdeq_ep_lightning.trial import end_with_parent, train_apart
 
@@ -35,7 +34,7 @@ PRUNERS: dict[str, Callable[[], Any]] = {
     "median": optuna.pruners.MedianPruner,
     "hyperband": optuna.pruners.HyperbandPruner,
 }
-# Options that one worker may have otherwise than another.
+# Options that one worker may have otherwise than another. Images are compared by what they are.
 _OF_A_MACHINE = ("--data.source", "--data.cache", "--data.workers", "--checkpoint_every", "--quiet")
 _LONGEST_NAME = 120
 _WAIT = 0.5
@@ -108,28 +107,6 @@ def run_name(cell: dict[str, str]) -> str:
     return f"{text[:_LONGEST_NAME]}-{hashlib.sha256(studies.identity(cell).encode()).hexdigest()[:8]}"
 
 
-def specs_of(modes: Sequence[str], amplitudes: Sequence[float]) -> list[str]:
-    """Modes with each amplitude; modes without one, and those whose spec has one, once.
-
-    Args:
-        modes: Specs.
-        amplitudes: Values of `beta`; none for that of the recipe.
-
-    Returns:
-        Specs.
-
-    Example:
-        >>> specs_of(["ift", "ep"], [0.05, 0.5])
-        ['ift', 'ep:beta=0.05', 'ep:beta=0.5']
-    """
-    specs: list[str] = []
-    for mode in modes:
-        nudged = hasattr(get_backward(mode), "stencil") and "beta=" not in mode
-        joint = "," if ":" in mode else ":"
-        specs += [f"{mode}{joint}beta={beta:g}" for beta in amplitudes] if nudged and amplitudes else [mode]
-    return specs
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run `torchdeq-ep sweep`.
 
@@ -144,10 +121,12 @@ def main(arguments: Sequence[str]) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     first = sweep.cells()[:1] or [{key: values[0] for key, values in sweep.axes.items() if ".." not in values[0]}]
-    check(sweep.recipe, sweep.options(first[0]))
+    data = check(sweep.recipe, sweep.options(first[0]))
     study, storage = sweep.open()
-    _refuse_another(study, sweep)
-    studies.ask_for(study, storage, sweep.cells(), options.retry)
+    begun = studies.is_begun(study)
+    is_one_set = not any(key.startswith("data.") for key in sweep.axes)
+    _refuse_another(study, sweep, data.fingerprint() if is_one_set else "", begun)
+    studies.ask_for(study, storage, sweep.cells(), options.retry or not begun)
     try:
         if options.jobs > 1:
             _work_together(sweep, options.jobs)
@@ -156,9 +135,22 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write("\ntorchdeq-ep: stopped by Ctrl-C; the same command goes on where each run was.\n")
         return _INTERRUPTED
     rows = rows_of(study)
-    written = _write(sweep, rows, list(arguments))
+    written = _write(sweep, rows, _commands(study, list(arguments)))
     sys.stdout.write(f"written: {'  '.join(map(str, written))}\n")
-    return int(any(row["failure"] for row in rows))
+    failed = [row for row in rows if row["failure"]]
+    if failed:
+        sys.stderr.write(
+            f"torchdeq-ep: {len(failed)} of {len(rows)} runs failed, the first one because of "
+            f"{failed[0]['failure'].partition(chr(10))[0]}\n--retry with the same command trains them once more.\n"
+        )
+    return int(bool(failed))
+
+
+def _commands(study: optuna.Study, arguments: list[str]) -> list[list[str]]:
+    """All commands that have added runs to a study, this one the last."""
+    known: list[list[str]] = [command for command in study.user_attrs.get("commands", []) if command != arguments]
+    study.set_user_attr("commands", [*known, arguments])
+    return [*known, arguments]
 
 
 def _read(options: argparse.Namespace, rest: list[str]) -> Sweep:
@@ -191,21 +183,25 @@ def _read(options: argparse.Namespace, rest: list[str]) -> Sweep:
     )
 
 
-def _refuse_another(study: optuna.Study, sweep: Sweep) -> None:
+def _refuse_another(study: optuna.Study, sweep: Sweep, images: str, begun: bool) -> None:
     """A study is of one recipe and of the same options for every run: what is to differ is swept over."""
-    now = {"recipe": Path(sweep.recipe).stem, "measure": sweep.measure}
+    now = {"recipe": Path(sweep.recipe).stem, "measure": sweep.measure, "images": images}
     for token, following in itertools.pairwise([*sweep.overrides, ""]):
         if token.startswith("--") and token not in _OF_A_MACHINE:
             now[token] = following
-    before = study.user_attrs.get("options")
+    before = study.user_attrs.get("options") if begun else None
     if before is None:
         study.set_user_attr("options", now)
-    elif before != now:
-        key = min(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        raise InvalidOptionError(
-            f"the study {sweep.study!r} in {sweep.storage} has {key}={before.get(key)!r} in every run, not "
-            f"{now.get(key)!r}: give another --study or --out, or both values after the option, to go over them."
-        )
+        return
+    before.setdefault("images", images)  # of a study of an earlier version
+    if before == now:
+        return
+    key = min(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    differs = f"{key}={before.get(key)!r} in every run, not {now.get(key)!r}"
+    raise InvalidOptionError(
+        f"the study {sweep.study!r} in {sweep.storage} has {'other images' if key == 'images' else differs}: give "
+        "another --study or --out. What a study is to go over has several values from its first command on."
+    )
 
 
 def _work_together(sweep: Sweep, jobs: int) -> None:
@@ -318,7 +314,7 @@ def rows_of(study: optuna.Study) -> list[dict[str, Any]]:
         rows[studies.identity(cell)] = {
             "backward": own.pop("backward"),
             "angle": None if angle is None else float(angle),
-            "homeostasis": None if weight is None else float(weight),
+            "homeostasis": weight if weight in (None, "auto") else float(weight),
             "seed": int(own.pop("seed")),
             "axes": own,
             "history": trial.user_attrs.get(studies.HISTORY, []),
@@ -327,12 +323,13 @@ def rows_of(study: optuna.Study) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: (row["seed"], row["backward"], repr(row)[:200]))
 
 
-def _write(sweep: Sweep, rows: list[dict[str, Any]], command: list[str]) -> list[Path]:
+def _write(sweep: Sweep, rows: list[dict[str, Any]], commands: list[list[str]]) -> list[Path]:
     results, document = sweep.out / RESULTS, sweep.out / "results.md"
     sweep.out.mkdir(parents=True, exist_ok=True)
-    plain = {"name": sweep.study, "recipe": sweep.recipe, "overrides": list(sweep.overrides), "command": command}
-    write_text(results, json.dumps(plain | {"runs": rows}, indent=1) + "\n")
-    write_text(document, to_markdown([plain | {"runs": rows}]))
+    plain: dict[str, Any] = {"name": sweep.study, "recipe": sweep.recipe, "overrides": list(sweep.overrides)}
+    plain |= {"command": commands[-1], "commands": commands, "runs": rows}
+    write_text(results, json.dumps(plain, indent=1) + "\n")
+    write_page(document, [plain])
     return [results, document, *save_figures(rows, Path(sweep.recipe).stem, sweep.out)]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import pickle
-import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from typing import Any
 import yaml
 
 from torchdeq_ep.errors import InvalidOptionError
-from torchdeq_ep.extend import check_count, unknown_name, write_text
+from torchdeq_ep.extend import unknown_name, write_text
+from torchdeq_ep_lightning.arguments import as_written, check_numbers, first_words, refuse_unknown_options
 from torchdeq_ep_lightning.callbacks import AlignmentMonitor, Homeostasis, NudgeStats, SwapBackward
 from torchdeq_ep_lightning.data import ImageData
 from torchdeq_ep_lightning.flavour import (
@@ -24,6 +23,7 @@ from torchdeq_ep_lightning.flavour import (
     CSVLogger,
     LightningArgumentParser,
     LightningCLI,
+    MisconfigurationException,
     RichProgressBar,
     TensorBoardLogger,
     Trainer,
@@ -42,9 +42,6 @@ _FREE_KEYS = (
 )
 # What may only grow: how far a run goes. `None` and -1 are without an end.
 _EXTENT = ("trainer.max_epochs", "trainer.max_steps")
-# Options that stand for all below them.
-_SECTIONS = ("--model", "--data", "--swap", "--homeostasis", "--alignment", "--trainer")
-_ALIASES = {"--seed": "--seed_everything"}
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,11 @@ class TrainCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise InvalidOptionError(_first_words(str(error), parser)) from error
+            raise InvalidOptionError(first_words(str(error), parser)) from error
+        check_numbers(self.config)
 
     def before_instantiate_classes(self) -> None:
         config = self.config
-        check_count("checkpoint_every", config.checkpoint_every)
-        if isinstance(config.seed_everything, bool):
-            raise InvalidOptionError("seed_everything must be a whole number: a run is repeated by its seed.")
         # Refused here, before any data are read.
         swap = config.swap
         SwapBackward(config.backward, **{name: value for name, value in vars(swap).items() if name != "backward"})
@@ -131,41 +126,6 @@ class TrainCLI(LightningCLI):
         theirs = settings["callbacks"] or []
         settings["callbacks"] = [saver, *(theirs if isinstance(theirs, list) else [theirs])]
         return self._instantiate_trainer(settings, [*extra_callbacks, *extra, *self.further])
-
-
-def refuse_unknown_options(arguments: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse an option that does not exist, and name the nearest that does.
-
-    Args:
-        arguments: As on the command line.
-        known: The options that exist. What lies below one of them, as `--trainer.logger.class_path`, is not looked at.
-
-    Raises:
-        InvalidOptionError: If there is one.
-
-    Example:
-        >>> refuse_unknown_options(["--model.lr", "0.1"], ["--model", "--model.lr"])
-    """
-    for argument in arguments:
-        name = argument.partition("=")[0].removesuffix("+")
-        below = any(name.startswith(f"{option}.") for option in known if option not in _SECTIONS)
-        if name.startswith("--") and len(name) > 2 and name not in known and not below:
-            # In another section the last part may be the same: --lr is --model.lr.
-            near = [option for option in known if option.rpartition(".")[2] == name.removeprefix("--")]
-            near = near or difflib.get_close_matches(name, known, n=1)
-            also = f" Did you mean {near[0]!r}?" if near else ""
-            raise InvalidOptionError(
-                f"unknown option {name!r}.{also} `torchdeq-ep train RECIPE --print_config` writes all there are."
-            )
-
-
-def _first_words(message: str, parser: LightningArgumentParser) -> str:
-    """An error of the parser's, with the nearest key where one of a recipe does not exist."""
-    unknown = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    name = ".".join(unknown.groups()) if unknown else ""
-    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, known, n=1) if name else []
-    return f"{message.rstrip('.')}.{f' Did you mean {near[0]!r}?' if near else ''}"
 
 
 def recipes() -> dict[str, Path]:
@@ -200,19 +160,24 @@ def find_recipe(name: str) -> Path:
     raise InvalidOptionError(f"{unknown_name('recipe', name, known)} Or give the path of a YAML file.")
 
 
-def check(recipe: str, overrides: Sequence[str] = ()) -> None:
+def check(recipe: str, overrides: Sequence[str] = ()) -> ImageData:
     """Refuse what [`run`][torchdeq_ep_lightning.training.run] would refuse before it reads data; nothing is written.
 
     Args:
         recipe: As for `run`.
         overrides: As for `run`.
 
+    Returns:
+        The images that it would read.
+
     Raises:
         InvalidOptionError: If the recipe does not exist, or an option is not acceptable.
     """
     path = find_recipe(recipe)
     with quiet_lightning():
-        _parse(path, [_ALIASES.get(argument, argument) for argument in overrides]).before_instantiate_classes()
+        cli = _parse(path, as_written(overrides))
+        cli.before_instantiate_classes()
+    return ImageData(**cli.config.data.as_dict())
 
 
 def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback] = ()) -> Result:
@@ -232,16 +197,18 @@ def run(recipe: str, overrides: Sequence[str] = (), callbacks: Sequence[Callback
         KeyboardInterrupt: After Ctrl-C; the same call goes on from the last checkpoint.
     """
     path = find_recipe(recipe)
-    arguments = [_ALIASES.get(argument, argument) for argument in overrides]
     with quiet_lightning():
-        cli = _configure(path, arguments)
+        cli = _configure(path, as_written(overrides))
         config = cli.config
         out = Path(config.out)
         finished = _read_result(out, _extent(config)) if not config.fresh else None
         if finished is not None:
             return finished
         cli.further = list(callbacks)
-        cli.instantiate()
+        try:
+            cli.instantiate()
+        except MisconfigurationException as error:
+            raise InvalidOptionError(str(error)) from error
         trainer = cli.trainer
         _refuse_spawn(trainer, cli.model)
         resumed = None if cli.resumed is None else str(cli.resumed)
@@ -305,7 +272,9 @@ def _configure(path: Path, arguments: list[str]) -> _Cli:
     out = Path(config.out)
     plain = yaml.safe_load(cli.parser.dump(config, skip_link_targets=True, format="yaml"))
     saved = out / _CONFIG
-    before = None if config.fresh else _saved_configuration(saved)
+    # What has a configuration alone never came to train: the next try may be another.
+    is_begun = not config.fresh and any((out / name).exists() for name in (RESULT, CHECKPOINT, BEFORE))
+    before = _saved_configuration(saved) if is_begun else None
     if before is not None:
         _refuse_other(before, plain, out)
     if _leads() and plain != before:
