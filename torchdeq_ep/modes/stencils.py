@@ -65,8 +65,8 @@ class Stencil:
             valid = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
             if not valid or not 0 < self.beta < math.inf:
                 raise InvalidOptionError(
-                    f"beta must be a positive finite number or 'auto', not {self.beta!r}: it is the amplitude of the "
-                    "nudge relative to the norm of the state. Try 'auto', or 0.01."
+                    f"beta must be a positive finite number or 'auto', not {self.beta!r}: how large the nudge is. "
+                    "Try 'auto', or 0.01. A one-sided nudge is turned round by direction='up', not by its sign."
                 )
             object.__setattr__(self, "beta", float(self.beta))
 

@@ -164,6 +164,11 @@ def test_images_of_several_sizes_are_resized(tmp_path):
     options = {"cache": str(tmp_path / "cache"), "batch": 2}
     with pytest.raises(DataError, match=r"shape \(3, 9, 12\).*data\.resize"):
         ImageData(str(tmp_path / "d"), **options).images  # noqa: B018
+    grey = [encoded(torch.from_numpy(noise(9, 12)))]
+    write_parquet(tmp_path / "grey" / "train.parquet", images[:1] + grey, [0, 1])
+    write_parquet(tmp_path / "grey" / "test.parquet", images[:2], [0, 1])
+    with pytest.raises(DataError, match=r"shape \(1, 6, 4\).*as many channels"):
+        ImageData(str(tmp_path / "grey"), resize=(6, 4), **options).images  # noqa: B018
     data = ImageData(str(tmp_path / "d"), resize=(6, 4), **options)
     assert data.shape == (3, 6, 4)
     assert read(deep, resize=(6, 4)).shape == (6, 4, 1)

@@ -103,6 +103,7 @@ def test_who_weighs_homeostasis_has_it(tmp_path):
         (["--seed", "99999999999"], "from 0 to"),
         (["--trainer.max_epochs", "0"], "trains nothing"),
         (["--trainer.accelerator", "cuda"], "cuda|CUDA|GPU|gpu"),
+        (["--backward", "ep-one-sided:beta=-0.5"], "direction='up'"),
     ],
 )
 def test_mistakes_are_no_tracebacks(tmp_path, capsys, arguments, said):
@@ -125,6 +126,7 @@ def test_runs_are_repeated_by_their_seed(tmp_path):
     [
         (["no-such-recipe"], "no-such-recipe"),
         (["digits-mlp", "--backward", "hepp"], "hepp"),
+        (["--out", "x"], "recipe comes first"),
         (["digits-mlp", "--backward", "{1: ep}"], "backward"),
         (["digits-mlp", "--model.angle", "120"], "angle"),
         (["digits-mlp", "--model.angle", "steep"], "model.angle"),

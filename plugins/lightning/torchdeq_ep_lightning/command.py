@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from torchdeq_ep.errors import InvalidOptionError
 from torchdeq_ep_lightning.flavour import rank_zero_only
 from torchdeq_ep_lightning.resuming import latest
 from torchdeq_ep_lightning.training import recipes, run
@@ -39,6 +40,8 @@ def train(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE.format(names=", ".join(recipes())))
         return 0 if arguments else 2
+    if arguments[0].startswith("-"):
+        raise InvalidOptionError(f"the recipe comes first, and then {arguments[0]}: torchdeq-ep train RECIPE ...")
     try:
         result = run(arguments[0], arguments[1:])
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from torchdeq_ep.errors import DataError
@@ -69,6 +69,9 @@ def decode_image(entry: dict[str, Any] | None, row: int, path: str | Path, readi
             return _pixels(upright, place, reading or Reading())
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        start = f"its {len(encoded)} bytes begin with {encoded[:8]!r}"
+        raise DataError(f"{place} is not an image of a format that Pillow knows: {start}.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{place} is not an image that can be decoded: {error}") from error
 

@@ -81,9 +81,11 @@ class StreamedImages(Dataset[Tensor]):
         for row, picture in zip(rows.tolist(), pixels, strict=True):
             if tuple(picture.shape) != self.shape:
                 ((_, place, file),) = self._store.encoded([row])
+                channels = "convert the file, so that all have as many channels."
+                size = "data.resize brings all to one height and width."
                 raise DataError(
                     f"row {place} of {file} is an image of shape {tuple(picture.shape)} (channels, height, width), not "
-                    f"{self.shape} as the first: data.resize brings all to one height and width."
+                    f"{self.shape} as the first: {channels if picture.shape[0] != self.shape[0] else size}"
                 )
         if any(picture.is_floating_point() for picture in pixels):
             pixels = [picture if picture.is_floating_point() else picture.float() / 255 for picture in pixels]

@@ -165,8 +165,12 @@ def _read(options: argparse.Namespace, rest: list[str]) -> Sweep:
         axes["model.angle"] = [f"{angle:g}" for angle in options.angle]
     if options.homeostasis:
         axes["homeostasis.weight"] = [f"{weight:g}" for weight in options.homeostasis]
-    if (options.sampler == "grid") == bool(options.trials):
+    if options.sampler == "grid" and options.trials:
         raise InvalidOptionError("--trials N goes with --sampler random or tpe: a grid has as many runs as points.")
+    if options.sampler != "grid" and not options.trials:
+        raise InvalidOptionError(
+            f"--sampler {options.sampler} goes with --trials N, which says how many runs it makes."
+        )
     stem = Path(options.recipe).stem
     out = Path(options.out or Path("sweeps") / stem)
     return Sweep(
