@@ -347,7 +347,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or the path of a YAML file")
     parser.add_argument("--backward", nargs="+", default=["ift", "ep"], metavar="MODE", help="default: ift ep")
-    parser.add_argument("--beta", nargs="+", type=float, default=[], metavar="B", help="amplitudes of the nudges")
+    parser.add_argument(
+        "--beta", nargs="+", type=float, default=[], metavar="B", help="amplitudes, of modes that name none"
+    )
     parser.add_argument("--angle", nargs="+", type=float, default=[], metavar="DEG", help="initial angles")
     parser.add_argument(
         "--homeostasis", nargs="+", type=float, default=[], metavar="W", help="weights; 0 is without homeostasis"
