@@ -76,7 +76,7 @@ def test_logs_of_runs_are_gathered_finished_or_not(script, tmp_path):
     assert [row["seconds"] for row in timed["history"]] == [1.0, 6.0]
     untimed = {**timed, "seed": 4, "history": [{"step": 400, "test/error": 42.0}, {"step": 900, "test/error": 1.0}]}
     rows = script.means([timed, untimed, {**exact, "history": exact["history"][:1]}]).splitlines()
-    assert rows[0] == "| nudge | of 0.5: error | steps | ms a step |"
+    assert rows[0] == "| nudge | test error at 0.5 | steps | ms a step |"
     assert rows[2] == "| symmetric | 41.0 ± 1.4 | 400 | 15 |"  # what both have; the time of the one that has it
     assert rows[3] == "| exact | 30.0 | 1,000 | - |"
     script.draw([run, exact, unheard], tmp_path / "figure.svg")

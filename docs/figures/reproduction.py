@@ -101,7 +101,7 @@ def _name(run: Run) -> str:
 def means(runs: Sequence[Run]) -> str:
     """Mean test error and deviation over seeds after the most steps that all of them have, in Markdown."""
     amplitudes = [beta for beta in AMPLITUDES if any(named(run)[1] == beta for run in runs)]
-    heads = ["nudge", *(part for beta in amplitudes for part in (f"of {beta}: error", "steps", "ms a step"))]
+    heads = ["nudge", *(part for beta in amplitudes for part in (f"test error at {beta}", "steps", "ms a step"))]
     lines = [heads, ["---"] * len(heads)]
     for name in NAMES:
         group = [run for run in runs if named(run)[0] == name]

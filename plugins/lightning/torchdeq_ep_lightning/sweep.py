@@ -36,6 +36,7 @@ PRUNERS: dict[str, Callable[[], Any]] = {
 }
 # Options that one worker may have otherwise than another. Images are compared by what they are.
 _OF_A_MACHINE = ("--data.source", "--data.cache", "--data.workers", "--checkpoint_every", "--quiet")
+_OF_THE_IMAGES = {f"data.{name}" for name in ("source", "train_split", "test_split", "image_column", "label_column")}
 _LONGEST_NAME = 120
 _WAIT = 0.5
 _INTERRUPTED = 130
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     data = check(sweep.recipe, sweep.options(first[0]))
     study, storage = sweep.open()
     begun = studies.is_begun(study)
-    is_one_set = not any(key.startswith("data.") for key in sweep.axes)
+    is_one_set = not _OF_THE_IMAGES & sweep.axes.keys()
     _refuse_another(study, sweep, data.fingerprint() if is_one_set else "", begun)
     studies.ask_for(study, storage, sweep.cells(), options.retry or not begun)
     try:
