@@ -19,7 +19,7 @@ from torchdeq_ep.measuring import COLOURS, SHAPES, dress, new_figure, save, writ
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from pages import insert  # noqa: E402
+from pages import insert, markdown  # noqa: E402
 
 PAGE = HERE.parent / "reproduction.md"
 BEGIN, END = "<!-- The table is written by docs/figures/angles.py. -->", "<!-- End of the table of angles. -->"
@@ -66,7 +66,7 @@ def table(runs: Sequence[Run]) -> str:
         seeds = ", ".join(str(run["seed"]) for run in max(both, key=len))
         cosines = [f"{_mean(both[-1], place):.2f}" if both[-1] else "-" for place in (0, -1)]
         lines.append([f"{steps:,}", f"{angle:g}°", seeds, *errors, *cosines])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
 
 
 def _mean(runs: Sequence[Run], place: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 
 def insert(page: str, begin: str, end: str, text: str) -> str:
     """The page with another text between its marks.
@@ -20,3 +22,8 @@ def insert(page: str, begin: str, end: str, text: str) -> str:
     if not (found and also):
         raise ValueError(f"the page has no text between {begin!r} and {end!r}: put the two marks where it belongs.")
     return f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}"
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, of rows of cells, the heads and the rule below them included."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"

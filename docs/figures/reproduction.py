@@ -23,7 +23,7 @@ from torchdeq_ep.measuring import COLOURS, SHAPES, dress, new_figure, save, writ
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from pages import insert  # noqa: E402
+from pages import insert, markdown  # noqa: E402
 
 PAGE = HERE.parent / "reproduction.md"
 BEGIN, END = "<!-- The table is written by docs/figures/reproduction.py. -->", "<!-- End of the table. -->"
@@ -108,7 +108,7 @@ def means(runs: Sequence[Run]) -> str:
         if group:
             cells = [_mean([run for run in group if named(run)[1] in (beta, EXACT)]) for beta in amplitudes]
             lines.append([NAMES[name], *(cell for part in cells for cell in part)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
 
 
 def _mean(group: Sequence[Run]) -> list[str]:
@@ -135,7 +135,7 @@ def table(runs: Sequence[Run]) -> str:
         missed = fmean(run["history"][-1].get("nudge/unconverged", math.nan) for run in group)
         share = f"{missed:.0%}" if math.isfinite(missed) else "-"
         lines.append([name, ", ".join(str(run["seed"]) for run in group), *cells, share])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return markdown(lines)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
